@@ -1,0 +1,29 @@
+// The table of kernels that every instruction set fills, and the one that cpuid picks.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace aerogel {
+
+struct SpmmKernels;   // spmm.h: sparse weights x dense activations
+struct LayerKernels;  // layers.h: the dense layers between them
+
+struct KernelTable {
+  const char* name;  // "avx512", "avx2", "neon" or "generic"
+  int lanes;         // float32 lanes of one vector
+  bool (*supported)();
+  const SpmmKernels* spmm;
+  const LayerKernels* layers;
+};
+
+// The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.
+const KernelTable& active_table();
+
+// Names of the instruction sets that were compiled in and that this CPU can run, best first.
+std::vector<std::string> available_isas();
+
+// Throws std::invalid_argument naming the available ones.
+void select_isa(const std::string& name);
+
+}  // namespace aerogel

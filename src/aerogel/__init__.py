@@ -1,0 +1,41 @@
+"""aerogel: sparse deep learning in PyTorch. Make zeros, keep zeros, and collect on them.
+
+The four things most people need stand here; everything else is one room further in
+(`aerogel.sparsity`, `aerogel.pruning`, `aerogel.runtime`, `aerogel.kernels`, ...).
+
+    pruner = aerogel.pruning.GradualPruner(model, optimizer, 0.9, begin_step=0, end_step=1000)
+    fast = aerogel.compile(model, (example,))       # never slower than what it was given
+    aerogel.save(model, "model.safetensors")        # zeros as bits, not as floats
+    aerogel.load("model.safetensors", model)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aerogel.runtime import CompiledModule, compile, inspect, load, save
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import aerogel` and `aerogel --help` stay quick.
+_PUBLIC = {name: "aerogel.runtime" for name in ("compile", "CompiledModule", "save", "load", "inspect")}
+_ROOMS = ("kernels", "sparsity", "runtime", "pruning", "models", "data", "train", "bench", "report")
+
+__all__ = ["CompiledModule", "__version__", "compile", "inspect", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"aerogel.{name}")
+    else:
+        raise AttributeError(f"module 'aerogel' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, *_ROOMS])
