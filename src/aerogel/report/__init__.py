@@ -1,0 +1,29 @@
+"""The page a person looks at: one self-contained HTML file made from `results.json`."""
+
+from __future__ import annotations
+
+from aerogel.report.schema import (
+    Curve,
+    EngineTime,
+    Hardware,
+    Latency,
+    Layer,
+    Metric,
+    Results,
+    Size,
+    Stage,
+    Subject,
+)
+
+__all__ = [
+    "Curve",
+    "EngineTime",
+    "Hardware",
+    "Latency",
+    "Layer",
+    "Metric",
+    "Results",
+    "Size",
+    "Stage",
+    "Subject",
+]
