@@ -6,14 +6,17 @@
 
 namespace aerogel {
 
-struct SpmmKernels;   // spmm.h: sparse weights x dense activations
-struct LayerKernels;  // layers.h: the dense layers between them
+struct SpmmKernels;      // spmm.h: sparse weights x dense activations
+struct LayerKernels;     // layers.h: the dense layers between them
+struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 
+// Constant-initialised in isa_*.cpp: loading the library runs no code of an instruction set that the
+// CPU may lack.
 struct KernelTable {
   const char* name;  // "avx512", "avx2", "neon" or "generic"
   int lanes;         // float32 lanes of one vector
-  bool (*supported)();
   const SpmmKernels* spmm;
+  const RooflineKernels* roofline;
   const LayerKernels* layers;
 };
 

@@ -1,0 +1,12 @@
+// What module.cpp assembles into aerogel.kernels._native; one bind_*.cpp each.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace aerogel {
+
+void bind_spmm(nanobind::module_& m);
+void bind_roofline(nanobind::module_& m);
+void bind_plan(nanobind::module_& m);
+
+}  // namespace aerogel

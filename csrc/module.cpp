@@ -1,0 +1,20 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, m) {
+  m.def("isa", [] { return std::string(aerogel::active_table().name); });
+  m.def("lanes", [] { return aerogel::active_table().lanes; });
+  m.def("available_isas", &aerogel::available_isas);
+  m.def("set_isa", &aerogel::select_isa, nb::arg("name"));
+  aerogel::bind_spmm(m);
+  aerogel::bind_roofline(m);
+#ifdef AEROGEL_HAS_PLAN
+  aerogel::bind_plan(m);
+#endif
+}
