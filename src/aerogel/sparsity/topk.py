@@ -1,0 +1,173 @@
+"""Exact counts: how many entries are pruned, and which ones, to the last tie.
+
+Every mask in aerogel comes from the functions here. A threshold (``weight > t``) miscounts on ties
+and on all-zero layers; these keep exactly ``k`` entries and break ties by the lowest flat index.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["round", "floor", "ceil", "round_kept"]
+
+# Products like 0.7 * 10 miss the integer they mean by some ulps; nearer than this is the integer.
+_INTEGER_SLACK = 1e-9
+
+# Below this group length, ranking by pairwise comparison beats a sort of every row.
+_PAIRWISE_LIMIT = 8
+
+
+def pruned_count(
+    numel: int,
+    sparsity: float,
+    *,
+    rounding: Rounding = "round",
+    min_keep: int = 1,
+    max_pruned_fraction: float | None = None,
+) -> int:
+    """Number of entries to prune out of ``numel`` at ``sparsity``.
+
+    Args:
+        numel: entries that compete, >= 0.
+        sparsity: wanted fraction of zeros, in [0, 1].
+        rounding: how ``numel * sparsity`` becomes a count: ``"round"`` (half to even), ``"floor"``,
+            ``"ceil"``; ``"round_kept"`` rounds the number kept, ``numel * (1 - sparsity)``.
+        min_keep: entries that survive whatever the sparsity (as far as there are any).
+        max_pruned_fraction: never prune more than ``floor(max_pruned_fraction * numel)``.
+
+    Returns:
+        The count, in [0, numel].
+
+    Raises:
+        ValueError: sparsity outside [0, 1], or an unknown rounding.
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
+    if rounding == "round_kept":
+        count = numel - round(_snap(numel * (1.0 - sparsity)))
+    else:
+        count = _round_as(_snap(numel * sparsity), rounding)
+    if max_pruned_fraction is not None:
+        count = min(count, math.floor(_snap(max_pruned_fraction * numel)))
+    return max(0, min(count, numel - min(min_keep, numel)))
+
+
+def kept_count(
+    numel: int,
+    density: float,
+    *,
+    rounding: Rounding = "round",
+    min_keep: int = 1,
+    max_pruned_fraction: float | None = None,
+) -> int:
+    """Number of entries to keep out of ``numel`` at ``density``; see `pruned_count`."""
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    return numel - pruned_count(
+        numel,
+        1.0 - density,
+        rounding=rounding,
+        min_keep=min_keep,
+        max_pruned_fraction=max_pruned_fraction,
+    )
+
+
+def _round_as(value: float, rounding: Rounding) -> int:
+    if rounding == "floor":
+        return math.floor(value)
+    return math.ceil(value) if rounding == "ceil" else round(value)
+
+
+def _snap(value: float) -> float:
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= _INTEGER_SLACK * max(1.0, abs(value)) else value
+
+
+def require_finite(score: Tensor, name: str) -> None:
+    """Raise ``ValueError`` naming the tensor if ``score`` holds a nan or an infinity."""
+    # One cheap sum settles the ordinary case; it may overflow, so only then look at each entry.
+    if score.numel() and not bool(torch.isfinite(score.sum())):
+        bad = int((~torch.isfinite(score)).sum())
+        if bad:
+            raise ValueError(f"score of {name!r} has {bad} nan or infinite entries")
+
+
+def kth_largest(score: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest value (1 = the largest) of all entries, as a 0-dim tensor."""
+    flat = _comparable(score).flatten()
+    if not 1 <= k <= flat.numel():
+        raise ValueError(f"k must be in [1, {flat.numel()}], got {k}")
+    return torch.kthvalue(flat, flat.numel() - k + 1).values
+
+
+def topk_mask(score: Tensor, k: int) -> Tensor:
+    """Bool mask of exactly the ``k`` largest entries; ties go to the lowest flat index.
+
+    Args:
+        score: any shape; no nan (``-inf`` marks entries that must lose).
+        k: entries to keep, in [0, score.numel()].
+
+    Returns:
+        Bool tensor of the score's shape, ``True`` = kept.
+    """
+    if not 0 <= k <= score.numel():
+        raise ValueError(f"k must be in [0, {score.numel()}], got {k}")
+    if k == 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if k == score.numel():
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    flat = _comparable(score).flatten()
+    threshold = kth_largest(flat, k)
+    kept = flat > threshold
+    # Entries equal to the threshold fill what is missing, in index order.
+    missing = k - int(kept.sum())
+    kept[(flat == threshold).nonzero().flatten()[:missing]] = True
+    return kept.view(score.shape)
+
+
+def topk_rows(score: Tensor, k: int) -> Tensor:
+    """Bool mask of the ``k`` largest entries of each row; ties go to the lowest column.
+
+    Args:
+        score: (rows, columns); no nan (``-inf`` marks entries that must lose).
+        k: entries to keep in every row, in [0, columns].
+
+    Returns:
+        Bool tensor (rows, columns).
+    """
+    columns = score.shape[1]
+    if not 0 <= k <= columns:
+        raise ValueError(f"k must be in [0, {columns}], got {k}")
+    if k == 0 or k == columns or score.numel() == 0:
+        return torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device)
+    score = _comparable(score)
+    if columns <= _PAIRWISE_LIMIT:
+        return _rank_pairwise(score) < k
+    threshold = torch.kthvalue(score, columns - k + 1, dim=1, keepdim=True).values
+    above, equal = score > threshold, score == threshold
+    missing = k - above.sum(dim=1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=1) <= missing))
+
+
+def _rank_pairwise(score: Tensor) -> Tensor:
+    """Rank of every entry in its short row: the number of entries that beat it."""
+    columns = score.t().contiguous()
+    ranks = torch.zeros(columns.shape, dtype=torch.uint8, device=score.device)
+    for left in range(len(columns)):
+        for right in range(left + 1, len(columns)):
+            left_wins = columns[left] >= columns[right]
+            ranks[right] += left_wins
+            ranks[left] += ~left_wins
+    return ranks.t().contiguous()
+
+
+def _comparable(score: Tensor) -> Tensor:
+    """The score detached, in a type that every selection kernel supports."""
+    score = score.detach()
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
