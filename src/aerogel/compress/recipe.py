@@ -1,0 +1,215 @@
+"""What to compress and how: one recipe decides a whole run, and its YAML file repeats it.
+
+    model: mobilenet_v1_laptop
+    data: fashion-mnist
+    sparsity: 0.9
+    pattern: 4x1
+    prune: {epochs: 4, learning_rate: 0.002}
+
+Values come from a built-in recipe (`base`, see `recipes/`), then the file, then flags of the
+command line. Errors name the file, line and column; unknown keys and names list the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+ENGINES = ("torch", "torch.compile", "onnxruntime", "openvino")
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
+    """The names of `known` most like `name`, joined for a message."""
+    near = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    return ", ".join(near or sorted(known)[:count])
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Part):
+    """Which network: a registered name, a file or folder, or `import.path:callable`.
+
+    Args:
+        name: What to build or load.
+        options: Keyword arguments of its constructor.
+        weights: File to start from, or "pretrained" to fetch the published ones; None starts
+            from what `name` brings.
+    """
+
+    name: str = Field(min_length=1)
+    options: dict[str, Any] = {}
+    weights: str | None = None
+
+
+class DataSpec(_Part):
+    """Which data: a registered name or a folder of images, one sub-folder a class.
+
+    Args:
+        name: What to load.
+        limit: Use only so many examples of each split; None uses all.
+        fallback: "digits" takes scikit-learn's digits, and says so, if the data cannot be had.
+    """
+
+    name: str = Field(min_length=1)
+    limit: int | None = Field(None, ge=1)
+    fallback: Literal["digits"] | None = None
+
+
+class Ramp(_Part):
+    """When the zeros come, as fractions of the pruning phase's steps.
+
+    Args:
+        initial_sparsity: Fraction of zeros at `begin`.
+        begin: Where the ramp starts, in [0, 1).
+        end: Where it reaches the recipe's sparsity, in (begin, 1].
+        updates: How many times the mask is computed anew between them.
+        power: Exponent of the curve; 3 is the paper's cubic.
+    """
+
+    initial_sparsity: float = Field(0.0, ge=0.0, lt=1.0)
+    begin: float = Field(0.0, ge=0.0, lt=1.0)
+    end: float = Field(0.6, gt=0.0, le=1.0)
+    updates: int = Field(40, ge=1)
+    power: float = Field(3.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Ramp:
+        if self.end <= self.begin:
+            raise ValueError(f"end = {self.end} is not after begin = {self.begin}")
+        return self
+
+
+class Distillation(_Part):
+    """Learning from the dense network while pruning.
+
+    Args:
+        weight: Share of the loss that is the dense network's, in [0, 1].
+        temperature: Softens both outputs.
+    """
+
+    weight: float = Field(0.5, ge=0.0, le=1.0)
+    temperature: float = Field(2.0, gt=0.0)
+
+
+class Training(_Part):
+    """One training phase; `epochs: 0` skips it.
+
+    Args:
+        epochs: Passes over the training data; fractions are allowed.
+        batch_size: Examples a step, over all processes.
+        optimizer: "sgd" (momentum 0.9) or "adamw".
+        learning_rate: Its peak; a cosine takes it to 0.
+        weight_decay: On weights; biases and normalisation are left out.
+        warmup: Fraction of the steps over which the rate rises to its peak.
+        label_smoothing: Share of the target spread over all classes.
+        augment: Random crop and flip of images.
+        gradient_clip: Largest gradient norm; None does not clip.
+    """
+
+    epochs: float = Field(8.0, ge=0.0)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = Field(2e-3, gt=0.0)
+    weight_decay: float = Field(0.05, ge=0.0)
+    warmup: float = Field(0.05, ge=0.0, lt=1.0)
+    label_smoothing: float = Field(0.1, ge=0.0, lt=1.0)
+    augment: bool = True
+    gradient_clip: float | None = Field(1.0, gt=0.0)
+
+
+def _known_engines(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in ENGINES:
+            raise ValueError(f"engine {name!r} is unknown; nearest: {nearest(name, ENGINES)}")
+    return names
+
+
+class Measurement(_Part):
+    """How speed is measured.
+
+    Args:
+        engines: Dense peers; those not installed are reported as missing.
+        batches: Batch sizes.
+        threads: Thread counts; 0 means every core of this machine.
+        rounds: Interleaved rounds over all engines; medians are reported.
+        tolerance: Largest relative difference allowed between compiled and eager outputs.
+    """
+
+    engines: Annotated[list[str], AfterValidator(_known_engines)] = list(ENGINES)
+    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 32], min_length=1)
+    threads: list[Annotated[int, Field(ge=0)]] = Field([1, 0], min_length=1)
+    rounds: int = Field(15, ge=1)
+    tolerance: float = Field(1e-4, gt=0.0)
+
+
+class Recipe(_Part):
+    """Everything that decides a compression run.
+
+    Args:
+        model, data: What to compress and on which data.
+        method: Slug of the pruning method; see `aerogel systems`.
+        sparsity: Fraction of zeros in the pruned layers, in [0, 1).
+        pattern: Which weights become zero together: unstructured, 4x1, 2:4, ...
+        include, exclude: Globs of layer names; none means what the model proposes.
+        schedule, distillation: How pruning proceeds.
+        dense, prune: The two training phases.
+        measure: How speed is measured.
+        seed: Of every random choice.
+    """
+
+    model: ModelSpec
+    data: DataSpec
+    method: str = "gradual-pruning"
+    sparsity: float = Field(0.9, ge=0.0, lt=1.0)
+    pattern: str = "unstructured"
+    include: list[str] = []
+    exclude: list[str] = []
+    schedule: Ramp = Ramp()
+    distillation: Distillation | None = None
+    dense: Training = Training()
+    prune: Training = Training(label_smoothing=0.0)
+    measure: Measurement = Measurement()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        from aerogel.compress.methods import method_names
+
+        name = method.strip().lower().replace("_", "-")
+        if name not in method_names():
+            raise ValueError(f"{method!r} is unknown; nearest: {nearest(name, method_names())}")
+        return name
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        from aerogel.sparsity import parse_pattern
+
+        parse_pattern(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Recipe:
+        if self.schedule.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"schedule.initial_sparsity = {self.schedule.initial_sparsity} is above "
+                f"sparsity = {self.sparsity}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML; `load_recipe` of it gives this recipe again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
