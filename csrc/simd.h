@@ -63,6 +63,17 @@ AEROGEL_INLINE Vec scale_by_power(Vec a, Vec n) {
   return _mm512_castsi512_ps(_mm512_add_epi32(
       _mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
+// Four consecutive floats, each of which broadcast_lane spreads over a vector.
+using Quad = __m512;
+AEROGEL_INLINE Quad load_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
+  switch (lane) {
+    case 0: return _mm512_permute_ps(q, 0x00);
+    case 1: return _mm512_permute_ps(q, 0x55);
+    case 2: return _mm512_permute_ps(q, 0xAA);
+    default: return _mm512_permute_ps(q, 0xFF);
+  }
+}
 
 #elif defined(AEROGEL_USE_AVX2)
 
@@ -99,6 +110,18 @@ AEROGEL_INLINE Vec scale_by_power(Vec a, Vec n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(
       _mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
+using Quad = __m256;
+AEROGEL_INLINE Quad load_quad(const float* p) {
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
+  switch (lane) {
+    case 0: return _mm256_permute_ps(q, 0x00);
+    case 1: return _mm256_permute_ps(q, 0x55);
+    case 2: return _mm256_permute_ps(q, 0xAA);
+    default: return _mm256_permute_ps(q, 0xFF);
+  }
+}
 
 #elif defined(AEROGEL_USE_NEON)
 
@@ -134,6 +157,17 @@ AEROGEL_INLINE Vec select_nonnegative(Vec x, Vec a, Vec b) {
 AEROGEL_INLINE Vec scale_by_power(Vec a, Vec n) {
   return vreinterpretq_f32_s32(
       vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
+}
+// The compiler folds the lane into fmla's by-element form.
+using Quad = float32x4_t;
+AEROGEL_INLINE Quad load_quad(const float* p) { return vld1q_f32(p); }
+AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
+  switch (lane) {
+    case 0: return vdupq_laneq_f32(q, 0);
+    case 1: return vdupq_laneq_f32(q, 1);
+    case 2: return vdupq_laneq_f32(q, 2);
+    default: return vdupq_laneq_f32(q, 3);
+  }
 }
 
 #else  // plain C++: fixed-size loops that the compiler turns into whatever the baseline offers
@@ -210,6 +244,9 @@ AEROGEL_INLINE Vec scale_by_power(Vec a, Vec n) {
     return out;
   });
 }
+using Quad = Vec;
+AEROGEL_INLINE Quad load_quad(const float* p) { return load(p); }
+AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) { return broadcast(q.lane[lane]); }
 
 #endif
 

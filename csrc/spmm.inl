@@ -1,10 +1,282 @@
+// SpMM micro-kernels. A register tile is V vectors of columns x G block rows of B outputs each; for
+// every stored column of a block row, V activation vectors are loaded once and multiplied by B
+// broadcast weights. Four weights are loaded at a time (a quad), because a broadcast from memory
+// would take one of the two load ports that the activations need.
+//
+// Reading order: one step -> one group of block rows -> one run of groups -> one panel.
 #include "simd_math.h"
 #include "spmm.h"
+#include "spmm_layout.inl"
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
-int32_t max_vectors(int32_t, int32_t) { return 8; }
-void run_panel(const SpmmPanel&) {}
+
+constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
+constexpr int kMaxVectors = 12;
+
+constexpr int register_tile_vectors(int groups, int block) {
+  return kAccumulators / (groups * block) < kMaxVectors ? kAccumulators / (groups * block)
+                                                        : kMaxVectors;
+}
+
+struct RunContext {
+  const char* x;  // first column of the panel
+  float* y;
+  int64_t ldy;
+  const float* bias;
+  const float* residual;
+  int64_t ldr;
+  int64_t tail;  // lanes of the last vector
+  Activation activation;  // one that takes few instructions; the others follow in finish_rows
+  bool first, last;       // slab: starts from the bias, applies the epilogue
+};
+
+template <int V, bool Masked>
+AEROGEL_INLINE Vec load_x(const float* x, int v, int64_t tail) {
+  if (Masked && v == V - 1) return load_n(x + v * kLanes, tail);
+  return load(x + v * kLanes);
+}
+
+// One stored column of G block rows: `weights` yields weight i of the step as a vector.
+template <int V, int G, int B, bool Masked, class Weights>
+AEROGEL_INLINE void step(Vec (&acc)[G][B][V], const char* x, const int32_t* offsets, int64_t tail,
+                         const Weights& weights) {
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    const float* row = reinterpret_cast<const float*>(x + offsets[g]);
+    if constexpr (V <= B) {
+      Vec values[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) values[v] = load_x<V, Masked>(row, v, tail);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const Vec weight = weights(g * B + b);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[g][b][v] = fma(values[v], weight, acc[g][b][v]);
+      }
+    } else {
+      Vec weight[B];
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) weight[b] = weights(g * B + b);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        const Vec value = load_x<V, Masked>(row, v, tail);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[g][b][v] = fma(value, weight[b], acc[g][b][v]);
+      }
+    }
+  }
+}
+
+template <int V, int G, int B, bool Masked>
+AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
+                              const int32_t* offsets, int32_t steps, int64_t tail) {
+  constexpr int kStep = G * B;
+  constexpr int kUnroll = kStep < 4 ? 4 / kStep : 1;
+  constexpr int kQuads = kStep * kUnroll / 4;
+  int32_t s = 0;
+  for (; s + kUnroll <= steps; s += kUnroll) {
+    Quad quads[kQuads];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(weights + 4 * q);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      step<V, G, B, Masked>(acc, x, offsets + u * G, tail, [&](int i) {
+        return broadcast_lane(quads[(u * kStep + i) / 4], (u * kStep + i) % 4);
+      });
+    }
+    weights += kStep * kUnroll;
+    offsets += G * kUnroll;
+  }
+  for (; kUnroll > 1 && s < steps; ++s) {
+    step<V, G, B, Masked>(acc, x, offsets, tail, [&](int i) { return broadcast(weights[i]); });
+    weights += kStep;
+    offsets += G;
+  }
+}
+
+template <int V>
+AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
+  if (c.first) {
+    const Vec bias = c.bias ? broadcast(c.bias[row]) : zero();
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = bias;
+    return;
+  }
+  const float* y = c.y + row * c.ldy;
+#pragma GCC unroll 16
+  for (int v = 0; v < V - 1; ++v) acc[v] = load(y + v * kLanes);
+  acc[V - 1] = load_upto(y + (V - 1) * kLanes, c.tail);
+}
+
+template <int V>
+AEROGEL_INLINE void store_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
+  if (c.last) {
+    if (c.residual) {
+      const float* r = c.residual + row * c.ldr;
+#pragma GCC unroll 16
+      for (int v = 0; v < V - 1; ++v) acc[v] = add(acc[v], load(r + v * kLanes));
+      acc[V - 1] = add(acc[V - 1], load_upto(r + (V - 1) * kLanes, c.tail));
+    }
+    if (c.activation != Activation::kNone) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[v] = relu(acc[v]);
+    }
+    if (c.activation == Activation::kRelu6) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[v] = min(broadcast(6.0f), acc[v]);
+    }
+  }
+  float* y = c.y + row * c.ldy;
+#pragma GCC unroll 16
+  for (int v = 0; v < V - 1; ++v) store(y + v * kLanes, acc[v]);
+  store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
+}
+
+template <int V, int G, int B, bool Masked>
+AEROGEL_NOINLINE void run_groups(const RunContext& c, const SpmmRun& run, const int32_t* rows,
+                                 const float* weights, const int32_t* offsets) {
+  const int32_t steps = run.steps;
+  const int64_t weights_per_group = (static_cast<int64_t>(steps) * G * B + 3) & ~int64_t{3};
+  const int64_t tail = c.tail;
+  const char* const x = c.x;
+  for (int32_t i = 0; i < run.groups; ++i) {
+    Vec acc[G][B][V];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
+    }
+    all_steps<V, G, B, Masked>(acc, x, weights, offsets, steps, tail);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
+    }
+    rows += G;
+    weights += weights_per_group;
+    offsets += static_cast<int64_t>(steps) * G;
+  }
+}
+
+using RunFunction = void (*)(const RunContext&, const SpmmRun&, const int32_t*, const float*,
+                             const int32_t*);
+
+template <int V, int G, int B>
+constexpr RunFunction run_function(bool masked) {
+  if constexpr (V <= register_tile_vectors(G, B)) {
+    return masked ? &run_groups<V, G, B, true> : &run_groups<V, G, B, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+// Functions for one (groups, block) by [masked][vectors - 1].
+struct RunTable {
+  RunFunction function[2][kMaxVectors];
+};
+
+template <int G, int B>
+constexpr RunTable run_table() {
+  RunTable t{};
+  for (int m = 0; m < 2; ++m) {
+    const RunFunction all[kMaxVectors] = {
+        run_function<1, G, B>(m != 0),  run_function<2, G, B>(m != 0),
+        run_function<3, G, B>(m != 0),  run_function<4, G, B>(m != 0),
+        run_function<5, G, B>(m != 0),  run_function<6, G, B>(m != 0),
+        run_function<7, G, B>(m != 0),  run_function<8, G, B>(m != 0),
+        run_function<9, G, B>(m != 0),  run_function<10, G, B>(m != 0),
+        run_function<11, G, B>(m != 0), run_function<12, G, B>(m != 0)};
+    for (int v = 0; v < kMaxVectors; ++v) t.function[m][v] = all[v];
+  }
+  return t;
+}
+
+// By [log2 groups][log2 block].
+constexpr RunTable kRunTables[3][3] = {
+    {run_table<1, 1>(), run_table<1, 2>(), run_table<1, 4>()},
+    {run_table<2, 1>(), run_table<2, 2>(), run_table<2, 4>()},
+    {run_table<4, 1>(), run_table<4, 2>(), run_table<4, 4>()}};
+
+int32_t max_vectors(int32_t groups, int32_t block) { return register_tile_vectors(groups, block); }
+
+bool is_inline_activation(Activation a) {
+  return a == Activation::kNone || a == Activation::kRelu || a == Activation::kRelu6;
+}
+
+// The activations that take many instructions, while the panel's rows are still in cache.
+AEROGEL_NOINLINE void finish_rows(const SpmmPanel& p, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    float* y = p.y + row * p.args->ldy + p.column;
+    for (int64_t j = 0; j < p.width; j += kLanes) {
+      const int64_t n = p.width - j;
+      store_upto(y + j, activate(load_upto(y + j, n), p.args->activation), n);
+    }
+  }
+}
+
+AEROGEL_NOINLINE void run_segment(const RunContext& c, const SpmmStream& s, int64_t segment,
+                                  int vectors, bool masked) {
+  SpmmSegment at = s.segments[segment];
+  const int64_t end = s.segments[segment + 1].run;
+  for (; at.run < end; ++at.run) {
+    const SpmmRun& run = s.runs[at.run];
+    const RunFunction function = kRunTables[run.width >> 1][run.block >> 1].function[masked]
+                                                                                    [vectors - 1];
+    function(c, run, s.rows + at.row, s.weights + at.weight, s.offsets + at.offset);
+    const int64_t values = static_cast<int64_t>(run.steps) * run.width * run.block;
+    at.row += static_cast<int64_t>(run.groups) * run.width;
+    at.weight += run.groups * ((values + 3) & ~int64_t{3});
+    at.offset += static_cast<int64_t>(run.groups) * run.steps * run.width;
+  }
+}
+
+void run_panel(const SpmmPanel& p) {
+  const SpmmStream& s = *p.stream;
+  const SpmmArgs& a = *p.args;
+  const bool pack = p.variant->pack != 0;
+  const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
+  const int vectors = static_cast<int>((p.width + kLanes - 1) / kLanes);
+  const int64_t tail = p.width - (vectors - 1) * kLanes;
+  float* const slab_scratch = p.scratch;
+  float* const tile_scratch = p.scratch + s.cols_total * stride;
+
+  RunContext c{};
+  c.bias = a.bias;
+  c.tail = a.padded || a.tokens ? kLanes : tail;
+  c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
+  const bool masked = !pack && c.tail != kLanes;
+  for (int64_t tile = p.tile_begin; tile < p.tile_end; ++tile) {
+    const int64_t row_begin = s.tile_rows[tile], row_end = s.tile_rows[tile + 1];
+    if (a.tokens) {
+      c.y = tile_scratch - row_begin * stride;
+      c.ldy = stride;
+      c.activation = Activation::kNone;
+    } else {
+      c.y = p.y + p.column;
+      c.ldy = a.ldy;
+      c.residual = p.residual ? p.residual + p.column : nullptr;
+      c.ldr = a.ldr;
+    }
+    for (int64_t slab = 0; slab < s.slabs; ++slab) {
+      const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
+      if (pack && tile == p.tile_begin) pack_slab(p, k_begin, k_end, stride, slab_scratch);
+      c.x = pack ? reinterpret_cast<const char*>(slab_scratch)
+                 : reinterpret_cast<const char*>(p.x + p.column);
+      c.first = slab == 0;
+      c.last = slab == s.slabs - 1;
+      run_segment(c, s, tile * s.slabs + slab, vectors, masked);
+    }
+    if (a.tokens) {
+      unpack_tile(p, row_begin, row_end, stride, tile_scratch);
+    } else if (!is_inline_activation(a.activation)) {
+      finish_rows(p, row_begin, row_end);
+    }
+  }
+}
+
 }  // namespace
+
 constexpr SpmmKernels kSpmmKernels = {kLanes, &max_vectors, &run_panel};
+
 }  // namespace aerogel::AEROGEL_ISA
