@@ -1,0 +1,412 @@
+"""Going back to earlier weights, and the controls that show what going back is worth (P11).
+
+A `Snapshot` holds parameters, buffers (batch-norm statistics included) and, if wanted, optimizer
+state, under plain names, so it survives parametrizations being added or removed. `rewind` restores
+it and applies masks; `reinitialize` and `shuffle_masks` make the control networks of the lottery
+ticket literature.
+
+Reference: Frankle & Carbin, ICLR 2019, arXiv 1803.03635; Frankle et al., "Linear Mode Connectivity
+and the Lottery Ticket Hypothesis", arXiv 1912.05671 (rewinding to k > 0); Zhou et al., arXiv
+1905.01067 (signs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from aerogel.sparsity.mask_set import MaskSet
+from aerogel.sparsity.select import ParamSelection, select_parameters, unknown_name
+
+Part = Literal["params", "buffers", "optimizer"]
+PARTS: tuple[Part, ...] = ("params", "buffers", "optimizer")
+ReinitMode = Literal["fresh", "shuffle", "constant_sign"]
+
+_FORMAT = "aerogel.snapshot.1"
+_TENSOR = "$tensor"  # JSON stands in for a tensor of the optimizer state by {_TENSOR: key}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's (and optimizer's) state at one step.
+
+    Attributes:
+        params: plain parameter name -> value; tied parameters appear once.
+        buffers: plain buffer name -> value, batch-norm statistics included.
+        step: optimizer steps done when it was taken.
+        optimizer: the optimizer's `state_dict`, or None.
+    """
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    step: int = 0
+    optimizer: dict[str, Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def capture(
+        cls, model: nn.Module, optimizer: Optimizer | None = None, step: int = 0
+    ) -> Snapshot:
+        """Copy the state of `model` (and `optimizer`) as it is now.
+
+        Args:
+            model: any module.
+            optimizer: also keep its state, for `rewind(..., what=("params", "buffers",
+                "optimizer"))`.
+            step: optimizer steps done, >= 0.
+
+        Raises:
+            ValueError: step < 0, or a parameter on the meta device.
+        """
+        if step < 0:
+            raise ValueError(f"step={step!r} must be >= 0")
+        params, buffers = _plain_params(model), _plain_buffers(model)
+        for name, tensor in (params | buffers).items():
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device; there is nothing to capture")
+        state = None if optimizer is None else _copied(optimizer.state_dict())
+        return cls(_cloned(params), _cloned(buffers), step, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically; readable without executing code.
+
+        Raises:
+            TypeError: the optimizer state holds something JSON cannot express.
+        """
+        tensors = {f"params/{n}": t for n, t in self.params.items()}
+        tensors |= {f"buffers/{n}": t for n, t in self.buffers.items()}
+        tree = None if self.optimizer is None else _flatten(self.optimizer, "optimizer", tensors)
+        header = {"format": _FORMAT, "step": str(self.step), "optimizer": json.dumps(tree)}
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(whole, temporary, metadata=header)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Snapshot:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a snapshot, or a damaged one.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a snapshot or is damaged: {error}") from None
+        if header.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a snapshot: format {header.get('format')!r}")
+        try:
+            tree = _unflatten(json.loads(header["optimizer"]), tensors)
+            step = int(header["step"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is a damaged snapshot: {error!r}") from None
+        parts: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            if part in parts:
+                parts[part][name] = tensor
+        return cls(parts["params"], parts["buffers"], step, tree)
+
+
+@torch.no_grad()
+def rewind(
+    model: nn.Module,
+    snapshot: Snapshot,
+    what: Collection[Part] = ("params", "buffers"),
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+) -> None:
+    """Put a model back to a snapshot, in place, then apply masks.
+
+    Every parameter (biases and norms too) and every buffer is restored. Optimizer state is not
+    unless asked for: a lottery-ticket round starts with a fresh optimizer.
+
+    Args:
+        model: the model the snapshot was taken of, with or without mask parametrizations.
+        snapshot: the state to return to.
+        what: any of "params", "buffers", "optimizer".
+        masks: name -> bool mask (True = kept), applied after restoring.
+        optimizer: required for "optimizer".
+
+    Raises:
+        ValueError: unknown part, another architecture (names the tensor), "optimizer" without an
+            optimizer or without captured state.
+
+    Reference: arXiv 1803.03635, section 1.
+    """
+    for part in what:
+        if part not in PARTS:
+            raise ValueError(f"what={tuple(what)!r}: {unknown_name('part', part, PARTS)}")
+    wanted = []
+    if "params" in what:
+        wanted.append((_plain_params(model), snapshot.params, "parameter"))
+    if "buffers" in what:
+        wanted.append((_plain_buffers(model), snapshot.buffers, "buffer"))
+    for current, saved, kind in wanted:
+        _check_same_tensors(current, saved, kind)
+    if "optimizer" in what and (optimizer is None or snapshot.optimizer is None):
+        lacking = "the optimizer argument" if optimizer is None else "optimizer state captured"
+        raise ValueError(f"what includes 'optimizer', but there is no {lacking}")
+    for current, saved, _ in wanted:
+        for name, tensor in current.items():
+            tensor.copy_(saved[name])
+    if "optimizer" in what and optimizer is not None and snapshot.optimizer is not None:
+        optimizer.load_state_dict(_copied(snapshot.optimizer))
+    if masks is not None:
+        MaskSet(masks).apply_(model)
+
+
+@torch.no_grad()
+def reinitialize(
+    model: nn.Module,
+    mode: ReinitMode = "fresh",
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    snapshot: Snapshot | None = None,
+    initializer: Callable[[nn.Module], object] | None = None,
+    replace: bool = False,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Give a (masked) network other initial values: the controls of the lottery ticket.
+
+    Args:
+        model: any module without parametrizations.
+        mode: "fresh" draws all parameters anew with the same initialiser (each module's
+            `reset_parameters`, or `initializer`); "shuffle" permutes the initial values of the
+            kept weights inside each tensor; "constant_sign" keeps every weight's sign and permutes
+            the magnitudes.
+        masks: name -> bool mask; applied afterwards. Without masks "shuffle" and "constant_sign"
+            treat every selected linear and convolution weight as kept.
+        snapshot: the initial values for "shuffle" and "constant_sign" (the model is rewound to it
+            first); None takes the model's present values as the initial ones.
+        initializer: for "fresh", called as `initializer(model)` with the global random state
+            seeded from `generator`; needed where a module has parameters of its own but no
+            `reset_parameters`.
+        replace: draw with replacement instead of permuting.
+        generator: source of randomness; the global generators are left as they were.
+
+    Raises:
+        ValueError: unknown mode, a parametrized model, `snapshot` with "fresh", a module that
+            cannot be re-initialised, or masks that do not fit.
+
+    Reference: arXiv 1803.03635, appendix F ("random reinitialization", "resampling"); arXiv
+    1905.01067.
+    """
+    modes = ("fresh", "shuffle", "constant_sign")
+    if mode not in modes:
+        raise ValueError(unknown_name("mode", mode, modes))
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{name or 'model'} is parametrized; finalize it before")
+    if mode == "fresh":
+        if snapshot is not None:
+            raise ValueError("snapshot only applies to 'shuffle' and 'constant_sign'")
+        _draw_anew(model, initializer, generator)
+    else:
+        if snapshot is not None:
+            rewind(model, snapshot)
+        kept = _kept(model, masks)
+        weights = dict(model.named_parameters())
+        for name, mask in kept.items():
+            _resample_(weights[name], mask, mode, replace, generator)
+    if masks is not None:
+        MaskSet(masks).apply_(model)
+
+
+def shuffle_masks(
+    masks: Mapping[str, Tensor],
+    mode: Literal["layerwise", "global"] = "layerwise",
+    generator: torch.Generator | None = None,
+) -> MaskSet:
+    """Masks of the same density at random places (random tickets).
+
+    Structured patterns are not preserved.
+
+    Args:
+        masks: name -> bool mask.
+        mode: "layerwise" permutes inside each tensor (layer densities stay), "global" over all
+            tensors together (only the total stays).
+        generator: source of randomness, on the CPU.
+
+    Raises:
+        ValueError: unknown mode or no masks.
+    """
+    if mode not in ("layerwise", "global"):
+        raise ValueError(unknown_name("mode", mode, ("layerwise", "global")))
+    if not masks:
+        raise ValueError("masks is empty; there is nothing to shuffle")
+    if mode == "layerwise":
+        return MaskSet({name: _permuted(mask, generator) for name, mask in masks.items()})
+    flat = torch.cat([mask.flatten().cpu() for mask in masks.values()])
+    parts = _permuted(flat, generator).split([mask.numel() for mask in masks.values()])
+    return MaskSet(
+        {
+            name: part.clone().view(mask.shape).to(mask.device)
+            for (name, mask), part in zip(masks.items(), parts, strict=True)
+        }
+    )
+
+
+def _permuted(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.flatten()[order].view(tensor.shape)
+
+
+def _kept(model: nn.Module, masks: Mapping[str, Tensor] | None) -> MaskSet:
+    if masks is None:
+        return MaskSet.ones(select_parameters(model))
+    selection: ParamSelection = select_parameters(model, include=tuple(masks), biases=False)
+    for name, mask in masks.items():
+        if name not in selection:
+            raise ValueError(unknown_name("parameter", name, selection))
+        if mask.shape != selection[name].shape:
+            raise ValueError(
+                f"mask of {name!r} has shape {tuple(mask.shape)}, the weight "
+                f"{tuple(selection[name].shape)}"
+            )
+    return MaskSet(masks)
+
+
+def _resample_(
+    weight: Tensor,
+    mask: Tensor,
+    mode: ReinitMode,
+    replace: bool,
+    generator: torch.Generator | None,
+) -> None:
+    mask = mask.to(weight.device)
+    values = weight[mask]
+    count = values.numel()
+    if replace and count:
+        picks = torch.randint(count, (count,), generator=generator)
+    else:
+        picks = torch.randperm(count, generator=generator)
+    drawn = values[picks.to(weight.device)]
+    if mode == "constant_sign":
+        drawn = torch.where(torch.signbit(values), -drawn.abs(), drawn.abs())
+    weight[mask] = drawn
+
+
+def _draw_anew(
+    model: nn.Module,
+    initializer: Callable[[nn.Module], object] | None,
+    generator: torch.Generator | None,
+) -> None:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        if generator is not None:
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+            torch.manual_seed(int(seed))
+        else:
+            torch.seed()
+        if initializer is not None:
+            initializer(model)
+            return
+        resets = []
+        for name, module in model.named_modules():
+            reset = getattr(module, "reset_parameters", None) or getattr(
+                module, "_reset_parameters", None
+            )
+            if callable(reset):
+                resets.append(reset)
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"{name or 'model'} ({type(module).__name__}) has parameters but no "
+                    "reset_parameters; pass initializer="
+                )
+        for reset in reversed(resets):  # children first, as they were constructed
+            reset()
+
+
+def _plain(name: str) -> str:
+    """A parameter's name as it would be without parametrizations."""
+    if "parametrizations." in name and name.endswith(".original"):
+        return name.removesuffix(".original").replace("parametrizations.", "")
+    return name
+
+
+def _plain_params(model: nn.Module) -> dict[str, Tensor]:
+    return {_plain(name): p.detach() for name, p in model.named_parameters()}
+
+
+def _plain_buffers(model: nn.Module) -> dict[str, Tensor]:
+    # Buffers inside a parametrization (a mask) belong to the coupling, not to the model.
+    return {n: b for n, b in model.named_buffers() if "parametrizations." not in n}
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _check_same_tensors(
+    current: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str
+) -> None:
+    odd = sorted(set(current) ^ set(saved))
+    if odd:
+        where = "model" if odd[0] in saved else "snapshot"
+        raise ValueError(f"the {where} has no {kind} {odd[0]!r}; was it another architecture?")
+    for name, tensor in current.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(
+                f"{kind} {name!r} has shape {tuple(tensor.shape)}, in the snapshot "
+                f"{tuple(saved[name].shape)}"
+            )
+
+
+def _copied(value: Any) -> Any:
+    """Deep copy of a nest of dicts, lists and tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; tensors move into `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        # Optimizer state is keyed by integers, which JSON would turn into strings: keep pairs.
+        return {"$pairs": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{path}: {type(value).__name__} cannot be saved")
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _unflatten(v, tensors) for key, v in value["$pairs"]}
+    if isinstance(value, list):
+        return [_unflatten(v, tensors) for v in value]
+    return value
