@@ -1,29 +1,77 @@
 # `make demo` and `make test` do all the set-up on a fresh machine; a second call is quick.
 PYTHON ?= python3
 VENV ?= .venv
-PIP := $(VENV)/bin/pip
-PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
+DEMO_DIR ?= runs/demo
 
-.PHONY: help setup build demo test test-all test-sanitize lint reproduce bench docs dist clean
+.PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench clean \
+        test-sanitize
 
 help:
 	@echo "make demo           compress a real network and see it run faster (sets everything up first)"
-	@echo "make test           lint, types, contracts and the quick test suite (what CI runs)"
+	@echo "make test           lint, types, floors, tests, sanitizers, packages: what CI runs"
 	@echo "make test-sanitize  kernel tests under AddressSanitizer and UBSan"
-	@echo "make reproduce      the slow evidence: every experiment, docs/evidence.md"
-	@echo "make bench          kernel benchmarks"
-	@echo "make dist           sdist and wheel"
+	@echo "make minilm         the longer example: a pretrained sentence encoder"
+	@echo "make reproduce      the slow evidence: every experiment, then docs/evidence.md"
+	@echo "make bench          kernel benchmarks against torch, in one process"
+	@echo "make dist           sdist and wheel in dist/"
 
-$(VENV)/.deps: pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet -c constraints.txt torch numpy scikit-build-core nanobind
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --upgrade pip
+	$(PIP) install -c constraints.txt torch numpy scikit-build-core nanobind
 	touch $@
 
-# The editable install compiles csrc/ once; it is repeated only when a native source changes.
-$(VENV)/.native: $(VENV)/.deps $(NATIVE_SOURCES)
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[dev,text,bench]"
+# The editable install compiles csrc/; it is repeated only when a native source changes.
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE_SOURCES)
+	$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev,text,bench]"
 	touch $@
 
-setup build: $(VENV)/.native
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/aerogel compress --out $(DEMO_DIR)
+
+minilm: setup
+	$(BIN)/aerogel compress minilm --data wordnet-glosses --out runs/minilm
+
+test: lint unit test-sanitize dist
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+unit: setup browser
+	$(BIN)/pytest -m "not slow"
+
+# The report page is tested in a real browser. Without one (and without the right to install it)
+# those tests skip and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	  echo "no Chromium here: browser tests will be skipped"
+
+test-sanitize: setup
+	bash tests/sanitize.sh $(BIN)/python
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	bash tests/wheel_smoke.sh $(BIN)/python dist
+
+reproduce: setup
+	$(BIN)/aerogel reproduce --all
+
+bench: setup
+	$(BIN)/python benchmarks/spmm.py
+	$(BIN)/python benchmarks/plan.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
