@@ -1,0 +1,311 @@
+"""Save and load networks with their zeros as bits: safetensors, nothing that could run code.
+
+    save(model, "model.safetensors")            # masks are baked in, keys are the dense model's
+    load("model.safetensors", model)            # or load(path) -> dict of plain dense tensors
+    print(inspect("model.safetensors"))         # what is in there, without reading the values
+
+`formats` says how one tensor is laid out. The file's `__metadata__` holds
+
+- `aerogel`: JSON with `format_version`, and for each tensor its layout, shape, dtype, number of
+  kept elements and pattern; `shared` maps the other names of tied tensors to the one stored.
+- `aerogel.sha256`: over the rest of the metadata and every entry (key, dtype, shape, bytes).
+- `format: pt` and the caller's own strings.
+
+Files of the `compressed-tensors` project (`sparse-bitmask`, `sparse-24-bitmask`) and plain
+safetensors files load too. Ours load there when they were saved with `format="sparse-bitmask"` or
+`"sparse-24-bitmask"`, which keeps every other tensor dense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aerogel.runtime import formats
+from aerogel.runtime.container import DIGEST, STORABLE, Container, digest, write
+from aerogel.runtime.contents import (
+    FORMAT_VERSION,
+    INFO,
+    CheckpointInfo,
+    TensorInfo,
+    entries_of,
+    ours,
+    tensor_info,
+)
+from aerogel.runtime.formats import CheckpointError
+from aerogel.runtime.module_state import dense_state, fill
+
+__all__ = [
+    "FORMATS",
+    "CheckpointError",
+    "CheckpointInfo",
+    "TensorInfo",
+    "inspect",
+    "load",
+    "load_masks",
+    "save",
+]
+
+FORMATS = ("auto", *formats.LAYOUTS)
+_RESERVED = ("format", INFO, DIGEST)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _checked_state(obj: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if isinstance(obj, nn.Module):
+        state, masks = dense_state(obj)
+    elif isinstance(obj, Mapping):
+        state, masks = dict(obj), {}
+    else:
+        raise TypeError(f"obj must be a module or a dict of tensors, got {type(obj).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not key or key == "__metadata__":
+            raise ValueError(f"obj has the key {key!r}; tensor names must be non-empty strings")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"obj[{key!r}] is a {type(value).__name__}; only tensors can be saved")
+        if value.is_meta or value.layout != torch.strided:
+            what = "on the meta device" if value.is_meta else f"in layout {value.layout}"
+            raise ValueError(f"obj[{key!r}] is {what}; save plain dense tensors")
+        if value.dtype not in STORABLE:
+            raise ValueError(f"obj[{key!r}] is {value.dtype}, which safetensors cannot hold")
+    return state, masks
+
+
+def _split_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and other name -> stored name for those that are the very same memory."""
+    first: dict[Any, str] = {}
+    unique: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in state.items():
+        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and same in first:
+            shared[name] = first[same]
+            continue
+        first[same] = name
+        unique[name] = tensor
+    return unique, shared
+
+
+def _checked_patterns(patterns: Any, names: Mapping[str, Tensor]) -> dict[str, str]:
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"patterns must map tensor names to patterns, got {patterns!r}")
+    for name in patterns:
+        if name not in names:
+            close = get_close_matches(str(name), list(names), 3)
+            raise ValueError(f"patterns names {name!r}, which is not saved; nearest: {close}")
+    return {name: str(pattern) for name, pattern in patterns.items()}
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+        if key in _RESERVED:
+            raise ValueError(f"metadata has the key {key!r}; {', '.join(_RESERVED)} are reserved")
+    return dict(metadata or {})
+
+
+def _encode(
+    name: str, tensor: Tensor, mask: Tensor | None, format: str, taken: set[str]
+) -> formats.Encoded:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    kept = formats.nonzero(tensor)
+    if mask is not None:
+        kept |= mask.cpu().numpy()
+    count = int(np.count_nonzero(kept))
+    sizes = formats.candidates(name, tensor, kept, count)
+    wanted = formats.choose(
+        sizes, format, full_24=2 * count == tensor.numel(), masked=mask is not None
+    )
+    for layout in wanted:
+        keys = formats.part_keys(name, layout).values()
+        # A real tensor may have the name of a part; then another layout, at last dense, is free.
+        if layout == formats.DENSE or taken.isdisjoint(keys):
+            taken.update(keys)
+            return formats.encode(tensor, kept, count, layout)
+    return formats.encode(tensor, kept, count, formats.DENSE)
+
+
+def _pattern_of(encoded: formats.Encoded, tensor: Tensor) -> str | None:
+    if encoded.layout == formats.BITMASK_24:
+        return "2:4"
+    return "unstructured" if encoded.kept < tensor.numel() else None
+
+
+def save(
+    obj: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    patterns: Mapping[str, Any] | None = None,
+    format: str = "auto",
+) -> None:
+    """Write a network or a dict of tensors to a safetensors file, zeros as bits.
+
+    Active parametrizations (masks) are baked: the file has the dense model's key names, and the
+    masks live on in the bitmasks. Tied tensors are stored once. The file appears at once and whole
+    or, on any error, not at all; an older file of that name then stays as it was.
+
+    Args:
+        obj: a module, or a dict from names to tensors on any device.
+        path: the file to write; its folder must exist.
+        metadata: the caller's own strings, returned by `inspect`.
+        patterns: tensor name -> sparsity pattern to record, e.g. `{"fc.weight": "4x1"}`. Tensors
+            not named are recorded as "2:4" or "unstructured" as their zeros show.
+        format: "auto" takes the smallest layout for each tensor; "dense", "sparse-bitmask",
+            "sparse-24-bitmask" or "flat-bitmask" use that one wherever it is possible.
+
+    Raises:
+        ValueError: something in `obj` cannot be saved, or an argument is not understood.
+        OSError: the file cannot be written (full disk, read-only or missing folder).
+    """
+    if format not in FORMATS:
+        close = get_close_matches(str(format), FORMATS, 2)
+        raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}; nearest: {close}")
+    state, masks = _checked_state(obj)
+    user = _checked_metadata(metadata)
+    named = _checked_patterns(patterns, state)
+    parts, info = _lay_out(state, masks, named, format)
+    header = {"format": "pt", INFO: json.dumps(info, separators=(",", ":")), **user}
+    header[DIGEST] = digest(header, parts)
+    write(parts, header, Path(path))
+
+
+def _lay_out(
+    state: dict[str, Tensor], masks: dict[str, Tensor], patterns: dict[str, str], format: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The file's entries, and the description of what they are."""
+    unique, shared = _split_shared(state)
+    parts: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    taken = set(state)
+    for name, tensor in unique.items():
+        encoded = _encode(name, tensor, masks.get(name), format, taken)
+        keys = formats.part_keys(name, encoded.layout)
+        parts.update({key: encoded.parts[part] for part, key in keys.items()})
+        described[name] = {
+            "layout": encoded.layout,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "kept": encoded.kept,
+        }
+        pattern = patterns.get(name) or _pattern_of(encoded, tensor)
+        if pattern:
+            described[name]["pattern"] = pattern
+    return parts, {"format_version": FORMAT_VERSION, "tensors": described, "shared": shared}
+
+
+def _verify(file: Container) -> None:
+    """Compare the checksum of a file that aerogel wrote."""
+    if ours(file):
+        found = digest(file.metadata, {key: file.get(key) for key in file.entries})
+        if found != file.metadata.get(DIGEST):
+            raise CheckpointError(
+                f"{file.path} is damaged: its SHA-256 is {found[:12]}..., "
+                f"but {file.metadata.get(DIGEST, 'none')[:12]}... was recorded"
+            )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    file = Container(path)
+    entries, shared = entries_of(file)
+    _verify(file)
+    state: dict[str, Tensor] = {}
+    masks: dict[str, np.ndarray] = {}
+    for entry in entries:
+        state[entry.name], kept = entry.read(file)
+        if kept is not None:
+            masks[entry.name] = kept
+    for alias, name in shared.items():
+        state[alias] = state[name]
+        if name in masks:
+            masks[alias] = masks[name]
+    return state, masks
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], model: None = ..., strict: bool = ...
+) -> dict[str, Tensor]: ...
+@overload
+def load(path: str | os.PathLike[str], model: Model, strict: bool = ...) -> Model: ...
+def load(
+    path: str | os.PathLike[str], model: Model | None = None, strict: bool = True
+) -> dict[str, Tensor] | Model:
+    """Read a checkpoint of aerogel or compressed-tensors, or a plain safetensors file.
+
+    Everything is read and checked before the model is touched. Where the model has a mask
+    (a parametrization with a bool buffer of the weight's shape), the mask becomes the file's, so
+    zeros stay zero in further training.
+
+    Args:
+        path: the file.
+        model: a module to load into; it keeps its devices and dtypes.
+        strict: whether the file and the model must name the same tensors.
+
+    Returns:
+        The model, or without one a dict of dense CPU tensors; tied names share one tensor.
+
+    Raises:
+        CheckpointError: the file is damaged, hostile, or no safetensors file.
+        ValueError: the file does not fit the model.
+        OSError: the file cannot be opened.
+    """
+    state, masks = _read(path)
+    if model is None:
+        return state
+    fill(model, state, masks, strict)
+    return model
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The masks of a checkpoint: bool tensors, True = kept, of every tensor stored as bits.
+
+    Args:
+        path: a file written by `save`, or by compressed-tensors.
+
+    Returns:
+        Masks by tensor name. A kept weight whose value is zero is True here.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return {name: torch.from_numpy(kept) for name, kept in _read(path)[1].items()}
+
+
+def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Describe a checkpoint from its header alone, without reading or verifying the values.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tensors with layout, pattern and sparsity, its metadata and its sizes.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or its description is contradictory.
+        OSError: the file cannot be opened.
+    """
+    file = Container(path)
+    entries, shared = entries_of(file)
+    user = {k: v for k, v in file.metadata.items() if k not in _RESERVED}
+    return CheckpointInfo(
+        path=str(path),
+        format_version=FORMAT_VERSION if ours(file) else None,
+        file_bytes=file.file_bytes,
+        tensors=[tensor_info(file, entry) for entry in entries],
+        shared=shared,
+        metadata=user,
+        sha256=file.metadata.get(DIGEST),
+    )
