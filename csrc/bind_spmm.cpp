@@ -1,10 +1,5 @@
 // Thin: addresses and sizes in, checked again in spmm_check. Tensors are not passed as objects
 // because a DLPack exchange costs more than many of the layers.
-#include <nanobind/stl/tuple.h>
-
-#include <stdexcept>
-#include <tuple>
-
 #include "bindings.h"
 #include "kernels.h"
 #include "spmm.h"
@@ -26,10 +21,6 @@ SpmmWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, int64_t
   nb::gil_scoped_release release;
   return new SpmmWeight(source, variant, ldx);
 }
-
-struct Strides {
-  int64_t row, image;
-};
 
 void run(const SpmmWeight& weight, uintptr_t x, int64_t ldx, int64_t x_stride, uintptr_t y,
          int64_t ldy, int64_t y_stride, uintptr_t bias, uintptr_t residual, int64_t ldr,
@@ -63,11 +54,11 @@ void bind_spmm(nb::module_& m) {
   nb::class_<SpmmVariant>(m, "SpmmVariant")
       .def("__init__",
            [](SpmmVariant* self, int32_t vectors, int32_t groups, int32_t k_blocks,
-              int32_t row_tiles, bool pack, int32_t prefetch) {
-             new (self) SpmmVariant{vectors, groups, k_blocks, row_tiles, pack, prefetch};
+              int32_t row_tiles, bool pack) {
+             new (self) SpmmVariant{vectors, groups, k_blocks, row_tiles, pack};
            },
            nb::arg("vectors"), nb::arg("groups"), nb::arg("k_blocks"), nb::arg("row_tiles"),
-           nb::arg("pack"), nb::arg("prefetch"));
+           nb::arg("pack"));
   nb::class_<SpmmWeight>(m, "SpmmWeight").def_prop_ro("nbytes", &SpmmWeight::nbytes);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
   m.def("spmm_run", &run);

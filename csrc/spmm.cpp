@@ -137,7 +137,7 @@ class Packer {
       const int32_t block_a = block_of(source_, a.row), block_b = block_of(source_, b.row);
       return block_a != block_b ? block_a > block_b : a.count > b.count;
     });
-    for (size_t i = 0; i < members_.size();) i = pack_bucket(i, k_begin);
+    for (size_t i = 0; i < members_.size();) i = pack_bucket(i);
   }
 
  private:
@@ -149,7 +149,7 @@ class Packer {
   int64_t work_before(int64_t r) const { return source_.row_ptr[r] + 2 * r; }
 
   // Emits all members with the same block and count as member i; returns the first of the rest.
-  size_t pack_bucket(size_t i, int64_t k_begin) {
+  size_t pack_bucket(size_t i) {
     size_t end = i;
     const int32_t block = block_of(source_, members_[i].row);
     while (end < members_.size() && members_[end].count == members_[i].count &&
@@ -161,13 +161,12 @@ class Packer {
       if (groups == 0) continue;
       runs_->push_back({static_cast<int32_t>(members_[i].count), static_cast<int32_t>(groups),
                         width, block});
-      for (size_t g = 0; g < groups; ++g, i += width) pack_group(i, width, block, k_begin);
+      for (size_t g = 0; g < groups; ++g, i += width) pack_group(i, width, block);
     }
     return end;
   }
 
-  void pack_group(size_t i, int32_t width, int32_t block, int64_t k_begin) {
-    (void)k_begin;
+  void pack_group(size_t i, int32_t width, int32_t block) {
     for (int32_t g = 0; g < width; ++g) {
       rows_->push_back(static_cast<int32_t>(first_output(source_, members_[i + g].row)));
     }

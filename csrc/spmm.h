@@ -23,7 +23,6 @@ struct SpmmVariant {
   int32_t k_blocks = 1;  // the input features are walked in so many slabs, to keep them in L1
   int32_t row_tiles = 1;  // the outputs are cut into at least so many tiles of equal work
   int32_t pack = 0;      // 1: slabs are copied to aligned scratch (misaligned or power-of-two rows)
-  int32_t prefetch = 0;  // steps ahead, 0 for none
 };
 
 // The portable form, borrowed: block row r covers output rows r * block ... and holds columns

@@ -1,0 +1,46 @@
+"""Floor 0: one function per native kernel, and beside it its reference in pure torch.
+
+`AEROGEL_KERNELS=reference` runs everything on the references; `AEROGEL_ISA` picks an instruction
+set.
+"""
+
+from aerogel.kernels._library import (
+    available_isas,
+    isa,
+    native_available,
+    reference_mode,
+    set_isa,
+)
+from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.ops import spmm_op
+from aerogel.kernels.roofline import Roofline, roofline
+from aerogel.kernels.spmm import (
+    ACTIVATIONS,
+    SpmmVariant,
+    default_variant,
+    native_weight,
+    reference_activation,
+    spmm,
+    spmm_reference,
+    spmm_variants,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "BlockRowWeight",
+    "Roofline",
+    "SpmmVariant",
+    "available_isas",
+    "default_variant",
+    "isa",
+    "native_available",
+    "native_weight",
+    "reference_activation",
+    "reference_mode",
+    "roofline",
+    "set_isa",
+    "spmm",
+    "spmm_op",
+    "spmm_reference",
+    "spmm_variants",
+]

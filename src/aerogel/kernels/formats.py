@@ -1,0 +1,217 @@
+"""Packed sparse weights: plain tensors that a kernel can walk, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BLOCKS = (4, 2, 1)
+_INT16_COLUMNS = 1 << 15
+
+
+def _stored_columns(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Masks of stored entries: (full block rows, K) and (remaining rows, K)."""
+    rows, cols = weight.shape
+    full = rows // block
+    nonzero = weight != 0  # NaN != 0 is true: NaN weights are stored and propagate
+    return nonzero[: full * block].reshape(full, block, cols).any(1), nonzero[full * block :]
+
+
+def _fill(weight: Tensor, block: int) -> float:
+    """Share of non-zeros among the stored values of whole blocks (1.0 if there are none)."""
+    mask, _ = _stored_columns(weight, block)
+    stored = int(mask.sum()) * block
+    nonzeros = int((weight[: mask.shape[0] * block] != 0).sum())
+    return nonzeros / stored if stored else 1.0
+
+
+def _choose_block(weight: Tensor, min_fill: float) -> int:
+    """The largest block whose stored values are at least `min_fill` non-zero (XNNPACK's rule)."""
+    for block in BLOCKS[:-1]:
+        if weight.shape[0] >= block and _fill(weight, block) >= min_fill:
+            return block
+    return 1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRowWeight:
+    """A weight matrix without its zeros; `block` consecutive output rows share their columns.
+
+    Block row r covers the output rows r * block ... and stores the columns
+    `columns[row_ptr[r]:row_ptr[r + 1]]`, ascending, with `block` values each (zeros inside a
+    stored block are stored). The last `rows % block` rows follow as block rows of one.
+
+    Attributes:
+        values: (stored values,) in order of `columns`, `block` neighbours each.
+        columns: (stored columns,) int16 where the input features fit, else int32.
+        row_ptr: (rows // block + rows % block + 1,) int64.
+        shape: (out_features, in_features).
+        block: 1, 2 or 4.
+
+    Reference: Elsen, Dukhan, Gale, Simonyan, Fast Sparse ConvNets, arXiv 1911.09723.
+    """
+
+    values: Tensor
+    columns: Tensor
+    row_ptr: Tensor
+    shape: tuple[int, int]
+    block: int
+    _streams: dict[object, object] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def pack(weight: Tensor, block: int | str = "auto", min_fill: float = 0.9) -> BlockRowWeight:
+        """Packs the non-zeros of a dense weight.
+
+        Args:
+            weight: (out, in) or (out, in, 1, ...) floating point tensor that needs no gradient.
+            block: output rows that share columns: 1, 2, 4, or "auto" for the largest whose blocks
+                are at least `min_fill` full.
+            min_fill: share of non-zeros that "auto" asks of a block, 0 to 1.
+
+        Returns:
+            The packed weight, on the weight's device, sharing no memory with it.
+
+        Raises:
+            TypeError: `weight` is not a floating point tensor.
+            ValueError: another shape, block or min_fill, or a weight that requires a gradient.
+        """
+        matrix = _as_matrix(weight)
+        if block == "auto":
+            if not 0.0 <= min_fill <= 1.0:
+                raise ValueError(f"min_fill={min_fill}: expected a share between 0 and 1")
+            chosen = _choose_block(matrix, min_fill)
+        elif block in BLOCKS:
+            chosen = int(block)
+        else:
+            raise ValueError(f"block={block!r}: expected 1, 2, 4 or 'auto'")
+        mask, rest = _stored_columns(matrix, chosen)
+        full = mask.shape[0]
+        at_row, at_col = mask.nonzero(as_tuple=True)
+        blocks = matrix[: full * chosen].reshape(full, chosen, matrix.shape[1])[at_row, :, at_col]
+        counts = torch.cat([mask.sum(1), rest.sum(1)])
+        columns = torch.cat([at_col, rest.nonzero(as_tuple=True)[1]])
+        tail = matrix[full * chosen :]
+        return BlockRowWeight(
+            values=torch.cat([blocks.reshape(-1), tail[rest]]),
+            columns=columns.to(torch.int16 if matrix.shape[1] <= _INT16_COLUMNS else torch.int32),
+            row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            shape=(matrix.shape[0], matrix.shape[1]),
+            block=chosen,
+        )
+
+    def unpack(self) -> Tensor:
+        """The dense (out, in) weight, bit for bit what was packed."""
+        return dense_weight(self.values, self.columns, self.row_ptr, self.shape, self.block)
+
+    @property
+    def density(self) -> float:
+        """Share of stored values (zeros inside stored blocks count as stored)."""
+        size = self.shape[0] * self.shape[1]
+        return self.values.numel() / size if size else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the portable tensors."""
+        parts = (self.values, self.columns, self.row_ptr)
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Plain tensors to save: values, columns, row_ptr, shape, block."""
+        return {
+            "values": self.values,
+            "columns": self.columns,
+            "row_ptr": self.row_ptr,
+            "shape": torch.tensor(self.shape),
+            "block": torch.tensor(self.block),
+        }
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor]) -> BlockRowWeight:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            ValueError: a part is missing, or the parts contradict each other.
+        """
+        missing = {"values", "columns", "row_ptr", "shape", "block"} - tensors.keys()
+        if missing:
+            raise ValueError(f"packed weight: missing {', '.join(sorted(missing))}")
+        rows, cols = (int(n) for n in tensors["shape"].tolist())
+        weight = BlockRowWeight(
+            tensors["values"],
+            tensors["columns"],
+            tensors["row_ptr"],
+            (rows, cols),
+            int(tensors["block"]),
+        )
+        weight.check()
+        return weight
+
+    def check(self) -> None:
+        """Raises ValueError unless the parts describe a weight matrix."""
+        rows, cols = self.shape
+        if self.block not in BLOCKS or rows < 0 or cols < 0:
+            raise ValueError(f"block={self.block}, shape={self.shape}: not a packed weight")
+        full = rows // self.block
+        if self.row_ptr.dtype != torch.int64 or self.row_ptr.shape != (
+            full + rows % self.block + 1,
+        ):
+            raise ValueError(f"row_ptr: shape {tuple(self.row_ptr.shape)} does not fit {self}")
+        ptr = self.row_ptr
+        if int(ptr[0]) != 0 or bool((ptr.diff() < 0).any()) or int(ptr[-1]) != len(self.columns):
+            raise ValueError("row_ptr: expected ascending offsets from 0 to the number of columns")
+        stored = int(ptr[full]) * self.block + int(ptr[-1] - ptr[full])
+        if self.values.shape != (stored,):
+            raise ValueError(f"values: {tuple(self.values.shape)}, expected ({stored},)")
+        if len(self.columns) and not (
+            int(self.columns.min()) >= 0 and int(self.columns.max()) < cols
+        ):
+            raise ValueError(f"columns: expected indices from 0 to {cols - 1}")
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating point tensor, got {_describe(weight)}")
+    if weight.requires_grad:
+        raise ValueError("weight requires a gradient: pack weight.detach()")
+    if weight.dim() < 2 or any(n != 1 for n in weight.shape[2:]):
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}, expected (out, in) or a 1x1 kernel (out, in, 1, 1)"
+        )
+    return weight.reshape(weight.shape[0], weight.shape[1])
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def entry_indices(
+    columns: Tensor, row_ptr: Tensor, shape: tuple[int, int], block: int, num_values: int
+) -> tuple[Tensor, Tensor]:
+    """(row, column) of every stored value; sizes depend on shapes only, so tracing is possible."""
+    full = shape[0] // block
+    entries = columns.shape[0]
+    full_entries = (num_values - entries) // (block - 1) if block > 1 else entries
+    ids = torch.repeat_interleave(
+        torch.arange(row_ptr.shape[0] - 1, device=row_ptr.device),
+        row_ptr.diff(),
+        output_size=entries,
+    )
+    within = torch.arange(block, device=columns.device)
+    rows = (ids[:full_entries, None] * block + within).reshape(-1)
+    cols = columns.long()
+    return (
+        torch.cat([rows, ids[full_entries:] + full * (block - 1)]),
+        torch.cat([cols[:full_entries, None].expand(-1, block).reshape(-1), cols[full_entries:]]),
+    )
+
+
+def dense_weight(
+    values: Tensor, columns: Tensor, row_ptr: Tensor, shape: tuple[int, int], block: int
+) -> Tensor:
+    """The (out, in) matrix of packed parts; differentiable in `values`."""
+    index = entry_indices(columns, row_ptr, shape, block, values.shape[0])
+    return values.new_zeros(shape).index_put(index, values)

@@ -1,0 +1,149 @@
+"""`torch.ops.aerogel.spmm`: the packed product as a PyTorch operator, with gradients.
+
+Inference calls the kernels directly (an operator call costs more than many of the layers); the
+operator exists for autograd, `torch.export` and `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from aerogel.kernels.formats import BlockRowWeight, dense_weight, entry_indices
+from aerogel.kernels.spmm import check_activation, check_operands, linear_reference, spmm
+
+_aten = torch.ops.aten
+
+
+class _PackedCache:
+    """Packed weights by their values tensor, so that repeated calls reuse the native streams."""
+
+    def __init__(self) -> None:
+        self._entries: Any = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(
+        self, values: Tensor, columns: Tensor, row_ptr: Tensor, shape: tuple[int, int], block: int
+    ) -> BlockRowWeight:
+        state = (
+            values._version if not values.is_inference() else None,
+            values.data_ptr(),
+            columns.data_ptr(),
+            row_ptr.data_ptr(),
+            shape,
+            block,
+        )
+        reusable = not values.is_inference()
+        with self._lock:
+            found = self._entries.get(values) if reusable else None
+            if found is not None and found[0] == state:
+                return found[1]
+        weight = BlockRowWeight(values.detach(), columns, row_ptr, shape, block)
+        weight.check()
+        if reusable:
+            with self._lock:
+                self._entries[values] = (state, weight)
+        return weight
+
+
+_packed = _PackedCache()
+
+
+@torch.library.custom_op("aerogel::spmm", mutates_args=())
+def spmm_op(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_ptr: Tensor,
+    rows: int,
+    cols: int,
+    block: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+) -> Tensor:
+    """`aerogel.kernels.spmm` on the parts of a BlockRowWeight."""
+    weight = _packed.get(values, columns, row_ptr, (rows, cols), block)
+    with torch.no_grad():
+        return spmm(x, weight, bias, activation=activation, residual=residual, layout=layout)
+
+
+@spmm_op.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_ptr: Tensor,
+    rows: int,
+    cols: int,
+    block: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+) -> Tensor:
+    check_activation(activation)
+    return x.new_empty(check_operands(x, rows, cols, bias, residual, layout))
+
+
+def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+    """Gradient before the activation; z is the activation's input."""
+    match activation:
+        case "relu":
+            return _aten.threshold_backward(grad, z, 0)
+        case "relu6":
+            return _aten.hardtanh_backward(grad, z, 0.0, 6.0)
+        case "hardswish":
+            return _aten.hardswish_backward(grad, z)
+        case "silu":
+            return _aten.silu_backward(grad, z)
+        case "gelu":
+            return _aten.gelu_backward(grad, z)
+        case "gelu_tanh":
+            return _aten.gelu_backward(grad, z, approximate="tanh")
+        case "sigmoid":
+            return _aten.sigmoid_backward(grad, torch.sigmoid(z))
+    return grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, columns, row_ptr, rows, cols, block, bias, residual, activation, layout = inputs
+    ctx.save_for_backward(x, values, columns, row_ptr, bias, residual)
+    ctx.shape, ctx.block, ctx.activation, ctx.layout = (rows, cols), block, activation, layout
+
+
+def _as_planes(t: Tensor, layout: str) -> Tensor:
+    """(images, features, columns), whatever the layout."""
+    if layout == "tokens":
+        return t.reshape(1, -1, t.shape[-1]).transpose(1, 2)
+    return t.reshape(t.shape[0], t.shape[1], -1)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, columns, row_ptr, bias, residual = ctx.saved_tensors
+    dense = dense_weight(values, columns, row_ptr, ctx.shape, ctx.block)
+    if ctx.activation != "none":
+        z = linear_reference(x, dense, bias, ctx.layout)
+        z = z if residual is None else z + residual
+        grad = _activation_gradient(grad.contiguous(), z, ctx.activation)
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = linear_reference(grad, dense.t(), None, ctx.layout)
+    planes = _as_planes(grad, ctx.layout)
+    if ctx.needs_input_grad[1]:
+        index = entry_indices(columns, row_ptr, ctx.shape, ctx.block, values.shape[0])
+        product = torch.einsum("bnm,bkm->nk", planes, _as_planes(x, ctx.layout))
+        grad_values = product[index]
+    if bias is not None and ctx.needs_input_grad[7]:
+        grad_bias = planes.sum((0, 2))
+    grad_residual = grad if residual is not None and ctx.needs_input_grad[8] else None
+    nothing = (None,) * 5
+    return grad_x, grad_values, *nothing, grad_bias, grad_residual, None, None
+
+
+spmm_op.register_autograd(_backward, setup_context=_setup_context)
