@@ -1,4 +1,4 @@
-"""The shape of `results.json`: everything one compression run found out, and the report's only input.
+"""The shape of `results.json`: all that one compression run found out, the report's only input.
 
 `aerogel compress` fills a `Results`; `aerogel.report.render` reads nothing else. Every part is
 optional except the title, so a run that was cut short, or that skipped a stage, still has a report.
@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -53,7 +53,7 @@ class Metric(_Part):
 
 
 class Size(_Part):
-    """Bytes on disk and numbers of weights; `*_bytes` are whole files as `aerogel.save` wrote them."""
+    """Bytes on disk and numbers of weights; `*_bytes` are whole files as `aerogel.save` wrote."""
 
     dense_bytes: int | None = Field(default=None, ge=0)
     sparse_bytes: int | None = Field(default=None, ge=0)
@@ -83,12 +83,13 @@ class EngineTime(_Part):
     ratio: float | None = None  # median over rounds of (baseline's time / this one's time)
     ratio_low: float | None = None
     ratio_high: float | None = None
+    samples: list[float] = Field(default_factory=list)  # seconds per call, one for each round
     max_error: float | None = None  # largest |difference| from torch eager / largest |output|
     missing: str | None = None
 
 
 class Latency(_Part):
-    """One comparison: every engine at one thread count and batch. This is `BenchTable.to_dict()`."""
+    """One comparison: every engine at one thread count and batch; `BenchTable.to_dict()`."""
 
     threads: int = Field(ge=1)
     batch: int | None = None
@@ -107,16 +108,17 @@ class Latency(_Part):
 
 
 class Layer(_Part):
-    """One layer of the compiled network: a row of `CompiledModule.explain().to_dict()`."""
+    """One layer of the compiled network: a row of `CompiledModule.explain().to_dict()["rows"]`."""
 
-    name: str
-    type: str = ""
+    name: str = Field(validation_alias=AliasChoices("name", "layer"))
+    type: str = Field(default="", validation_alias=AliasChoices("type", "op"))
     shape: str = ""
     sparsity: float | None = None
     pattern: str = ""
     kernel: str = ""
-    seconds: float | None = None  # as it runs in the compiled sparse network
-    seconds_dense: float | None = None  # the best dense candidate for the same layer
+    seconds_sparse: float | None = None  # the best kernel that skips zeros; None: there is none
+    seconds_dense: float | None = None  # dense torch on the same example
+    share: float | None = None  # of the compiled model's time
 
     @field_validator("shape", mode="before")
     @classmethod
