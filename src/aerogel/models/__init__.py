@@ -1,0 +1,24 @@
+"""Whole networks by name, with timm's interface.
+
+model = aerogel.models.create_model("mobilenet_v1_laptop")
+weights = aerogel.data.fetch_checkpoint("mobilenet_v2")
+model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
+"""
+
+from aerogel.models.mlp import MLP
+from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
+from aerogel.models.registry import create_model, list_models, model_config, register_model
+from aerogel.models.sentence_encoder import SentenceEncoder
+from aerogel.models.vision import VisionModel
+
+__all__ = [
+    "MLP",
+    "MobileNetV1",
+    "MobileNetV2",
+    "SentenceEncoder",
+    "VisionModel",
+    "create_model",
+    "list_models",
+    "model_config",
+    "register_model",
+]
