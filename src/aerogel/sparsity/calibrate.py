@@ -161,6 +161,8 @@ def sequential_stages(
     index = 0
     with calibrating(model):
         if before:
+            # A model that cannot be walked is refused before the caller prunes anything.
+            record_block_calls(model, chain, held[0], forward)
             found = _single_pass(model, held, before, stats, token_mask, forward, until=chain[0])
             yield Stage("", index, total, found)
             index += 1

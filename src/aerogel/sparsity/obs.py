@@ -1,0 +1,160 @@
+"""SparseGPT's column sweep: prune a weight and let the kept entries make up for it.
+
+The layer's squared output error is a quadratic form with the Hessian H = 2 E[x x^T]. Removing one
+weight and re-fitting the rest of its row optimally costs w_j^2 / [H^-1]_jj; going through the
+columns from left to right and only ever re-fitting the columns still to come lets all rows share
+one Cholesky factor of H^-1.
+
+Reference: Frantar & Alistarh, "SparseGPT", arXiv 2301.00774; Hassibi et al., "Optimal Brain
+Surgeon", 1993.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aerogel.sparsity.patterns import NM, Pattern, Unstructured
+from aerogel.sparsity.scores import OBS_DAMPING, inverse_cholesky
+from aerogel.sparsity.topk import pruned_count, require_finite, topk_mask, topk_rows
+
+SPARSEGPT_BLOCK = 128
+
+
+def sparsegpt_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    pattern: Pattern | None = None,
+    *,
+    block: int = SPARSEGPT_BLOCK,
+    damp: float = OBS_DAMPING,
+    name: str = "weight",
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT on one weight: optimal-brain-surgeon updates column by column.
+
+    Inputs that were always zero are pruned first and take no part in the repair.
+
+    Args:
+        weight: (out, in/groups, *kernel), any floating dtype.
+        hessian: (F, F), or (g, F, F) for a grouped convolution, F = in/groups * prod(kernel).
+        sparsity: fraction of zeros of the whole weight, ignored by N:M.
+        pattern: None (unstructured) or `NM` along the inputs.
+        block: columns decided together.
+        damp: share of the mean diagonal added to the Hessian.
+        name: named in errors.
+
+    Returns:
+        (new weight, bool mask), of the weight's shape; exactly floor(sparsity * numel) are pruned.
+
+    Reference: arXiv 2301.00774, algorithm 1.
+    """
+    shape = pattern if pattern is not None else Unstructured()
+    check_sparsegpt_options(shape, block, damp)
+    shape.validate(weight.shape, name)
+    require_finite(weight, name)
+    nm = shape if isinstance(shape, NM) else None
+    if nm is not None and nm.pad and weight.ndim > 2 and weight.shape[1] % nm.m:
+        raise ValueError(f"{name}: padded {nm} groups of a convolution are not supported here")
+    hessians = hessian if hessian.ndim == 3 else hessian[None]
+    new, masks = [], []
+    for part, local in zip(weight.chunk(len(hessians)), hessians, strict=True):
+        # Groups of N:M run along channels at one kernel position: make channels the inner axis.
+        order = _channels_innermost(part.shape) if nm is not None else None
+        matrix = part.flatten(1).float()
+        if order is not None:
+            matrix, local = matrix[:, order], local[order][:, order]
+        repaired, mask = _obs(matrix, local.to(matrix.device), sparsity, nm, block, damp, name)
+        if order is not None:
+            back = order.argsort()
+            repaired, mask = repaired[:, back], mask[:, back]
+        new.append(repaired.reshape(part.shape))
+        masks.append(mask.reshape(part.shape))
+    return torch.cat(new).to(weight.dtype), torch.cat(masks)
+
+
+def _obs(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    nm: NM | None,
+    block: int,
+    damp: float,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """The column sweep on a float32 matrix (rows, columns); see `sparsegpt_weight`."""
+    rows, columns = weight.shape
+    upper = _inverse_factor(hessian, damp, name)
+    dead = hessian.diagonal() == 0
+    live = weight.t().clone()  # [columns, rows]: one column of the weight is contiguous
+    live[dead] = 0.0
+    kept = torch.ones(columns, rows, dtype=torch.bool, device=weight.device)
+    width = block if nm is None else max(nm.m, block - block % nm.m)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        local = upper[start:stop, start:stop]
+        part, mask = live[start:stop], kept[start:stop]
+        if nm is None:
+            done = pruned_count(rows * start, sparsity, rounding="floor", min_keep=0)
+            due = pruned_count(rows * stop, sparsity, rounding="floor", min_keep=0) - done
+            score = (part / local.diagonal()[:, None]).square()
+            mask.copy_(topk_mask(score.t(), score.numel() - due).t())
+        errors = _sweep(part, mask, local, nm)
+        live[stop:] -= upper[start:stop, stop:].t() @ errors
+    new, kept = live.t().contiguous(), kept.t().contiguous()
+    untouched = torch.where(kept, weight, torch.zeros((), device=weight.device))
+    return torch.where(dead, untouched, new), kept
+
+
+def _sweep(part: Tensor, mask: Tensor, upper: Tensor, nm: NM | None) -> Tensor:
+    """Prune the columns of one block in order, pushing each error onto the columns to come.
+
+    Args:
+        part: (columns of the block, rows), changed in place.
+        mask: same shape; read, or filled group by group for N:M.
+        upper: the block's part of the Cholesky factor.
+        nm: the pattern, None if `mask` is complete.
+
+    Returns:
+        (columns of the block, rows) scaled errors for the lazy update of later blocks.
+    """
+    errors = torch.zeros_like(part)
+    diagonal = upper.diagonal()
+    for j in range(len(part)):
+        if nm is not None and j % nm.m == 0:
+            group = slice(j, min(j + nm.m, len(part)))
+            score = (part[group] / diagonal[group, None]).square().t().contiguous()
+            mask[group] = topk_rows(score, min(nm.n, score.shape[1])).t()
+        value = part[j].clone()
+        pruned = torch.where(mask[j], value, 0.0)
+        errors[j] = (value - pruned) / diagonal[j]
+        part[j:].addr_(upper[j, j:], errors[j], alpha=-1.0)
+        part[j] = pruned
+    return errors
+
+
+def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
+    try:
+        return inverse_cholesky(hessian, damp, name)
+    except (ValueError, torch.linalg.LinAlgError):  # float32 ran out of digits
+        pass
+    try:
+        return inverse_cholesky(hessian.double(), damp, name).float()
+    except torch.linalg.LinAlgError:
+        raise ValueError(f"{name}: the Hessian cannot be inverted; raise damp={damp}") from None
+
+
+def _channels_innermost(shape: torch.Size) -> Tensor | None:
+    if len(shape) <= 2:
+        return None
+    index = torch.arange(shape[1:].numel()).reshape(shape[1:])
+    return index.movedim(0, -1).flatten()
+
+
+def check_sparsegpt_options(pattern: Pattern, block: int, damp: float) -> None:
+    if not isinstance(pattern, (Unstructured, NM)) or getattr(pattern, "axis", 1) != 1:
+        raise ValueError(f"SparseGPT knows unstructured and N:M along inputs, not {pattern}")
+    if block < 1:
+        raise ValueError(f"block={block!r} must be >= 1")
+    if not damp > 0:
+        raise ValueError(f"damp={damp!r} must be > 0")
