@@ -20,6 +20,8 @@ _INTEGER_SLACK = 1e-9
 # Below this group length, ranking by pairwise comparison beats a sort of every row.
 _PAIRWISE_LIMIT = 8
 
+_TIE_CHUNK = 1 << 20
+
 
 def pruned_count(
     numel: int,
@@ -125,10 +127,22 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
     flat = _comparable(score).flatten()
     threshold = kth_largest(flat, k)
     kept = flat > threshold
-    # Entries equal to the threshold fill what is missing, in index order.
-    missing = k - int(kept.sum())
-    kept[(flat == threshold).nonzero().flatten()[:missing]] = True
+    _fill_ties(kept, flat, threshold, k - int(kept.sum()))
     return kept.view(score.shape)
+
+
+def _fill_ties(kept: Tensor, flat: Tensor, threshold: Tensor, missing: int) -> None:
+    """Keep the first ``missing`` entries equal to the threshold, in index order."""
+    # In chunks, because a tensor of equal scores would need an index for each of its entries.
+    for start in range(0, flat.numel(), _TIE_CHUNK):
+        ties = flat[start : start + _TIE_CHUNK] == threshold
+        found = int(ties.sum())
+        if found > missing:
+            ties[ties.nonzero().flatten()[missing:]] = False
+        kept[start : start + _TIE_CHUNK] |= ties
+        missing -= min(found, missing)
+        if missing == 0:
+            return
 
 
 def topk_rows(score: Tensor, k: int) -> Tensor:

@@ -1,0 +1,191 @@
+"""Linear and convolution layers whose forward and input-gradient products use different masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aerogel.sparsity.select import ParamRef
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return F.linear(x, torch.where(forward, weight, 0.0), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, weight, _, backward, bias = inputs
+        ctx.save_for_backward(x, weight, backward)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        x, weight, backward = ctx.saved_tensors
+        rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
+        inputs = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        # Under autocast the product ran in a lower precision than what was saved.
+        inputs, kept = inputs.to(rows.dtype), torch.where(backward, weight, 0.0).to(rows.dtype)
+        to_x = (rows @ kept).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        to_weight = (rows.t() @ inputs).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        to_bias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
+        return to_x, to_weight, None, None, to_bias
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        forward: Tensor,
+        backward: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        kept = torch.where(forward, weight, 0.0)
+        zeros = [0] * len(stride)
+        return torch.convolution(x, kept, bias, stride, padding, dilation, False, zeros, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, weight, _, backward, bias, *geometry = inputs
+        ctx.save_for_backward(x, weight, backward)
+        ctx.has_bias = bias is not None
+        ctx.geometry = geometry
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        x, weight, backward = ctx.saved_tensors
+        inputs = x.to(gradient.dtype)
+        kept = torch.where(backward, weight, 0.0).to(gradient.dtype)
+        stride, padding, dilation = ctx.geometry
+        zeros = [0] * len(stride)
+        bias_sizes = [weight.shape[0]] if ctx.has_bias else None
+
+        def products(w: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+            return torch.ops.aten.convolution_backward(
+                gradient, inputs, w, bias_sizes, stride, padding, dilation, False, zeros, 1, wanted
+            )
+
+        to_x = products(kept, [True, False, False])[0] if ctx.needs_input_grad[0] else None
+        _, to_weight, to_bias = products(kept, [False, True, ctx.has_bias])
+        assert to_weight is not None
+        to_x = None if to_x is None else to_x.to(x.dtype)
+        to_bias = None if to_bias is None else to_bias.to(weight.dtype)
+        return to_x, to_weight.to(weight.dtype), None, None, to_bias, None, None, None
+
+
+def bidirectional_linear(
+    x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x (W m_F)^T + b; dL/dx = dL/dy (W m_B), dL/dW = dL/dy^T x dense.
+
+    Args:
+        x: (*, in).
+        weight: (out, in), dense.
+        forward: bool mask m_F.
+        backward: bool mask m_B.
+        bias: (out,).
+
+    Reference:
+        Fang et al., BDWP, arXiv 2309.13015.
+    """
+    return _Linear.apply(x, weight, forward, backward, bias)
+
+
+def bidirectional_conv(
+    x: Tensor,
+    weight: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """The same for a convolution of one group, in 1, 2 or 3 dimensions."""
+    return _Conv.apply(x, weight, forward, backward, bias, stride, padding, dilation)
+
+
+class _BidirectionalLayer(nn.Module):
+    mask_forward: Tensor
+    mask_backward: Tensor
+
+
+class BidirectionalLinear(nn.Linear, _BidirectionalLayer):
+    """A linear layer in the course of `Bidirectional` training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return bidirectional_linear(
+            input, self.weight, self.mask_forward, self.mask_backward, self.bias
+        )
+
+
+class _BidirectionalConv(nn.modules.conv._ConvNd, _BidirectionalLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.stride)
+        masks = self.mask_forward, self.mask_backward
+        geometry = self.stride, padding, self.dilation
+        return bidirectional_conv(input, self.weight, *masks, self.bias, *geometry)
+
+
+class BidirectionalConv1d(_BidirectionalConv, nn.Conv1d):
+    """A 1-D convolution in the course of `Bidirectional` training."""
+
+
+class BidirectionalConv2d(_BidirectionalConv, nn.Conv2d):
+    """A 2-D convolution in the course of `Bidirectional` training."""
+
+
+class BidirectionalConv3d(_BidirectionalConv, nn.Conv3d):
+    """A 3-D convolution in the course of `Bidirectional` training."""
+
+
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: BidirectionalLinear,
+    nn.Conv1d: BidirectionalConv1d,
+    nn.Conv2d: BidirectionalConv2d,
+    nn.Conv3d: BidirectionalConv3d,
+}
+
+
+def attach_bidirectional(ref: ParamRef, mask: Tensor) -> None:
+    """Turn a plain layer into its bidirectional form, in place.
+
+    Raises:
+        ValueError: not a plain linear or convolution layer of one group, or a shared weight.
+    """
+    module = ref.module
+    kind = _LAYERS.get(type(module))
+    if kind is None or ref.attribute != "weight" or ref.aliases:
+        raise ValueError(
+            f"bidirectional masks need a plain Linear or Conv weight that nothing shares, "
+            f"{ref.name!r} is in {type(module).__name__}"
+        )
+    if getattr(module, "groups", 1) != 1:
+        raise ValueError(f"bidirectional masks need groups=1, {ref.name!r} has {module.groups}")
+    module.register_buffer("mask_forward", mask)
+    module.register_buffer("mask_backward", torch.ones_like(mask))
+    module.__class__ = kind
+
+
+def detach_bidirectional(ref: ParamRef) -> None:
+    """Turn the layer back into a plain one."""
+    plain = {bidirectional: kind for kind, bidirectional in _LAYERS.items()}
+    kind = plain.get(type(ref.module))
+    if kind is None:
+        return
+    ref.module.__class__ = kind
+    del ref.module.mask_forward
+    del ref.module.mask_backward
