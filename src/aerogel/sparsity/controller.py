@@ -289,7 +289,7 @@ class MaskController:
         attached: list[ParamRef] = []
         try:
             for name, ref in self.selection.items():
-                if not self._in_place(ref):
+                if not self.coupling.works_in_place(ref):
                     self.coupling.attach(ref, self._masks[name])
                     attached.append(ref)
                     holder = self.coupling.mask_holder(ref)
@@ -301,25 +301,12 @@ class MaskController:
             release(self._parameters)
             raise
 
-    def _in_place(self, ref: ParamRef) -> bool:
-        """Recurrent layers hand flat weights to one fused kernel: no parametrization there."""
-        if not ref.flat_buffered:
-            return False
-        if self.coupling.parametrization(torch.ones(1, dtype=torch.bool)) is None:
-            return False
-        if not self.coupling.freezes:
-            raise ValueError(
-                f"coupling {self.coupling.name!r} cannot act on {ref.name!r}: recurrent weights "
-                f"must stay in place"
-            )
-        return True
-
     @torch.no_grad()
     def _begin(self) -> None:
         """Let the starting masks act before the first forward pass."""
         for name, ref in self.selection.items():
             leaf, mask = self._parameters[name], self._mask(name)
-            if self._in_place(ref):
+            if self.coupling.works_in_place(ref):
                 self._stored[name] = leaf.detach().clone()
                 self._hook_gradient(name, leaf)
                 leaf.masked_fill_(~mask, 0.0)

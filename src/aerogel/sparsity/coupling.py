@@ -73,6 +73,20 @@ class Coupling:
         """Bake W * m into the stored weight and remove the forward part."""
         detach_parametrization(ref, mask)
 
+    def works_in_place(self, ref: ParamRef) -> bool:
+        """Whether the controller shall hold masked values aside, with zeros in the parameter.
+
+        Raises:
+            ValueError: the mode needs a parametrization and the parameter does not allow one.
+        """
+        parametrized = self.parametrization(torch.ones(1, dtype=torch.bool)) is not None
+        if ref.flat_buffered and parametrized:
+            raise ValueError(
+                f"coupling {self.name!r} cannot act on {ref.name!r}: recurrent layers hand flat "
+                f"weights to one fused kernel, so they must stay in place"
+            )
+        return False
+
     def mask_holder(self, ref: ParamRef) -> tuple[nn.Module, str] | None:
         """The module and buffer that hold the mask, or ``None`` if the controller does."""
         own = find_parametrization(ref.module, ref.attribute)
@@ -128,8 +142,15 @@ class HardDenseGrad(Coupling):
 
 @dataclass(frozen=True)
 class Frozen(Coupling):
-    """Pruned weights leave the forward pass but keep their last value, and may come back."""
+    """Pruned weights leave the forward pass but keep their last value, and may come back.
 
+    Args:
+        in_place: keep zeros in the parameter itself and the pruned values beside it, instead of a
+            parametrization. The model's ``state_dict`` is then that of the sparse network at any
+            moment; recurrent weights are always treated so.
+    """
+
+    in_place: bool = False
     name: ClassVar[str] = "frozen"
     dense_gradient: ClassVar[bool] = False
     state_mask: ClassVar[StateMask] = "all"
@@ -137,6 +158,9 @@ class Frozen(Coupling):
 
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask)
+
+    def works_in_place(self, ref: ParamRef) -> bool:
+        return self.in_place or ref.flat_buffered
 
 
 @dataclass(frozen=True)

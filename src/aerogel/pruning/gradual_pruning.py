@@ -1,0 +1,322 @@
+"""Gradual magnitude pruning: sparsity rises along a cubic curve while the network trains.
+
+Paper: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
+compression", 2017, arXiv 1710.01878.
+
+The idea: every few hundred steps the smallest weights of each layer are masked, many at first and
+few near the end, until the wanted sparsity is reached about half-way through training. Masked
+weights leave the forward pass and get no gradient, but keep their value, and come back if survivors
+shrink below it. Training then goes on with fixed masks, so that the network recovers.
+
+When to use it: the default way to make a network sparse, from scratch (begin a little after the
+start) or from a trained network (begin at 0). It needs almost no tuning; only let the ramp end well
+before the learning rate becomes tiny.
+
+Costs and buys: the training time of the dense network plus a few per cent; one copy of the pruned
+weights. It buys unstructured, block or N:M sparsity at an accuracy that one-shot pruning does not
+reach. The zeros become time only in a runtime that skips them (`aerogel.compile`); during training
+nothing is faster.
+
+The claim this repository measures (``aerogel reproduce gradual-pruning``): at the same number of
+non-zero weights a large sparse network beats a small dense one trained for as many steps, and
+pruning gradually beats pruning at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.sparsity.coupling import Coupling, make_coupling
+from aerogel.sparsity.masks import MaskSet, Scope
+from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, parse_pattern
+from aerogel.sparsity.schedules import Cubic, OneShot
+from aerogel.sparsity.select import (
+    WEIGHT_TYPES,
+    ParamSelection,
+    select_parameters,
+    unknown_name,
+)
+from aerogel.sparsity.topk import Rounding, pruned_count
+from aerogel.sparsity.updates import Rebuild
+
+_COUPLINGS = ("frozen", "hard", "hard_dense_grad")
+
+# The paper keeps max(round(n * (1 - s)), 1) entries: the rounding is of the number kept.
+_ROUNDING: Rounding = "round_kept"
+
+
+class GradualPruner:
+    """Prunes a model while it trains; call `step` where ``optimizer.step()`` stood.
+
+    Args:
+        model: any module; pruned in place.
+        optimizer: the `torch.optim` optimizer that trains it.
+        final_sparsity: fraction of zeros at the end, in [0, 1).
+        initial_sparsity: fraction of zeros at ``begin_step``.
+        begin_step: optimizer step of the first pruning, counted from 0.
+        end_step: no pruning after this step; the ramp ends at the last multiple of ``frequency``.
+        frequency: optimizer steps between prunings; 100 to 1000 makes no visible difference.
+        power: exponent of the ramp.
+        pattern: what is zero together, a `Pattern` or its string (``"4x1"``, ``"2:4"``, ...). N:M
+            is pruned once, at ``begin_step``, and needs ``final_sparsity = 1 - n/m``.
+        pool: score of a block, ``"avg"`` or ``"max"`` (or ``"l2"``, ``"sum"``) of its magnitudes.
+        include: globs of the parameters to prune; all linear and convolution weights by default.
+        exclude: globs of parameters to leave dense.
+        coupling: ``"frozen"`` (the paper), ``"hard"`` (pruned weights never return) or
+            ``"hard_dense_grad"`` (the Keras descendant: zeroed in place, gradients dense).
+        scope: ``"layer"`` the same sparsity everywhere, ``"global"`` one budget for all layers,
+            ``"row"`` the same in every output row.
+        types: module types whose weights are pruned when ``include`` is empty.
+        threshold_ema: 0 = exact counts. Above, the share of the old threshold in a smoothed one, as
+            in the first TensorFlow release (0.9 there), whose sparsity lags the schedule.
+        allow_decrease: accept ``initial_sparsity > final_sparsity``.
+
+    Raises:
+        ValueError: any of the above out of range or contradictory, a pattern that does not fit a
+            selected weight, or a parameter that is pruned already.
+
+    Reference:
+        Zhu and Gupta, arXiv 1710.01878.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        final_sparsity: float,
+        *,
+        initial_sparsity: float = 0.0,
+        begin_step: int,
+        end_step: int,
+        frequency: int = 100,
+        power: float = 3.0,
+        pattern: Pattern | str = "unstructured",
+        pool: Pool = "avg",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        coupling: Coupling | str = "frozen",
+        scope: Scope = "layer",
+        types: tuple[type[nn.Module], ...] = WEIGHT_TYPES,
+        threshold_ema: float = 0.0,
+        allow_decrease: bool = False,
+    ) -> None:
+        _check_sparsities(initial_sparsity, final_sparsity, allow_decrease)
+        mode = _checked_coupling(coupling, initial_sparsity > final_sparsity)
+        self.pattern = parse_pattern(pattern)
+        self.model = model
+        self.optimizer = optimizer
+        self.final_sparsity = final_sparsity
+        self.schedule = _schedule(
+            self.pattern, initial_sparsity, final_sparsity, begin_step, end_step, frequency, power
+        )
+        self.selection = select_parameters(model, types, include, exclude)
+        _check_weights(self.selection, self.pattern, final_sparsity)
+        self.controller = MaskController(
+            model,
+            optimizer,
+            self.selection,
+            mode,
+            "uniform",
+            self.schedule,
+            Rebuild(
+                pattern=self.pattern,
+                scope=scope,
+                rounding=_ROUNDING,
+                within=mode.name == "hard",
+                pool=pool,
+                threshold_ema=threshold_ema,
+            ),
+        )
+
+    @classmethod
+    def from_config(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
+    ) -> GradualPruner:
+        """Make a pruner from plain values, e.g. of a recipe.
+
+        Args:
+            model: the model.
+            optimizer: its optimizer.
+            config: keyword arguments of the constructor; patterns and couplings as strings.
+
+        Raises:
+            ValueError: an unknown key (the message names the nearest ones), or a missing one.
+        """
+        parameters = inspect.signature(cls).parameters
+        known = [name for name in parameters if name not in ("model", "optimizer")]
+        for key in config:
+            if key not in known:
+                raise ValueError(unknown_name("gradual pruning option", key, known))
+        for name in known:
+            if parameters[name].default is inspect.Parameter.empty and name not in config:
+                raise ValueError(f"gradual pruning needs {name!r}")
+        return cls(model, optimizer, **config)
+
+    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
+        """Take one optimizer step, and prune if it is time.
+
+        Args:
+            scaler: of mixed precision, if any; call ``scaler.update()`` afterwards as usual.
+            unscaled: gradients were unscaled already (to clip them).
+
+        Returns:
+            Whether the optimizer stepped.
+        """
+        return self.controller.step(scaler, unscaled=unscaled)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, so that a pruner can stand where the optimizer stood."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def follow_optimizer(self) -> None:
+        """Prune around every ``optimizer.step()`` instead, under a trainer that calls it itself."""
+        self.controller.follow_optimizer()
+
+    def after_optimizer_step(self) -> None:
+        """What `step` does after the optimizer has stepped, for trainers that only tell so."""
+        self.controller.after_optimizer_step()
+
+    def on_optimizer_step(self, *_args: object, **_kwargs: object) -> None:
+        """`after_optimizer_step` under the name by which `aerogel.train` calls its callbacks."""
+        self.after_optimizer_step()
+
+    def sparsity_at(self, t: int) -> float:
+        """Scheduled fraction of zeros after step ``t``."""
+        return 0.0 if t < self.schedule_begin else self.schedule.value(t)
+
+    @property
+    def schedule_begin(self) -> int:
+        """The first step that prunes."""
+        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.begin
+
+    @property
+    def t(self) -> int:
+        """Optimizer steps taken."""
+        return self.controller.t
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force, ``True`` = kept."""
+        return self.controller.masks
+
+    def finalize(self) -> MaskSet:
+        """Bake the zeros into the weights, leave a plain model behind, and return the masks.
+
+        Raises:
+            RuntimeError: nothing was ever pruned.
+        """
+        sparsity = self.masks.sparsity()
+        if self.final_sparsity > 0 and sparsity == 0:
+            raise RuntimeError(
+                f"nothing was pruned in {self.t} steps: is pruner.step() called in place of "
+                f"optimizer.step(), and begin_step={self.schedule_begin} within the training?"
+            )
+        if self.t <= self._last_due:
+            warnings.warn(
+                f"finalized after {self.t} steps, before the ramp's end at step {self._last_due}: "
+                f"sparsity is {sparsity:.4f}, not {self.final_sparsity}"
+            )
+        return self.controller.finalize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to resume from, bit for bit: nested dicts of tensors and plain numbers."""
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume; load the model's and the optimizer's state first."""
+        self.controller.load_state_dict(state)
+
+    @property
+    def _last_due(self) -> int:
+        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.end
+
+
+def trainer_callback(**config: Any) -> Any:
+    """A `transformers.TrainerCallback` that prunes gradually under Hugging Face's Trainer.
+
+    The pruner is made when training begins and finalized when it ends. It keeps zeros in the
+    parameters themselves, so every checkpoint is a plain sparse model; the pruned values are saved
+    beside it and found again on resuming.
+
+    Args:
+        config: options of `GradualPruner.from_config`.
+    """
+    from aerogel.pruning.hf_trainer import make_trainer_callback
+    from aerogel.sparsity.coupling import Frozen
+
+    options = {"coupling": Frozen(in_place=True), **config}
+    if options["coupling"] == "frozen":
+        options["coupling"] = Frozen(in_place=True)
+    return make_trainer_callback(
+        lambda model, optimizer: GradualPruner.from_config(model, optimizer, options)
+    )
+
+
+def _check_sparsities(initial: float, final: float, allow_decrease: bool) -> None:
+    for argument, value in (("final_sparsity", final), ("initial_sparsity", initial)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{argument} must be in [0, 1), got {value}")
+    if initial > final and not allow_decrease:
+        raise ValueError(
+            f"initial_sparsity {initial} is above final_sparsity {final}; "
+            f"allow_decrease=True if that is meant"
+        )
+
+
+def _checked_coupling(coupling: Coupling | str, decreasing: bool) -> Coupling:
+    mode = make_coupling(coupling)
+    if mode.name not in _COUPLINGS:
+        raise ValueError(f"coupling must be one of {_COUPLINGS}, got {mode.name!r}")
+    if decreasing and mode.name == "hard":
+        raise ValueError("coupling='hard' cannot revive weights, so sparsity cannot decrease")
+    return mode
+
+
+def _schedule(
+    pattern: Pattern,
+    initial: float,
+    final: float,
+    begin: int,
+    end: int,
+    frequency: int,
+    power: float,
+) -> Cubic | OneShot:
+    if begin < 0:
+        raise ValueError(f"begin_step must be at least 0, got {begin}")
+    if end <= begin:
+        raise ValueError(f"end_step must be after begin_step, got {end} <= {begin}")
+    if frequency < 1:
+        raise ValueError(f"frequency must be at least 1, got {frequency}")
+    if pattern.fixed_density is not None:
+        if abs(1.0 - pattern.fixed_density - final) > 1e-6:
+            raise ValueError(
+                f"pattern {pattern} has sparsity {1.0 - pattern.fixed_density:g}, "
+                f"got final_sparsity={final}"
+            )
+        return OneShot(begin, final)
+    prunings = (end - begin) // frequency
+    if prunings < 1:
+        raise ValueError(
+            f"the window from {begin} to {end} is shorter than one frequency ({frequency})"
+        )
+    return Cubic(initial, final, begin, prunings, frequency, power)
+
+
+def _check_weights(selection: ParamSelection, pattern: Pattern, final: float) -> None:
+    for name, ref in selection.items():
+        pattern.validate(ref.shape, name)
+        if not isinstance(pattern, UnitPattern):
+            continue
+        rows, columns = pattern.unit_grid(ref.shape)
+        units = rows * columns
+        if pruned_count(units, final, rounding=_ROUNDING, min_keep=0) == units:
+            warnings.warn(
+                f"{name!r} has {units} units, of which sparsity {final} would keep none; it keeps 1"
+            )
