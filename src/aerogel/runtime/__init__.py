@@ -1,0 +1,52 @@
+"""Floor 2: `compile` makes a model fast on the zeros it has; checkpoints store zeros as bits."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, save
+    from aerogel.runtime.compiled import CompiledModule
+    from aerogel.runtime.compiler import compile
+    from aerogel.runtime.detect import Zeros, detect_zeros
+    from aerogel.runtime.explain import Explanation, LayerRow
+
+# Resolved on first use: checkpoints need no kernels, and kernels no checkpoints.
+_PUBLIC = {
+    "CheckpointInfo": "checkpoint",
+    "CompiledModule": "compiled",
+    "Explanation": "explain",
+    "LayerRow": "explain",
+    "Zeros": "detect",
+    "compile": "compiler",
+    "detect_zeros": "detect",
+    "inspect": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+}
+
+__all__ = [
+    "CheckpointInfo",
+    "CompiledModule",
+    "Explanation",
+    "LayerRow",
+    "Zeros",
+    "compile",
+    "detect_zeros",
+    "inspect",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,102 @@
+"""Sparse weights times dense activations: 1x1 convolutions and linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from aerogel import kernels
+from aerogel.runtime.candidates.registry import Candidate, provides
+from aerogel.runtime.layer import Layer
+
+# Sparsity at which the kernel overtakes dense torch, by block width (measured on AVX2, 1x1
+# convolutions and 128 to 1024 tokens). Only layers far below are left unmeasured.
+BREAK_EVEN = {1: 0.35, 2: 0.20, 4: 0.10}
+_FAR_BELOW = 0.20
+# With 4 full rows per column the kernel is a dense one too, worth a try where zeros are few.
+_DENSE_BLOCK = 4
+_DENSE_BELOW = 0.5
+# A packed weight that stores nearly everything is no sparse kernel, whatever it is called.
+_DENSE_ABOVE = 0.95
+
+
+class SparseLayer(nn.Module):
+    """A pointwise layer called from torch, its weight packed without zeros."""
+
+    def __init__(self, layer: Layer, packed: Any, variant: Any, threads: int) -> None:
+        super().__init__()
+        self._packed, self._bias, self._layout = packed, layer.bias, layer.layout
+        self._activation, self._variant, self._threads = layer.activation, variant, threads
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(layer(x) + residual)."""
+        return kernels.spmm(
+            x,
+            self._packed,
+            self._bias,
+            activation=self._activation,
+            residual=residual,
+            layout=self._layout,
+            variant=self._variant,
+            threads=self._threads,
+        )
+
+
+@provides("conv2d", "linear")
+def sparse_pointwise(layer: Layer, threads: int) -> Iterator[Candidate]:
+    """Every kernel variant worth timing for each block width that the zeros admit."""
+    if not layer.is_pointwise:
+        return
+    for block in blocks_worth_trying(layer):
+        packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
+        for variant in _variants(packed, layer):
+            # Each candidate keeps its own native streams, whatever else is being compared.
+            yield _candidate(layer, replace(packed, _streams={}), variant, threads)
+
+
+def blocks_worth_trying(layer: Layer) -> list[int]:
+    """Block widths that could win: the widest full one, 1 for scattered zeros, 4 for few."""
+    zeros = layer.zeros
+    tried = set()
+    if zeros.sparsity >= BREAK_EVEN[zeros.block] - _FAR_BELOW:
+        tried.add(zeros.block)
+    if zeros.sparsity < _DENSE_BELOW:
+        tried.add(_DENSE_BLOCK)
+    return sorted(tried, reverse=True)
+
+
+def _variants(packed: kernels.BlockRowWeight, layer: Layer) -> list[Any]:
+    if kernels.reference_mode() or not kernels.native_available():
+        return [None]
+    return list(kernels.spmm_variants(packed, layer.columns, layer.layout))
+
+
+def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
+    if variant is None:
+        return f"spmm {packed.block}x1 reference"
+    words = (f"{name[0]}{int(value)}" for name, value in variant._asdict().items())
+    return f"spmm {packed.block}x1 {' '.join(words)}"
+
+
+def _candidate(
+    layer: Layer, packed: kernels.BlockRowWeight, variant: Any, threads: int
+) -> Candidate:
+    def emit(builder: Any, x: Any, residual: Any) -> Any:
+        return builder.sparse_conv1x1(
+            x,
+            packed,
+            layer.bias,
+            activation=layer.activation,
+            residual=residual,
+            variant=variant,
+        )
+
+    return Candidate(
+        _name(packed, variant),
+        sparse=packed.density < _DENSE_ABOVE,
+        module=lambda: SparseLayer(layer, packed, variant, threads),
+        emit=emit,
+    )

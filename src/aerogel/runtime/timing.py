@@ -1,0 +1,70 @@
+"""Compare callables fairly: interleaved rounds in one process, medians, a bounded budget."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Protocol
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 25
+# Beyond the first rounds, contenders this many times slower than the leader are left out.
+_HOPELESS = 3.0
+# Where single calls are slow, the budget may be exceeded this far to complete the first rounds.
+_OVERDRAFT = 4.0
+
+
+class Measure(Protocol):
+    """Times several callables against each other; tests put a fake one in its place."""
+
+    def __call__(
+        self, contenders: Mapping[str, Callable[[], object]], seconds: float
+    ) -> dict[str, float]: ...
+
+
+def measure(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median wall time of each contender, all interleaved so that drift hits them alike.
+
+    Args:
+        contenders: Name -> callable. Each is called once beforehand, unmeasured.
+        seconds: Budget for all of them together; at least three rounds are always run.
+
+    Returns:
+        Name -> seconds per call.
+    """
+    return measure_self_timed({n: timed(call) for n, call in contenders.items()}, seconds)
+
+
+def measure_self_timed(
+    contenders: Mapping[str, Callable[[], float]], seconds: float
+) -> dict[str, float]:
+    """As `measure`, for callables that return their own duration (a kernel inside a plan)."""
+    started = perf_counter()
+    for call in contenders.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    racing = list(contenders)
+    for round_ in range(MAX_ROUNDS):
+        spent = perf_counter() - started
+        allowed = seconds if round_ >= MIN_ROUNDS else _OVERDRAFT * seconds
+        if round_ > 0 and spent > allowed:
+            break
+        for name in racing:
+            samples[name].append(contenders[name]())
+        if round_ == MIN_ROUNDS - 1:
+            medians = {name: statistics.median(taken) for name, taken in samples.items()}
+            limit = _HOPELESS * min(medians.values(), default=0.0)
+            racing = [name for name in racing if medians[name] <= limit]
+    return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+    """A callable that returns how long the given one takes."""
+
+    def run() -> float:
+        begin = perf_counter()
+        call()
+        return perf_counter() - begin
+
+    return run
