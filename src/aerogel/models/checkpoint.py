@@ -24,7 +24,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint_path: no file {str(path)!r}")
     if path.suffix == ".safetensors":
-        from aerogel.runtime import load
+        from aerogel.runtime.checkpoint import load
 
         return dict(load(path))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class MLP(nn.Module):
         self.classifier_name = "classifier"
         widths = (self.in_features, *hidden)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), make_activation(act_layer)]
         self.features = nn.Sequential(*layers)
         self.classifier: nn.Module

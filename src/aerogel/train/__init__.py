@@ -1,0 +1,30 @@
+"""One plain training loop on Accelerate, resumable at any moment with the same result.
+
+config = aerogel.train.TrainConfig(epochs=3, lr=0.1, augment="standard")
+history = aerogel.train.fit(model, dataset, config, resume_dir="run/dense")
+aerogel.train.evaluate(model, dataset)
+"""
+
+from aerogel.train.config import TrainConfig
+from aerogel.train.evaluate import evaluate
+from aerogel.train.history import Callback, History, Progress, zero_fraction
+from aerogel.train.loop import Run, Stepper, fit, make_optimizer
+from aerogel.train.losses import embedding_loss, logit_loss, training_loss
+from aerogel.train.sync_batchnorm import synchronized_batch_norm
+
+__all__ = [
+    "Callback",
+    "History",
+    "Progress",
+    "Run",
+    "Stepper",
+    "TrainConfig",
+    "embedding_loss",
+    "evaluate",
+    "fit",
+    "logit_loss",
+    "make_optimizer",
+    "synchronized_batch_norm",
+    "training_loss",
+    "zero_fraction",
+]
