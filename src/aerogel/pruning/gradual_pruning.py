@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from aerogel.pruning.callbacks import PrunerCallback, PrunerFactory, make_trainer_callback
 from aerogel.sparsity.controller import GradScaler, MaskController
-from aerogel.sparsity.coupling import Coupling, make_coupling
+from aerogel.sparsity.coupling import Coupling, Frozen, make_coupling
 from aerogel.sparsity.masks import MaskSet, Scope
 from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, parse_pattern
 from aerogel.sparsity.schedules import Cubic, OneShot
@@ -183,18 +184,9 @@ class GradualPruner:
         """What `step` does after the optimizer has stepped, for trainers that only tell so."""
         self.controller.after_optimizer_step()
 
-    def on_optimizer_step(self, *_args: object, **_kwargs: object) -> None:
-        """`after_optimizer_step` under the name by which `aerogel.train` calls its callbacks."""
-        self.after_optimizer_step()
-
     def sparsity_at(self, t: int) -> float:
         """Scheduled fraction of zeros after step ``t``."""
-        return 0.0 if t < self.schedule_begin else self.schedule.value(t)
-
-    @property
-    def schedule_begin(self) -> int:
-        """The first step that prunes."""
-        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.begin
+        return 0.0 if t < self._first_due else self.schedule.value(t)
 
     @property
     def t(self) -> int:
@@ -216,7 +208,7 @@ class GradualPruner:
         if self.final_sparsity > 0 and sparsity == 0:
             raise RuntimeError(
                 f"nothing was pruned in {self.t} steps: is pruner.step() called in place of "
-                f"optimizer.step(), and begin_step={self.schedule_begin} within the training?"
+                f"optimizer.step(), and begin_step={self._first_due} within the training?"
             )
         if self.t <= self._last_due:
             warnings.warn(
@@ -234,8 +226,21 @@ class GradualPruner:
         self.controller.load_state_dict(state)
 
     @property
+    def _first_due(self) -> int:
+        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.begin
+
+    @property
     def _last_due(self) -> int:
         return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.end
+
+
+def train_callback(**config: Any) -> PrunerCallback:
+    """A callback for `aerogel.train.fit`, which prunes gradually while it trains.
+
+    Args:
+        config: options of `GradualPruner.from_config`.
+    """
+    return PrunerCallback(_in_place_factory(config))
 
 
 def trainer_callback(**config: Any) -> Any:
@@ -248,15 +253,14 @@ def trainer_callback(**config: Any) -> Any:
     Args:
         config: options of `GradualPruner.from_config`.
     """
-    from aerogel.pruning.hf_trainer import make_trainer_callback
-    from aerogel.sparsity.coupling import Frozen
+    return make_trainer_callback(_in_place_factory(config))
 
-    options = {"coupling": Frozen(in_place=True), **config}
+
+def _in_place_factory(config: Mapping[str, Any]) -> PrunerFactory:
+    options = {"coupling": "frozen", **config}
     if options["coupling"] == "frozen":
         options["coupling"] = Frozen(in_place=True)
-    return make_trainer_callback(
-        lambda model, optimizer: GradualPruner.from_config(model, optimizer, options)
-    )
+    return lambda model, optimizer: GradualPruner.from_config(model, optimizer, options)
 
 
 def _check_sparsities(initial: float, final: float, allow_decrease: bool) -> None:

@@ -1,4 +1,9 @@
-"""Pruning under Hugging Face's Trainer: one thin callback for every method with a controller."""
+"""Pruners as callbacks: under `aerogel.train` and under Hugging Face's Trainer, for every method.
+
+Both make their pruner when training begins, because only then the optimizer exists. The pruner must
+therefore keep zeros in the parameters themselves (`Frozen(in_place=True)` or a hard coupling), so
+that a checkpoint can be loaded before the pruner is there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ STATE_FILE = "aerogel_pruner.safetensors"
 
 
 class Pruner(Protocol):
-    """What the callback needs of a method."""
+    """What the callbacks need of a method."""
 
     def after_optimizer_step(self) -> None:
         """Called after each optimizer step."""
@@ -37,6 +42,54 @@ class Pruner(Protocol):
 PrunerFactory = Callable[[nn.Module, torch.optim.Optimizer], Pruner]
 
 
+class PrunerCallback:
+    """A pruner as callback of `aerogel.train.fit` (or of any loop that calls these methods).
+
+    ``run`` needs the attributes ``model`` and ``optimizer``.
+
+    Args:
+        factory: ``factory(model, optimizer)`` makes the pruner.
+    """
+
+    def __init__(self, factory: PrunerFactory) -> None:
+        self.factory = factory
+        self.pruner: Pruner | None = None
+        self._pending: Mapping[str, Any] | None = None
+
+    def on_train_begin(self, run: Any) -> None:
+        """Make the pruner, and let it resume if a state was loaded."""
+        self.pruner = self.factory(run.model, run.optimizer)
+        if self._pending is not None:
+            self.pruner.load_state_dict(self._pending)
+            self._pending = None
+
+    def on_optimizer_step(self, run: Any) -> None:
+        """Prune if it is time, and keep the zeros."""
+        assert self.pruner is not None
+        self.pruner.after_optimizer_step()
+
+    def on_epoch_end(self, run: Any) -> None:
+        """Nothing to do: pruning counts optimizer steps."""
+
+    def on_train_end(self, run: Any) -> None:
+        """Bake the zeros in."""
+        assert self.pruner is not None
+        self.pruner.finalize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pruner's state; empty before training began."""
+        return {} if self.pruner is None else self.pruner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume; may come before training begins."""
+        if not state:
+            return
+        if self.pruner is None:
+            self._pending = state
+        else:
+            self.pruner.load_state_dict(state)
+
+
 def make_trainer_callback(factory: PrunerFactory) -> Any:
     """A `transformers.TrainerCallback` around a pruner that ``factory(model, optimizer)`` makes.
 
@@ -45,7 +98,7 @@ def make_trainer_callback(factory: PrunerFactory) -> Any:
     """
     from transformers import TrainerCallback
 
-    class PrunerCallback(TrainerCallback):
+    class TrainerPruning(TrainerCallback):
         """Steps a pruner after each optimizer step and finalizes it at the end of training."""
 
         pruner: Pruner | None = None
@@ -71,4 +124,4 @@ def make_trainer_callback(factory: PrunerFactory) -> Any:
             assert self.pruner is not None
             self.pruner.finalize()
 
-    return PrunerCallback()
+    return TrainerPruning()
