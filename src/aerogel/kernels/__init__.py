@@ -13,6 +13,7 @@ from aerogel.kernels._library import (
 )
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.ops import spmm_op
+from aerogel.kernels.plan import OpInfo, Plan, PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
@@ -28,8 +29,12 @@ from aerogel.kernels.spmm import (
 __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
+    "OpInfo",
+    "Plan",
+    "PlanBuilder",
     "Roofline",
     "SpmmVariant",
+    "Value",
     "available_isas",
     "default_variant",
     "isa",

@@ -1,0 +1,263 @@
+// The builder's and the plan's face to Python. Shapes are validated there, with errors that name the
+// argument; here only what would read or write out of bounds is refused. Tensors come as addresses
+// (data_ptr), which costs a third of a microsecond for a call instead of ten.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bindings.h"
+#include "plan_ops.h"
+
+namespace nb = nanobind;
+
+namespace aerogel {
+namespace {
+
+using Address = uintptr_t;
+
+const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
+
+// torch's output size. In ceil_mode a window may stick out at the end, but must start inside.
+int64_t window_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation,
+                    bool ceil_mode) {
+  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
+  if (room < 0) throw std::invalid_argument("kernel: larger than the padded input");
+  const int64_t out = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return ceil_mode && (out - 1) * stride >= in + pad ? out - 1 : out;
+}
+
+class Builder {
+ public:
+  explicit Builder(int64_t batch) {
+    if (batch < 1) throw std::invalid_argument("batch: expected at least 1");
+    graph_.batch = batch;
+  }
+  Builder(const Builder&) = delete;
+  Builder& operator=(const Builder&) = delete;
+
+  int input(int64_t channels, int64_t height, int64_t width, bool vector, bool tokens) {
+    const int v = graph_.add_value(channels, height, width, vector, tokens);
+    graph_.inputs.push_back({v, tokens ? Layout::kTokens : Layout::kChannels});
+    return v;
+  }
+
+  void output(int v, bool tokens) {
+    check(v);
+    graph_.outputs.push_back({v, tokens ? Layout::kTokens : Layout::kChannels});
+  }
+
+  int conv(int x, Address weight, Address bias, int64_t out_channels, int64_t groups,
+           const std::vector<int64_t>& geometry, int32_t activation, int residual,
+           const std::string& name) {
+    const ConvSource source = conv_source(x, weight, bias, out_channels, groups, geometry);
+    const Value in = value(x);
+    auto op = std::make_unique<ConvOp>(source, epilogue(activation, residual));
+    const bool vector = in.ld == 1 && op->columnwise();
+    if (vector) op = std::make_unique<LinearOp>(source, op->epilogue);
+    const int y = graph_.add_value(out_channels, source.window.out_h, source.window.out_w, vector,
+                                   in.tokens && op->columnwise());
+    return push(std::move(op), x, residual, y, name);
+  }
+
+  int depthwise(int x, Address weight, Address bias, int64_t out_channels,
+                const std::vector<int64_t>& geometry, int32_t activation,
+                const std::string& name) {
+    const int64_t channels = value(x).channels;
+    const ConvSource source = conv_source(x, weight, bias, out_channels, channels, geometry);
+    auto op = std::make_unique<DepthwiseOp>(source, static_cast<Activation>(activation));
+    const int y = graph_.add_value(out_channels, source.window.out_h, source.window.out_w, false,
+                                   false);
+    return push(std::move(op), x, -1, y, name);
+  }
+
+  int linear(int x, Address weight, Address bias, int64_t out_features, int32_t activation,
+             int residual, const std::string& name) {
+    return conv(x, weight, bias, out_features, 1, {1, 1, 1, 1, 0, 0, 1, 1}, activation, residual,
+                name);
+  }
+
+  // values, columns (int32), row_ptr (int64): the arrays of BlockRows.
+  int spmm(int x, Address values, Address columns, Address row_ptr, int64_t rows, int64_t cols,
+           int32_t block, Address bias, const SpmmVariant& variant, int32_t activation,
+           int residual, const std::string& name) {
+    const Value in = value(x);
+    if (cols != in.channels) throw std::invalid_argument("spmm: wrong number of columns");
+    const BlockRows source{floats(values), reinterpret_cast<const int32_t*>(columns),
+                           reinterpret_cast<const int64_t*>(row_ptr), rows, cols, block};
+    auto op = std::make_unique<SpmmOp>(source, bias ? floats(bias) : nullptr, variant,
+                                       epilogue(activation, residual));
+    const int y = graph_.add_value(rows, in.height, in.width, in.ld == 1, in.tokens);
+    return push(std::move(op), x, residual, y, name);
+  }
+
+  int binary(int x, int y, int32_t kind, int32_t activation, const std::string& name) {
+    const Value a = value(x), b = value(y);
+    const bool broadcast = b.columns() == 1 && a.columns() != 1;
+    if (a.channels != b.channels || (!broadcast && a.columns() != b.columns())) {
+      throw std::invalid_argument("binary: shapes differ");
+    }
+    auto op = std::make_unique<BinaryOp>(static_cast<Binary>(kind), broadcast,
+                                         static_cast<Activation>(activation));
+    const int z = graph_.add_value(a.channels, a.height, a.width, a.ld == 1, a.tokens);
+    return push(std::move(op), x, y, z, name);
+  }
+
+  int activation(int x, int32_t kind, const std::string& name) {
+    const Value a = value(x);
+    auto op = std::make_unique<ActivationOp>(static_cast<Activation>(kind));
+    const int y = graph_.add_value(a.channels, a.height, a.width, a.ld == 1, a.tokens);
+    return push(std::move(op), x, -1, y, name);
+  }
+
+  int pool(int x, int32_t kind, const std::vector<int64_t>& geometry, bool ceil_mode,
+           const std::string& name) {
+    const Window window = make_window(value(x), geometry, ceil_mode);
+    constexpr int64_t kWidest = 1024;
+    if ((window.kernel_w - 1) * window.dilation_w + 1 > kWidest) {
+      throw std::invalid_argument("kernel: expected a width of at most 1024");
+    }
+    const int64_t channels = value(x).channels;
+    const int y = graph_.add_value(channels, window.out_h, window.out_w, false, false);
+    return push(std::make_unique<PoolOp>(static_cast<Pool>(kind), window), x, -1, y, name);
+  }
+
+  int mean(int x, const std::string& name) {
+    const int y = graph_.add_value(value(x).channels, 1, 1, true, false);
+    return push(std::make_unique<MeanOp>(), x, -1, y, name);
+  }
+
+  int reshape(int x, int64_t channels, int64_t height, int64_t width, const std::string& name) {
+    const Value a = value(x);
+    const int64_t columns = height * width;
+    const bool same = columns == a.columns() && channels == a.channels;
+    const bool vector = (columns == 1 || a.columns() == 1) &&
+                        channels * columns == a.channels * a.columns();
+    if (!same && !vector) throw std::invalid_argument("reshape: expected from or to a vector");
+    const int y = graph_.add_value(channels, height, width, columns == 1, false);
+    return push(std::make_unique<CopyOp>(), x, -1, y, name);
+  }
+
+  Plan* build() {
+    if (graph_.outputs.empty()) throw std::invalid_argument("outputs: expected at least one");
+    return new Plan(std::move(graph_));
+  }
+
+ private:
+  void check(int v) const {
+    if (v < 0 || static_cast<size_t>(v) >= graph_.values.size()) {
+      throw std::out_of_range("value: not one of this builder");
+    }
+  }
+
+  const Value& value(int v) const {
+    check(v);
+    return graph_.values[static_cast<size_t>(v)];
+  }
+
+  static Window make_window(const Value& in, const std::vector<int64_t>& g,
+                            bool ceil_mode = false) {
+    if (g.size() != 8) throw std::invalid_argument("geometry: expected eight numbers");
+    Window w{in.height, in.width, 0, 0, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+    for (int64_t i = 0; i < 8; ++i) {
+      if (g[i] < (i == 4 || i == 5 ? 0 : 1)) throw std::invalid_argument("geometry: too small");
+    }
+    w.out_h = window_size(in.height, w.kernel_h, w.stride_h, w.pad_h, w.dilation_h, ceil_mode);
+    w.out_w = window_size(in.width, w.kernel_w, w.stride_w, w.pad_w, w.dilation_w, ceil_mode);
+    return w;
+  }
+
+  ConvSource conv_source(int x, Address weight, Address bias, int64_t out_channels, int64_t groups,
+                         const std::vector<int64_t>& geometry) const {
+    const Value in = value(x);
+    if (groups < 1 || in.channels % groups || out_channels % groups) {
+      throw std::invalid_argument("groups: expected a divisor of both channel counts");
+    }
+    return {floats(weight), bias ? floats(bias) : nullptr, out_channels, in.channels, groups,
+            make_window(in, geometry)};
+  }
+
+  Epilogue epilogue(int32_t activation, int residual) const {
+    if (residual >= 0) check(residual);
+    return {static_cast<Activation>(activation), residual >= 0};
+  }
+
+  int push(std::unique_ptr<Op> op, int x, int second, int output, const std::string& name) {
+    op->name = name;
+    op->inputs = {x};
+    if (second >= 0) {
+      const Value &b = value(second), &out = value(output);
+      const auto* binary = dynamic_cast<const BinaryOp*>(op.get());
+      if (!binary && (b.channels != out.channels || b.columns() != out.columns())) {
+        throw std::invalid_argument("residual: expected the shape of the output");
+      }
+      op->inputs.push_back(second);
+    }
+    op->output = output;
+    graph_.ops.push_back(std::move(op));
+    return output;
+  }
+
+  Graph graph_;
+};
+
+template <class Pointer>
+std::vector<Pointer> pointers(const std::vector<Address>& addresses, size_t expected) {
+  if (addresses.size() != expected) throw std::invalid_argument("tensors: wrong number of them");
+  std::vector<Pointer> out;
+  for (Address address : addresses) out.push_back(reinterpret_cast<Pointer>(address));
+  return out;
+}
+
+void run_plan(Plan& plan, const std::vector<Address>& inputs, const std::vector<Address>& outputs,
+              int threads) {
+  const auto in = pointers<const float*>(inputs, plan.input_count());
+  const auto out = pointers<float*>(outputs, plan.output_count());
+  const nb::gil_scoped_release release;
+  plan.run(in.data(), out.data(), threads);
+}
+
+std::vector<std::pair<std::string, double>> profile_plan(Plan& plan,
+                                                         const std::vector<Address>& inputs,
+                                                         const std::vector<Address>& outputs,
+                                                         int threads) {
+  const auto in = pointers<const float*>(inputs, plan.input_count());
+  const auto out = pointers<float*>(outputs, plan.output_count());
+  std::vector<StepTime> times;
+  {
+    const nb::gil_scoped_release release;
+    plan.run(in.data(), out.data(), threads, &times);
+  }
+  std::vector<std::pair<std::string, double>> rows;
+  for (StepTime& time : times) rows.emplace_back(std::move(time.name), time.seconds);
+  return rows;
+}
+
+}  // namespace
+
+void bind_plan(nb::module_& m) {
+  nb::class_<Plan>(m, "Plan")
+      .def("run", &run_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
+      .def("profile", &profile_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
+      .def("fill_idle_arenas", &Plan::fill_idle_arenas, nb::arg("value"))
+      .def_prop_ro("arena_bytes", &Plan::arena_bytes);
+  nb::class_<Builder>(m, "PlanBuilder")
+      .def(nb::init<int64_t>(), nb::arg("batch"))
+      .def("input", &Builder::input)
+      .def("output", &Builder::output)
+      .def("conv", &Builder::conv)
+      .def("depthwise", &Builder::depthwise)
+      .def("linear", &Builder::linear)
+      .def("spmm", &Builder::spmm)
+      .def("binary", &Builder::binary)
+      .def("activation", &Builder::activation)
+      .def("pool", &Builder::pool)
+      .def("mean", &Builder::mean)
+      .def("reshape", &Builder::reshape)
+      .def("build", &Builder::build, nb::rv_policy::take_ownership);
+}
+
+}  // namespace aerogel

@@ -1,0 +1,151 @@
+// The dense layers between the sparse ones: what a plan calls inside its own parallel region.
+//
+// Activations are planar float32: channel c of one image starts at x + c * ld. "Padded" planes come
+// from a plan's arena (plan.h): their rows may be written up to the next whole cache line, and read
+// kReadSlack floats beyond either end of the tensor. Every kernel handles a slice of its work chosen
+// by the caller and slices never overlap, so a result does not depend on the number of threads.
+//
+// Plain data and function pointers only: the isa_*.cpp translation units include this file.
+#pragma once
+
+#include <stdint.h>
+
+#include "epilogue.h"
+
+namespace aerogel {
+
+constexpr int64_t kReadSlack = 128;
+constexpr int64_t kConvDepthBlock = 256;  // k per pass: its panel of columns stays in L1
+
+// The sliding window of a convolution or pooling layer.
+struct Window {
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// Outputs [first, last) of one tap that read inside the input.
+struct TapRange {
+  int64_t first, last;
+};
+
+// Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
+struct DenseTile {
+  int64_t rows, vectors, lanes;
+  constexpr int64_t width() const { return vectors * lanes; }
+};
+
+// Weights packed as [group][depth block][row block][depth in block][tile.rows], bias as
+// [group][row block][tile.rows]; rows beyond a group's last one are zero.
+struct ConvLayer {
+  Window window;
+  int64_t groups, group_inputs, group_outputs, depth, row_blocks;
+  const float* weight;
+  const float* bias;
+  const TapRange* taps_x;  // [kernel_w]
+  const TapRange* taps_y;  // [kernel_h]
+  bool pointwise;          // 1x1, stride 1, no padding: columns are columns, whatever their shape
+};
+
+struct ConvArgs {
+  const ConvLayer* layer;
+  const float* x;
+  int64_t ldx;
+  const float* x_end;  // nothing at or beyond this address is read
+  float* y;            // padded
+  int64_t ldy;
+  const float* residual;  // padded, or null
+  int64_t ldr;
+  Activation activation;
+};
+
+// A piece of a convolution: output columns [column, column + count), count <= tile.width(), and
+// row blocks [first_block, last_block) of one group.
+struct ConvSlice {
+  int64_t column, count, group, first_block, last_block;
+};
+
+struct DepthwiseTile {
+  int64_t start;      // first output column of the vector
+  const float* mask;  // [kernel_w][lanes], all bits set or none; null away from the borders
+};
+
+struct DepthwiseLayer {
+  Window window;
+  int64_t multiplier;   // output channels per input channel
+  const float* weight;  // [out_channels][kernel_h][kernel_w]
+  const float* bias;    // [out_channels]
+  const TapRange* taps_x;
+  const TapRange* taps_y;
+  const DepthwiseTile* tiles;  // vectors of one output row; null: only the general kernel fits
+  int64_t tile_count;
+  const float* zeros;  // stands in for the rows above and below the plane
+};
+
+struct DepthwiseArgs {
+  const DepthwiseLayer* layer;
+  const float* x;  // padded
+  int64_t ldx;
+  float* y;  // padded
+  int64_t ldy;
+  Activation activation;
+};
+
+enum class Pool : int32_t { kMax = 0, kAverage, kAverageValid /* padding is not counted */ };
+
+struct PoolArgs {
+  Pool kind;
+  Window window;
+  const TapRange* taps_x;
+  const TapRange* taps_y;
+  const float* x;
+  int64_t ldx;
+  float* y;
+  int64_t ldy;
+};
+
+enum class Binary : int32_t { kAdd = 0, kMultiply };
+
+// z = act(x op y). If y_columns is 1, a channel's single y meets all its columns.
+struct BinaryArgs {
+  Binary kind;
+  Activation activation;
+  const float* x;
+  int64_t ldx;
+  const float* y;
+  int64_t ldy;
+  int64_t y_columns;
+  float* z;
+  int64_t ldz;
+  int64_t columns;
+};
+
+// y[n] = act(weight[n, :] . x + bias[n] (+ residual[n])).
+struct GemvArgs {
+  const float* weight;  // [outputs][ldw], rows padded with zeros to whole cache lines
+  int64_t ldw;
+  const float* bias;
+  const float* x;
+  int64_t depth;
+  const float* residual;  // or null
+  float* y;
+  Activation activation;
+};
+
+struct LayerKernels {
+  DenseTile tile;
+  // `scratch`: kConvDepthBlock * tile.width() floats and one more cache line, aligned.
+  void (*conv)(const ConvArgs& args, const ConvSlice& slice, float* scratch);
+  // All of the following handle channels (outputs) [first, last).
+  void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last);
+  void (*pool)(const PoolArgs& args, int64_t first, int64_t last);
+  void (*binary)(const BinaryArgs& args, int64_t first, int64_t last);
+  void (*channel_mean)(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,
+                       int64_t first, int64_t last);
+  void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);
+  void (*activate)(Activation activation, const float* x, float* y, int64_t count);
+  // y[c * ldy + r] = x[r * ldx + c] for r < rows, c < columns.
+  void (*transpose)(const float* x, int64_t ldx, float* y, int64_t ldy, int64_t rows,
+                    int64_t columns);
+};
+
+}  // namespace aerogel

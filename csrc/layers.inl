@@ -1,0 +1,19 @@
+// Body of layers.h for one instruction set. Order matters: each part uses the ones above it, and
+// `transpose` comes from spmm_layout.inl, which isa.inl includes first.
+#include "layers.h"
+#include "simd_math.h"
+
+#include "layers_simd.inl"
+#include "layers_pointwise.inl"
+#include "layers_conv.inl"
+#include "layers_depthwise.inl"
+#include "layers_pool.inl"
+#include "layers_gemv.inl"
+
+namespace aerogel::AEROGEL_ISA {
+
+constexpr LayerKernels kLayerKernels = {
+    kDenseTile, &conv_slice,   &depthwise_channels, &pool_channels,   &binary_channels,
+    &mean_channels, &gemv_rows, &activate_span,      &transpose};
+
+}  // namespace aerogel::AEROGEL_ISA

@@ -1,0 +1,194 @@
+// Dense convolution as a tiled product. A panel of output columns is gathered (im2col) into
+// scratch that stays in L1, one block of depth at a time, and every row block of the weights is
+// multiplied with it on a register tile of kDenseTile.rows x (1 .. kDenseTile.vectors) vectors.
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+// 12 accumulators, 3 inputs and 1 weight fill 16 registers; with 32 the tile is twice as tall.
+constexpr int kRows = kRegisters >= 32 ? 8 : 4;
+constexpr int kVectors = 3;
+constexpr DenseTile kDenseTile = {kRows, kVectors, kLanes};
+
+// A run of columns that lies in one output row.
+struct Segment {
+  int64_t oy, ox, count;
+};
+
+// Fillers write whole vectors, beyond `count`: panels are filled in ascending order and have slack.
+AEROGEL_INLINE void fill_zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, zero());
+}
+
+AEROGEL_INLINE void fill_copy(const float* from, const float* end, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i < count && from + i + kLanes <= end; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+AEROGEL_INLINE void fill_strided(const float* from, int64_t stride, const float* end, float* to,
+                                 int64_t count) {
+  int64_t i = 0;
+  if (stride == 1) return fill_copy(from, end, to, count);
+  if (stride == 2) {
+    for (; i < count && from + 2 * (i + kLanes) <= end; i += kLanes) {
+      const float* p = from + 2 * i;
+      store(to + i, split_order(even_of(load(p), load(p + kLanes))));
+    }
+  }
+  for (; i < count; ++i) to[i] = from[i * stride];
+}
+
+// Panel rows [k0, k1) of `width` floats: the input under each tap, zero in the padding.
+void gather_panel(const ConvArgs& a, const ConvSlice& slice, int64_t k0, int64_t k1, int64_t width,
+                  float* panel) {
+  const ConvLayer& layer = *a.layer;
+  const Window& w = layer.window;
+  Segment segments[kDenseTile.width()];
+  int count = 0;
+  for (int64_t c = slice.column, end = slice.column + slice.count; c < end; ++count) {
+    const int64_t ox = c % w.out_w;
+    segments[count] = {c / w.out_w, ox, smaller(w.out_w - ox, end - c)};
+    c += segments[count].count;
+  }
+  int64_t kx = k0 % w.kernel_w;
+  int64_t ky = k0 / w.kernel_w % w.kernel_h;
+  const int64_t channel = slice.group * layer.group_inputs + k0 / (w.kernel_w * w.kernel_h);
+  const float* plane = a.x + channel * a.ldx;
+  for (int64_t k = k0; k < k1; ++k, panel += width) {
+    const TapRange rx = layer.taps_x[kx], ry = layer.taps_y[ky];
+    const float* tap = plane + (ky * w.dilation_h - w.pad_h) * w.in_w + kx * w.dilation_w - w.pad_w;
+    float* to = panel;
+    for (const Segment* s = segments; s < segments + count; to += s->count, ++s) {
+      if (s->oy < ry.first || s->oy >= ry.last) {
+        fill_zero(to, s->count);
+        continue;
+      }
+      const int64_t stop = s->ox + s->count;
+      const int64_t first = smaller(larger(rx.first, s->ox), stop);
+      const int64_t last = larger(smaller(rx.last, stop), first);
+      fill_zero(to, first - s->ox);
+      fill_strided(tap + s->oy * w.stride_h * w.in_w + first * w.stride_w, w.stride_w, a.x_end,
+                   to + first - s->ox, last - first);
+      fill_zero(to + last - s->ox, stop - last);
+    }
+    if (++kx == w.kernel_w) {
+      kx = 0;
+      if (++ky == w.kernel_h) {
+        ky = 0;
+        plane += a.ldx;
+      }
+    }
+  }
+}
+
+void gather_pointwise(const ConvArgs& a, const ConvSlice& slice, int64_t k0, int64_t k1,
+                      int64_t width, float* panel) {
+  const float* from = a.x + (slice.group * a.layer->group_inputs + k0) * a.ldx + slice.column;
+  for (int64_t k = k0; k < k1; ++k, from += a.ldx, panel += width) {
+    fill_copy(from, a.x_end, panel, slice.count);
+  }
+}
+
+// One register tile: `rows` <= kRows output rows, kWide vectors of columns, one block of depth.
+struct TileArgs {
+  const float* weight;
+  const float* panel;
+  int64_t depth;
+  const float* bias;  // null: continue the sums in y
+  const float* residual;
+  int64_t ldr;
+  float* y;
+  int64_t ldy;
+  int64_t rows;
+  Activation activation;  // kNone until the last block of depth
+};
+
+template <int kWide>
+AEROGEL_INLINE void conv_tile(const TileArgs& t) {
+  // A single vector per row leaves too few independent sums: even and odd depth get their own.
+  constexpr int kChains = kWide == 1 ? 2 : 1;
+  Vec acc[kChains][kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kWide; ++v) {
+      for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = zero();
+      if (t.bias) {
+        acc[0][r][v] = broadcast(t.bias[r]);
+      } else {
+        acc[0][r][v] = r < t.rows ? load(t.y + r * t.ldy + v * kLanes) : zero();
+      }
+    }
+  }
+  const float* weight = t.weight;
+  const float* panel = t.panel;
+  const auto step = [&](Vec(&sums)[kRows][kWide]) {
+    Vec x[kWide];
+    for (int v = 0; v < kWide; ++v) x[v] = load(panel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec w = broadcast(weight[r]);
+      for (int v = 0; v < kWide; ++v) sums[r][v] = fma(w, x[v], sums[r][v]);
+    }
+    weight += kRows;
+    panel += kWide * kLanes;
+  };
+  int64_t k = 0;
+  for (; k + kChains <= t.depth; k += kChains) {
+    for (int chain = 0; chain < kChains; ++chain) step(acc[chain]);
+  }
+  for (; k < t.depth; ++k) step(acc[0]);
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= t.rows) break;
+    for (int v = 0; v < kWide; ++v) {
+      Vec sum = acc[0][r][v];
+      for (int chain = 1; chain < kChains; ++chain) sum = add(sum, acc[chain][r][v]);
+      if (t.residual) sum = add(sum, load(t.residual + r * t.ldr + v * kLanes));
+      store(t.y + r * t.ldy + v * kLanes, activate_cheaply(sum, t.activation));
+    }
+  }
+}
+
+template <int kWide>
+AEROGEL_NOINLINE void conv_panel(const ConvArgs& a, const ConvSlice& slice, float* panel) {
+  const ConvLayer& layer = *a.layer;
+  const int64_t width = kWide * kLanes;
+  const int64_t group_size = layer.row_blocks * kRows;
+  for (int64_t k0 = 0; k0 < layer.depth; k0 += kConvDepthBlock) {
+    const int64_t k1 = smaller(k0 + kConvDepthBlock, layer.depth);
+    (layer.pointwise ? gather_pointwise : gather_panel)(a, slice, k0, k1, width, panel);
+    const bool last = k1 == layer.depth;
+    const bool in_registers = last && is_cheap(a.activation);
+    for (int64_t block = slice.first_block; block < slice.last_block; ++block) {
+      const int64_t row = slice.group * layer.group_outputs + block * kRows;
+      TileArgs t;
+      t.weight = layer.weight + slice.group * group_size * layer.depth + k0 * group_size +
+                 block * kRows * (k1 - k0);
+      t.panel = panel;
+      t.depth = k1 - k0;
+      t.bias = k0 == 0 ? layer.bias + slice.group * group_size + block * kRows : nullptr;
+      t.residual = last && a.residual ? a.residual + row * a.ldr + slice.column : nullptr;
+      t.ldr = a.ldr;
+      t.y = a.y + row * a.ldy + slice.column;
+      t.ldy = a.ldy;
+      t.rows = smaller(kRows, layer.group_outputs - block * kRows);
+      t.activation = in_registers ? a.activation : Activation::kNone;
+      conv_tile<kWide>(t);
+      if (!last || in_registers) continue;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        activate_span(a.activation, t.y + r * a.ldy, t.y + r * a.ldy, slice.count);
+      }
+    }
+  }
+}
+
+void conv_slice(const ConvArgs& args, const ConvSlice& slice, float* scratch) {
+  if (slice.count > 2 * kLanes) {
+    conv_panel<3>(args, slice, scratch);
+  } else if (slice.count > kLanes) {
+    conv_panel<2>(args, slice, scratch);
+  } else {
+    conv_panel<1>(args, slice, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA

@@ -1,0 +1,143 @@
+// Depthwise convolution. 3x3 and 5x5 with stride 1 or 2 run on tiles of several output rows x one
+// vector: an input vector is loaded once and serves every output row it touches, weights of one
+// kernel column stay in registers. Nothing is copied: rows above and below the plane are read from
+// a row of zeros, columns beside it are masked away in the vectors that meet the border.
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+// One tap's column, for output columns start ..: with stride 2 in split_order (layers_simd.inl).
+template <int kStride>
+AEROGEL_INLINE Vec load_tap(const float* p) {
+  return kStride == 1 ? load(p) : even_of(load(p), load(p + kLanes));
+}
+
+struct DepthwiseBlock {
+  const float* const* rows;  // input rows under the tile, moved left by the padding
+  const float* weight;       // of this channel
+  Vec bias;
+  Activation activation;  // a cheap one
+  float* y;
+  int64_t out_w, columns;  // columns: floats that may be written from y on
+};
+
+template <int kKernel, int kStride, int kRowCount, bool kMasked>
+AEROGEL_INLINE void depthwise_tile(const DepthwiseBlock& b, const DepthwiseTile& tile) {
+  constexpr int kInRows = (kRowCount - 1) * kStride + kKernel;
+  Vec acc[kRowCount];
+  for (int o = 0; o < kRowCount; ++o) acc[o] = kStride == 1 ? b.bias : b.bias;
+  for (int kx = 0; kx < kKernel; ++kx) {
+    Vec weight[kKernel];
+    for (int ky = 0; ky < kKernel; ++ky) weight[ky] = broadcast(b.weight[ky * kKernel + kx]);
+    Vec mask = zero();
+    if (kMasked) {
+      mask = load(tile.mask + kx * kLanes);
+      if (kStride == 2) mask = split_order(mask);
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kInRows; ++r) {
+      Vec x = load_tap<kStride>(b.rows[r] + tile.start * kStride + kx);
+      if (kMasked) x = keep(x, mask);
+#pragma GCC unroll 8
+      for (int o = 0; o < kRowCount; ++o) {
+        const int ky = r - o * kStride;
+        if (ky >= 0 && ky < kKernel) acc[o] = fma(x, weight[ky], acc[o]);
+      }
+    }
+  }
+  for (int o = 0; o < kRowCount; ++o) {
+    const Vec sum = activate_cheaply(kStride == 2 ? split_order(acc[o]) : acc[o], b.activation);
+    const int64_t at = o * b.out_w + tile.start;
+    // Rows shorter than a vector spill into the next row, which is written afterwards.
+    store_upto(b.y + at, sum, b.columns - at);
+  }
+}
+
+template <int kKernel, int kStride, int kRowCount>
+AEROGEL_NOINLINE void depthwise_rows(const DepthwiseLayer& layer, const DepthwiseBlock& block) {
+  for (int64_t i = 0; i < layer.tile_count; ++i) {
+    if (layer.tiles[i].mask) {
+      depthwise_tile<kKernel, kStride, kRowCount, true>(block, layer.tiles[i]);
+    } else {
+      depthwise_tile<kKernel, kStride, kRowCount, false>(block, layer.tiles[i]);
+    }
+  }
+}
+
+template <int kKernel, int kStride>
+void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
+                     Activation activation, float* y) {
+  const Window& w = layer.window;
+  const int64_t whole = w.out_h % 7 == 0 || w.out_h > 16 ? 7 : 4;
+  for (int64_t oy = 0; oy < w.out_h;) {
+    const int64_t left = w.out_h - oy;
+    const int64_t count = left >= whole ? whole : (left >= 4 ? 4 : 1);
+    const float* rows[6 * kStride + kKernel];
+    for (int64_t r = 0; r < (count - 1) * kStride + kKernel; ++r) {
+      const int64_t iy = oy * w.stride_h - w.pad_h + r;
+      rows[r] = (iy >= 0 && iy < w.in_h ? x + iy * w.in_w : layer.zeros) - w.pad_w;
+    }
+    const DepthwiseBlock block = {rows,          weight,  broadcast(bias), activation,
+                                  y + oy * w.out_w, w.out_w, left * w.out_w};
+    if (count == 7) {
+      depthwise_rows<kKernel, kStride, 7>(layer, block);
+    } else if (count == 4) {
+      depthwise_rows<kKernel, kStride, 4>(layer, block);
+    } else {
+      depthwise_rows<kKernel, kStride, 1>(layer, block);
+    }
+    oy += count;
+  }
+}
+
+// Any window: one tap at a time over its valid part of each output row.
+void depthwise_general(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
+                       Activation, float* y) {
+  const Window& w = layer.window;
+  for (int64_t oy = 0; oy < w.out_h; ++oy, y += w.out_w) {
+    for (int64_t ox = 0; ox < w.out_w; ++ox) y[ox] = bias;
+    for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+      if (oy < layer.taps_y[ky].first || oy >= layer.taps_y[ky].last) continue;
+      const int64_t iy = oy * w.stride_h - w.pad_h + ky * w.dilation_h;
+      for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
+        const TapRange range = layer.taps_x[kx];
+        const float tap = weight[ky * w.kernel_w + kx];
+        const float* row = x + iy * w.in_w + kx * w.dilation_w - w.pad_w;
+        if (w.stride_w == 1) {
+          for (int64_t ox = range.first; ox < range.last; ++ox) y[ox] += tap * row[ox];
+        } else {
+          for (int64_t ox = range.first; ox < range.last; ++ox) y[ox] += tap * row[ox * w.stride_w];
+        }
+      }
+    }
+  }
+}
+
+using DepthwisePlane = void (*)(const DepthwiseLayer&, const float* x, const float* weight,
+                                float bias, Activation, float* y);
+
+AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
+  if (!layer.tiles) return &depthwise_general;
+  if (layer.window.kernel_w == 3) {
+    return layer.window.stride_w == 1 ? &depthwise_plane<3, 1> : &depthwise_plane<3, 2>;
+  }
+  return layer.window.stride_w == 1 ? &depthwise_plane<5, 1> : &depthwise_plane<5, 2>;
+}
+
+void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last) {
+  const DepthwiseLayer& layer = *args.layer;
+  const DepthwisePlane plane = pick_depthwise(layer);
+  const bool in_registers = layer.tiles && is_cheap(args.activation);
+  const int64_t taps = layer.window.kernel_h * layer.window.kernel_w;
+  for (int64_t c = first; c < last; ++c) {
+    float* y = args.y + c * args.ldy;
+    plane(layer, args.x + c / layer.multiplier * args.ldx, layer.weight + c * taps, layer.bias[c],
+          in_registers ? args.activation : Activation::kNone, y);
+    if (!in_registers) {
+      activate_span(args.activation, y, y, layer.window.out_h * layer.window.out_w);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA

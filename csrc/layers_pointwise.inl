@@ -1,0 +1,73 @@
+// Element by element: activations, sums and products of two tensors, and the mean of a plane.
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+void activate_span(Activation activation, const float* x, float* y, int64_t count) {
+  if (activation == Activation::kNone && x == y) return;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = count - i;
+    store_upto(y + i, activate(load_upto(x + i, n), activation), n);
+  }
+}
+
+// The activations that cost an instruction or two run on the accumulators; the others run over the
+// stored result, which is still in L1, so that they exist once and not in every kernel.
+AEROGEL_INLINE bool is_cheap(Activation activation) {
+  return activation == Activation::kNone || activation == Activation::kRelu ||
+         activation == Activation::kRelu6;
+}
+
+AEROGEL_INLINE Vec activate_cheaply(Vec v, Activation activation) {
+  if (activation == Activation::kNone) return v;
+  v = relu(v);
+  return activation == Activation::kRelu6 ? min(broadcast(6.0f), v) : v;
+}
+
+AEROGEL_INLINE Vec combine(Binary kind, Vec x, Vec y) {
+  return kind == Binary::kAdd ? add(x, y) : mul(x, y);
+}
+
+AEROGEL_INLINE void binary_row(const BinaryArgs& a, const float* x, const float* y, float* z) {
+  const bool scalar = a.y_columns == 1 && a.columns != 1;
+  const Vec same = broadcast(*y);
+  for (int64_t i = 0; i < a.columns; i += kLanes) {
+    const int64_t n = a.columns - i;
+    const Vec other = scalar ? same : load_upto(y + i, n);
+    const Vec v = combine(a.kind, load_upto(x + i, n), other);
+    store_upto(z + i, activate_cheaply(v, a.activation), n);
+  }
+  if (!is_cheap(a.activation)) activate_span(a.activation, z, z, a.columns);
+}
+
+void binary_channels(const BinaryArgs& args, int64_t first, int64_t last) {
+  if (args.ldx == 1 && args.ldy == 1 && args.ldz == 1) {  // vectors: all channels are one row
+    BinaryArgs row = args;
+    row.columns = row.y_columns = last - first;
+    binary_row(row, args.x + first, args.y + first, args.z + first);
+    return;
+  }
+  for (int64_t c = first; c < last; ++c) {
+    binary_row(args, args.x + c * args.ldx, args.y + c * args.ldy, args.z + c * args.ldz);
+  }
+}
+
+void mean_channels(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,
+                   int64_t first, int64_t last) {
+  const float scale = 1.0f / static_cast<float>(columns);
+  for (int64_t c = first; c < last; ++c) {
+    const float* row = x + c * ldx;
+    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
+      for (int v = 0; v < 4; ++v) sums[v] = add(sums[v], load(row + i + v * kLanes));
+    }
+    for (int v = 0; i < columns; i += kLanes, ++v) {
+      sums[v] = add(sums[v], load_upto(row + i, columns - i));
+    }
+    y[c * ldy] = scale * sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  }
+}
+
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA

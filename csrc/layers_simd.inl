@@ -1,0 +1,74 @@
+// Vocabulary that only the dense layers need: masks, every second element, sums.
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+#if defined(AEROGEL_USE_AVX512)
+
+AEROGEL_INLINE Vec keep(Vec v, Vec mask) { return _mm512_and_ps(v, mask); }
+AEROGEL_INLINE Vec even_of(Vec a, Vec b) {
+  const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(a, pick, b);
+}
+AEROGEL_INLINE Vec odd_of(Vec a, Vec b) {
+  const __m512i pick = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_ps(a, pick, b);
+}
+AEROGEL_INLINE Vec split_order(Vec v) { return v; }
+
+#elif defined(AEROGEL_USE_AVX2)
+
+AEROGEL_INLINE Vec keep(Vec v, Vec mask) { return _mm256_and_ps(v, mask); }
+// Within 128-bit halves only, which is cheap; split_order undoes the order (and makes it).
+AEROGEL_INLINE Vec even_of(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x88); }
+AEROGEL_INLINE Vec odd_of(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xdd); }
+AEROGEL_INLINE Vec split_order(Vec v) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+
+#elif defined(AEROGEL_USE_NEON)
+
+AEROGEL_INLINE Vec keep(Vec v, Vec mask) {
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vreinterpretq_u32_f32(mask)));
+}
+AEROGEL_INLINE Vec even_of(Vec a, Vec b) { return vuzp1q_f32(a, b); }
+AEROGEL_INLINE Vec odd_of(Vec a, Vec b) { return vuzp2q_f32(a, b); }
+AEROGEL_INLINE Vec split_order(Vec v) { return v; }
+
+#else
+
+AEROGEL_INLINE Vec keep(Vec v, Vec mask) {
+  return lanewise([&](int i) {
+    uint32_t bits, wanted;
+    __builtin_memcpy(&bits, &v.lane[i], sizeof bits);
+    __builtin_memcpy(&wanted, &mask.lane[i], sizeof wanted);
+    bits &= wanted;
+    float out;
+    __builtin_memcpy(&out, &bits, sizeof out);
+    return out;
+  });
+}
+AEROGEL_INLINE Vec even_of(Vec a, Vec b) {
+  return lanewise([&](int i) { return i < 2 ? a.lane[2 * i] : b.lane[2 * i - 4]; });
+}
+AEROGEL_INLINE Vec odd_of(Vec a, Vec b) {
+  return lanewise([&](int i) { return i < 2 ? a.lane[2 * i + 1] : b.lane[2 * i - 3]; });
+}
+AEROGEL_INLINE Vec split_order(Vec v) { return v; }
+
+#endif
+
+AEROGEL_INLINE float sum_lanes(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+AEROGEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+AEROGEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA

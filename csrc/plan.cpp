@@ -1,0 +1,328 @@
+// From a graph to a plan: which operations run jointly, where every value lives, what is copied in
+// and out.
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "plan_ops.h"
+
+namespace aerogel {
+
+namespace {
+
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t kJointTokens = 64;    // images of fewer tokens share a panel of columns
+constexpr int64_t kJointColumns = 512;  // columns of a chunk: its planes should stay in L2
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+std::vector<std::vector<int>> consumers_of(const Graph& graph) {
+  std::vector<std::vector<int>> consumers(graph.values.size());
+  for (size_t i = 0; i < graph.ops.size(); ++i) {
+    for (int v : graph.ops[i]->inputs) {
+      consumers[static_cast<size_t>(v)].push_back(static_cast<int>(i));
+    }
+  }
+  return consumers;
+}
+
+// Which operations see a whole chunk of images as columns: those that treat columns alike, lead
+// only to such operations and to outputs whose layout allows it, on values of few columns. The
+// set is found by starting from all candidates and dropping what does not fit until nothing drops.
+std::vector<bool> find_joint(const Graph& graph) {
+  const size_t count = graph.ops.size();
+  std::vector<bool> joint(count, false);
+  if (graph.batch == 1) return joint;
+  const auto consumers = consumers_of(graph);
+  std::vector<int> producer(graph.values.size(), -1);
+  std::vector<bool> token_input(graph.values.size(), false), plane_output = token_input;
+  for (size_t i = 0; i < count; ++i) producer[graph.ops[i]->output] = static_cast<int>(i);
+  for (const Graph::Port& port : graph.inputs) {
+    token_input[port.value] = port.layout == Layout::kTokens;
+  }
+  for (const Graph::Port& port : graph.outputs) {
+    if (port.layout == Layout::kChannels) plane_output[port.value] = true;
+  }
+  const auto few_columns = [&](int v) {
+    const Value& value = graph.values[v];
+    return value.ld == 1 || (value.tokens && value.columns() < kJointTokens);
+  };
+  const auto fits = [&](size_t i) {
+    const Op& op = *graph.ops[i];
+    const Value& out = graph.values[op.output];
+    if (!few_columns(op.output) || (out.ld != 1 && plane_output[op.output])) return false;
+    for (int consumer : consumers[op.output]) {
+      if (!joint[consumer]) return false;
+    }
+    for (int v : op.inputs) {
+      if (!few_columns(v)) return false;
+      const bool made_jointly = producer[v] >= 0 && joint[producer[v]];
+      if (graph.values[v].ld != 1 && !made_jointly && !token_input[v]) return false;
+    }
+    return true;
+  };
+  for (size_t i = 0; i < count; ++i) joint[i] = graph.ops[i]->columnwise();
+  for (bool dropped = true; dropped;) {
+    dropped = false;
+    for (size_t i = 0; i < count; ++i) {
+      if (joint[i] && !fits(i)) {
+        joint[i] = false;
+        dropped = true;
+      }
+    }
+  }
+  return joint;
+}
+
+// Rewrites a graph into image operations and joint operations with copies at every border.
+class Lowering {
+ public:
+  explicit Lowering(Graph& graph) : graph_(graph), joint_(find_joint(graph)) {}
+
+  void lower(int64_t chunk, Ops* image_ops, Ops* joint_ops) {
+    values_ = &graph_.values;
+    chunk_ = chunk;
+    const size_t count = graph_.values.size();
+    joint_form_.assign(count, -1);
+    image_form_.assign(count, -1);
+    for (size_t i = 0; i < graph_.inputs.size(); ++i) place_input(i);
+    for (size_t i = 0; i < graph_.ops.size(); ++i) {
+      std::unique_ptr<Op>& op = graph_.ops[i];
+      (joint_[i] ? make_joint(*op, joint_ops) : make_image(*op, image_ops));
+      (joint_[i] ? joint_ops : image_ops)->push_back(std::move(op));
+    }
+    for (size_t i = 0; i < graph_.outputs.size(); ++i) place_output(i, image_ops, joint_ops);
+  }
+
+ private:
+  Value& value(int v) { return (*values_)[static_cast<size_t>(v)]; }
+
+  int add(const Value& like, Place place) {
+    Value copy = like;
+    copy.place = place;
+    values_->push_back(copy);
+    joint_form_.push_back(-1);
+    image_form_.push_back(-1);
+    return static_cast<int>(values_->size()) - 1;
+  }
+
+  int64_t joint_row(const Value& v) const { return padded_row(chunk_ * v.columns()); }
+
+  void place_input(size_t slot) {
+    const Graph::Port port = graph_.inputs[slot];
+    Value& v = value(port.value);
+    v.place = Place::kInput;
+    v.offset = static_cast<int64_t>(slot);
+    v.stride = v.channels * v.columns();
+    if (v.ld != 1) v.ld = v.columns();
+    layout_.resize(values_->size(), Layout::kChannels);
+    layout_[static_cast<size_t>(port.value)] = port.layout;
+  }
+
+  bool token_major(int v) const {
+    return static_cast<size_t>(v) < layout_.size() &&
+           layout_[static_cast<size_t>(v)] == Layout::kTokens;
+  }
+
+  void copy(int from, int to, bool transpose, bool to_planes, const std::string& name, Ops* ops) {
+    std::unique_ptr<Op> op;
+    if (transpose) {
+      op = std::make_unique<TransposeOp>(to_planes);
+    } else {
+      op = std::make_unique<CopyOp>();
+    }
+    op->name = name;
+    op->inputs = {from};
+    op->output = to;
+    ops->push_back(std::move(op));
+  }
+
+  // The caller's tensor as a padded plane, or itself where the reader allows.
+  int image_form(int v, bool bare_is_fine, Ops* ops) {
+    if (value(v).place != Place::kInput) return v;
+    const bool tokens = token_major(v) && value(v).ld != 1;
+    if (!tokens && bare_is_fine) return v;
+    if (image_form_[v] < 0) {
+      const int to = add(value(v), Place::kImage);
+      if (value(to).ld != 1) value(to).ld = padded_row(value(to).columns());
+      copy(v, to, tokens, true, "input", ops);
+      image_form_[v] = to;
+    }
+    return image_form_[v];
+  }
+
+  int joint_form(int v, Ops* ops) {
+    if (value(v).place == Place::kJoint) return v;
+    if (joint_form_[v] < 0) {
+      if (value(v).place == Place::kImage) {
+        value(v).place = Place::kStaged;
+        value(v).stride = round_up(value(v).channels, kLineFloats);
+      }
+      const int to = add(value(v), Place::kJoint);
+      value(to).ld = joint_row(value(to));
+      copy(v, to, true, true, "gather", ops);
+      joint_form_[v] = to;
+    }
+    return joint_form_[v];
+  }
+
+  void make_image(Op& op, Ops* ops) {
+    for (size_t i = 0; i < op.inputs.size(); ++i) {
+      op.inputs[i] = image_form(op.inputs[i], op.reads_bare(i), ops);
+    }
+  }
+
+  void make_joint(Op& op, Ops* ops) {
+    for (int& v : op.inputs) v = joint_form(v, ops);
+    value(op.output).place = Place::kJoint;
+    value(op.output).ld = joint_row(value(op.output));
+  }
+
+  void place_output(size_t slot, Ops* image_ops, Ops* joint_ops) {
+    const Graph::Port port = graph_.outputs[slot];
+    const bool joint = value(port.value).place == Place::kJoint;
+    const int from = joint ? port.value : image_form(port.value, true, image_ops);
+    const bool transpose = joint || (port.layout == Layout::kTokens && value(from).ld != 1);
+    const int to = add(value(from), Place::kOutput);
+    Value& out = value(to);
+    out.ld = out.columns();
+    out.offset = static_cast<int64_t>(slot);
+    out.stride = out.channels * out.columns();
+    copy(from, to, transpose, false, "output", joint ? joint_ops : image_ops);
+  }
+
+  Graph& graph_;
+  std::vector<bool> joint_;
+  std::vector<Value>* values_ = nullptr;
+  int64_t chunk_ = 1;
+  std::vector<int> joint_form_, image_form_;
+  std::vector<Layout> layout_;
+};
+
+// A stretch of memory and the steps [first, last] during which it is in use.
+struct Block {
+  int64_t floats, first, last, offset;
+};
+
+// Greedy by size: large blocks first, each at the lowest offset free during its whole life.
+int64_t pack_blocks(std::vector<Block>* blocks) {
+  std::vector<Block*> order, placed;
+  for (Block& b : *blocks) order.push_back(&b);
+  std::stable_sort(order.begin(), order.end(),
+                   [](const Block* a, const Block* b) { return a->floats > b->floats; });
+  int64_t total = 0;
+  for (Block* block : order) {
+    int64_t offset = 0;
+    for (const Block* other : placed) {  // by offset
+      if (other->last < block->first || block->last < other->first) continue;
+      if (offset + block->floats <= other->offset) break;
+      offset = std::max(offset, other->offset + other->floats);
+    }
+    block->offset = offset;
+    total = std::max(total, offset + block->floats);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
+                                   [](const Block* a, const Block* b) {
+                                     return a->offset < b->offset;
+                                   }),
+                  block);
+  }
+  return total;
+}
+
+// Offsets for all values of one arena; returns its size in floats.
+int64_t plan_arena(const Ops& ops, Place place, std::vector<Value>* values) {
+  std::vector<int64_t> last_use(values->size(), -1);
+  for (size_t i = 0; i < ops.size(); ++i) {
+    for (int v : ops[i]->inputs) last_use[v] = static_cast<int64_t>(i);
+  }
+  std::vector<Block> blocks;
+  std::vector<int> block_of(values->size(), -1);
+  for (size_t i = 0; i < ops.size(); ++i) {
+    const Op& op = *ops[i];
+    const Value& out = (*values)[op.output];
+    if (out.place != place) continue;
+    const int64_t step = static_cast<int64_t>(i), last = std::max(step, last_use[op.output]);
+    const int in = op.inputs[0];
+    if (op.in_place() && block_of[in] >= 0 && last_use[in] == step &&
+        (*values)[in].ld == out.ld && (*values)[in].channels == out.channels) {
+      block_of[op.output] = block_of[in];
+      blocks[block_of[in]].last = std::max(blocks[block_of[in]].last, last);
+      continue;
+    }
+    block_of[op.output] = static_cast<int>(blocks.size());
+    blocks.push_back({round_up(out.floats(), kLineFloats), step, last, 0});
+  }
+  const int64_t total = pack_blocks(&blocks);
+  for (size_t v = 0; v < values->size(); ++v) {
+    if (block_of[v] >= 0) (*values)[v].offset = blocks[block_of[v]].offset;
+  }
+  return total;
+}
+
+}  // namespace
+
+int64_t padded_row(int64_t columns) {
+  const int64_t lines = (columns + kLineFloats - 1) / kLineFloats;
+  return (lines | 1) * kLineFloats;
+}
+
+int Graph::add_value(int64_t channels, int64_t height, int64_t width, bool vector, bool tokens) {
+  Value value;
+  value.channels = channels;
+  value.height = height;
+  value.width = width;
+  value.ld = vector ? 1 : padded_row(height * width);
+  value.tokens = tokens;
+  values.push_back(value);
+  return static_cast<int>(values.size()) - 1;
+}
+
+Operand Frame::operand(int id) const {
+  const Value& v = values[id];
+  switch (v.place) {
+    case Place::kImage: return {image_arena + v.offset, v.ld, v.channels, v.columns()};
+    case Place::kStaged:
+      return {joint_arena + v.offset + staged * v.stride, v.ld, v.channels, v.columns()};
+    case Place::kJoint: return {joint_arena + v.offset, v.ld, v.channels, joint_count * v.columns()};
+    case Place::kInput:
+      return {const_cast<float*>(inputs[v.offset]) + image * v.stride, v.ld, v.channels,
+              v.columns()};
+    case Place::kOutput:
+      return {outputs[v.offset] + image * v.stride, v.ld, v.channels, v.columns()};
+  }
+  return {};
+}
+
+Plan::Plan(Graph graph)
+    : batch_(graph.batch),
+      chunk_(graph.batch),
+      graph_inputs_(graph.inputs.size()),
+      graph_outputs_(graph.outputs.size()) {
+  int64_t widest = 1;
+  for (const Value& v : graph.values) {
+    if (v.tokens && v.columns() < kJointTokens) widest = std::max(widest, v.columns());
+  }
+  const int64_t most = std::max<int64_t>(1, kJointColumns / widest);
+  chunk_ = (batch_ + (batch_ + most - 1) / most - 1) / ((batch_ + most - 1) / most);
+  Lowering(graph).lower(chunk_, &image_ops_, &joint_ops_);
+  values_ = std::move(graph.values);
+
+  image_floats_ = plan_arena(image_ops_, Place::kImage, &values_);
+  joint_floats_ = plan_arena(joint_ops_, Place::kJoint, &values_);
+  for (Value& v : values_) {
+    if (v.place != Place::kStaged) continue;
+    v.offset = joint_floats_;
+    joint_floats_ += chunk_ * v.stride;
+  }
+  const KernelTable& table = active_table();
+  for (const Ops* ops : {&image_ops_, &joint_ops_}) {
+    for (const std::unique_ptr<Op>& op : *ops) {
+      op->prepare(values_, table);
+      scratch_floats_ = std::max(scratch_floats_, op->scratch_floats());
+    }
+  }
+}
+
+}  // namespace aerogel

@@ -1,0 +1,152 @@
+// Native execution of a whole network: a list of operations over one arena planned in advance.
+//
+// A value is a tensor of one image, channels x columns (columns = height * width, or tokens). In the
+// arena a value of several columns is planar with rows of `ld` floats: whole cache lines, an odd
+// number of them, so that neighbouring channels never fall into the same cache set. A value of one
+// column (a vector) is contiguous. Values that do not live at the same time share memory.
+//
+// A batch is run image by image, which keeps an image's planes in cache: first as many whole images
+// as the threads can take one each, then the remaining ones together, operation by operation with a
+// barrier in between. Operations at the end (or start) of a network that treat every column alike,
+// such as the linear layers of a classifier, see the whole batch as columns of one value ("joint").
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "layers_weights.h"
+
+namespace aerogel {
+
+enum class Layout : int32_t { kChannels = 0, kTokens = 1 };  // (C, ...) or (T, F) in user memory
+
+enum class Place : int32_t {
+  kImage,   // arena of one image
+  kStaged,  // joint arena, one vector per image: made per image, read jointly
+  kJoint,   // joint arena, all images of a chunk as columns
+  kInput,   // the caller's tensors
+  kOutput,
+};
+
+struct Value {
+  int64_t channels = 0, height = 1, width = 1;
+  int64_t ld = 1;       // floats from channel to channel; 1: a vector
+  bool tokens = false;  // columns are tokens: no operation looks at their neighbourhood
+  Place place = Place::kImage;
+  int64_t offset = 0;  // floats from the start of its arena, or the number of the caller's tensor
+  int64_t stride = 0;  // floats from image to image (kStaged, kInput, kOutput)
+
+  int64_t columns() const { return height * width; }
+  int64_t floats() const { return channels * ld; }
+};
+
+// Where a value is at run time.
+struct Operand {
+  float* data;
+  int64_t ld;
+  int64_t channels, columns;
+};
+
+// One execution of an operation: of one image, or jointly of several.
+struct Frame {
+  const Value* values;
+  float* image_arena;
+  float* joint_arena;
+  const float* const* inputs;
+  float* const* outputs;
+  int64_t image;        // number of the (first) image in the batch
+  int64_t staged;       // number of the image in its chunk
+  int64_t joint_count;  // images of the chunk
+  int threads;          // that share this execution
+
+  Operand operand(int value) const;
+};
+
+// A task is a share of one operation; tasks of one operation are independent of each other.
+class Op {
+ public:
+  std::string name;
+  std::vector<int> inputs;
+  int output = -1;
+
+  virtual ~Op() = default;
+  // Every column is treated alike, so that the images of a batch may stand side by side.
+  virtual bool columnwise() const { return false; }
+  // The output may take the place of the first input.
+  virtual bool in_place() const { return false; }
+  // Reads exactly its i-th input's elements, so that this may be the caller's unpadded tensor.
+  virtual bool reads_bare(size_t) const { return true; }
+  // Called once the places of all values are known; afterwards borrowed weights are not needed.
+  virtual void prepare(const std::vector<Value>&, const KernelTable&) {}
+  virtual int64_t scratch_floats() const { return 0; }
+  virtual int64_t tasks(const Frame& frame) const = 0;
+  virtual void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const = 0;
+};
+
+using Ops = std::vector<std::unique_ptr<Op>>;
+
+// What a builder collects: operations in execution order over numbered values.
+struct Graph {
+  struct Port {
+    int value;
+    Layout layout;
+  };
+  int64_t batch = 1;
+  std::vector<Value> values;
+  Ops ops;
+  std::vector<Port> inputs, outputs;
+
+  int add_value(int64_t channels, int64_t height, int64_t width, bool vector, bool tokens);
+};
+
+struct StepTime {
+  std::string name;
+  double seconds;
+};
+
+class Plan {
+ public:
+  explicit Plan(Graph graph);
+
+  // inputs[i]: the i-th input of the whole batch, contiguous; outputs likewise. Thread-safe.
+  // If `times` is given, images are run one after the other and each step is timed.
+  void run(const float* const* inputs, float* const* outputs, int threads,
+           std::vector<StepTime>* times = nullptr);
+
+  int64_t arena_bytes() const { return 4 * (image_floats_ + joint_floats_); }
+  size_t input_count() const { return graph_inputs_; }
+  size_t output_count() const { return graph_outputs_; }
+  // Overwrites memory between runs: results may not depend on what the arena holds.
+  void fill_idle_arenas(float value);
+
+ private:
+  // The memory of one run. Kept for the next one.
+  struct Workspace {
+    std::vector<FloatBuffer> images;  // one arena per thread, made when first needed
+    std::vector<FloatBuffer> scratch;
+    FloatBuffer joint;
+
+    float* image(size_t i) { return images[i].data() + kReadSlack; }
+  };
+  struct Call;
+
+  std::unique_ptr<Workspace> take_workspace(int threads);
+  void worker(Call& call, int thread) const;
+
+  int64_t batch_, chunk_;
+  size_t graph_inputs_, graph_outputs_;
+  std::vector<Value> values_;
+  Ops image_ops_, joint_ops_;
+  int64_t image_floats_ = 0, joint_floats_ = 0, scratch_floats_ = 0;
+  std::mutex pool_mutex_;
+  std::vector<std::unique_ptr<Workspace>> pool_;
+};
+
+// Floats per row of a planar value of so many columns.
+int64_t padded_row(int64_t columns);
+
+}  // namespace aerogel

@@ -1,0 +1,334 @@
+#include "plan_ops.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace aerogel {
+
+namespace {
+
+constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
+constexpr int64_t kTasksPerThread = 6;  // enough for a thread that loses its core for a while
+
+struct Range {
+  int64_t first, last;
+};
+
+Range share(int64_t units, int64_t task, int64_t tasks) {
+  return {units * task / tasks, units * (task + 1) / tasks};
+}
+
+const LayerKernels& layer_kernels(const KernelTable& table) { return *table.layers; }
+
+int64_t elementwise_tasks(const Operand& z, int threads) {
+  return worthwhile_tasks(z.channels, z.channels * z.columns, threads);
+}
+
+}  // namespace
+
+int64_t worthwhile_tasks(int64_t units, int64_t work, int threads) {
+  if (threads <= 1) return 1;
+  const int64_t by_work = work / kTaskWork;
+  return std::max<int64_t>(1, std::min({units, by_work, kTasksPerThread * threads}));
+}
+
+// dense convolution
+
+bool ConvOp::pointwise() const {
+  const Window& w = source.window;
+  return w.kernel_h == 1 && w.kernel_w == 1 && w.stride_h == 1 && w.stride_w == 1 &&
+         w.pad_h == 0 && w.pad_w == 0;
+}
+
+void ConvOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+  weight = std::make_unique<ConvWeight>(source, kernels->tile);
+}
+
+int64_t ConvOp::scratch_floats() const {
+  return kConvDepthBlock * kernels->tile.width() + kernels->tile.width() + 16;
+}
+
+namespace {
+
+// The output cut into panels of almost equal width x groups x shares of the row blocks. The panels
+// never depend on the number of threads: their width decides the order of some sums.
+struct ConvGrid {
+  int64_t columns, vectors, panels, groups, shares;
+
+  int64_t units() const { return panels * groups * shares; }
+  ConvSlice slice(int64_t unit, const ConvLayer& layer, const DenseTile& tile) const {
+    const int64_t part = unit % shares, group = unit / shares % groups;
+    const int64_t panel = unit / shares / groups;
+    const Range v = share(vectors, panel, panels);
+    const Range blocks = share(layer.row_blocks, part, shares);
+    const int64_t first = v.first * tile.lanes;
+    return {first, std::min(v.last * tile.lanes, columns) - first, group, blocks.first,
+            blocks.last};
+  }
+};
+
+ConvGrid conv_grid(const ConvLayer& layer, const DenseTile& tile, int64_t columns, int threads) {
+  ConvGrid grid{columns, (columns + tile.lanes - 1) / tile.lanes, 0, layer.groups, 1};
+  grid.panels = (grid.vectors + tile.vectors - 1) / tile.vectors;
+  const int64_t wanted = threads > 1 ? 3 * threads : 1;
+  const int64_t units = grid.panels * grid.groups;
+  if (units < wanted) {
+    constexpr int64_t kLeastBlocks = 4;  // fewer would gather a panel for too little work
+    grid.shares = std::max<int64_t>(
+        1, std::min((wanted + units - 1) / units, layer.row_blocks / kLeastBlocks));
+  }
+  return grid;
+}
+
+}  // namespace
+
+int64_t ConvOp::tasks(const Frame& frame) const {
+  if (frame.threads <= 1) return 1;
+  const ConvLayer& layer = weight->layer();
+  const int64_t columns = frame.operand(output).columns;
+  const int64_t units = conv_grid(layer, kernels->tile, columns, frame.threads).units();
+  return worthwhile_tasks(units, columns * source.out_channels * layer.depth, frame.threads);
+}
+
+void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  ConvArgs args{};
+  args.layer = &weight->layer();
+  args.x = x.data;
+  args.ldx = x.ld;
+  const bool bare = frame.values[inputs[0]].place == Place::kInput;
+  args.x_end = x.data + x.ld * x.channels + (bare ? 0 : kReadSlack / 2);
+  args.y = y.data;
+  args.ldy = y.ld;
+  if (epilogue.residual) {
+    const Operand residual = frame.operand(inputs[1]);
+    args.residual = residual.data;
+    args.ldr = residual.ld;
+  }
+  args.activation = epilogue.activation;
+  const ConvGrid grid = conv_grid(*args.layer, kernels->tile, y.columns, frame.threads);
+  const Range units = share(grid.units(), task, tasks);
+  for (int64_t unit = units.first; unit < units.last; ++unit) {
+    kernels->conv(args, grid.slice(unit, *args.layer, kernels->tile), scratch);
+  }
+}
+
+// depthwise convolution
+
+void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+  weight = std::make_unique<DepthwiseWeight>(source, table.lanes);
+}
+
+int64_t DepthwiseOp::tasks(const Frame& frame) const {
+  const Operand y = frame.operand(output);
+  const int64_t taps = source.window.kernel_h * source.window.kernel_w;
+  return worthwhile_tasks(y.channels, y.channels * y.columns * taps, frame.threads);
+}
+
+void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  const Range c = share(y.channels, task, tasks);
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last);
+}
+
+// dense linear layer
+
+void LinearOp::prepare(const std::vector<Value>& values, const KernelTable& table) {
+  if (values[output].place == Place::kJoint) return ConvOp::prepare(values, table);
+  kernels = &layer_kernels(table);
+  constexpr int64_t kLine = 16;
+  ldw = (source.in_channels + kLine - 1) / kLine * kLine;
+  rows = FloatBuffer(source.out_channels * ldw);
+  bias = FloatBuffer(source.out_channels);
+  for (int64_t n = 0; n < source.out_channels; ++n) {
+    std::copy_n(source.weight + n * source.in_channels, source.in_channels, rows.data() + n * ldw);
+  }
+  if (source.bias) std::copy_n(source.bias, source.out_channels, bias.data());
+}
+
+int64_t LinearOp::scratch_floats() const { return weight ? ConvOp::scratch_floats() : 0; }
+
+int64_t LinearOp::tasks(const Frame& frame) const {
+  if (weight) return ConvOp::tasks(frame);
+  return worthwhile_tasks(source.out_channels, source.out_channels * ldw, frame.threads);
+}
+
+void LinearOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+  if (weight) return ConvOp::run(frame, task, tasks, scratch);
+  GemvArgs args{rows.data(), ldw,     bias.data(), frame.operand(inputs[0]).data,
+                source.in_channels, nullptr, frame.operand(output).data, epilogue.activation};
+  if (epilogue.residual) args.residual = frame.operand(inputs[1]).data;
+  const Range n = share(source.out_channels, task, tasks);
+  kernels->gemv(args, n.first, n.last);
+}
+
+// sparse 1x1 convolution, linear
+
+SpmmOp::SpmmOp(const BlockRows& source, const float* bias_data, const SpmmVariant& variant,
+               Epilogue epilogue)
+    : source(source), variant(variant), epilogue(epilogue) {
+  if (bias_data) bias.assign(bias_data, bias_data + source.rows);
+}
+
+void SpmmOp::prepare(const std::vector<Value>& values, const KernelTable&) {
+  weight = std::make_unique<SpmmWeight>(source, variant, values[inputs[0]].ld);
+}
+
+SpmmArgs SpmmOp::args(const Frame& frame) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  SpmmArgs args;
+  args.weight = weight.get();
+  args.bias = bias.empty() ? nullptr : bias.data();
+  args.x = x.data;
+  args.ldx = x.ld;
+  args.y = y.data;
+  args.ldy = y.ld;
+  if (epilogue.residual) {
+    const Operand residual = frame.operand(inputs[1]);
+    args.residual = residual.data;
+    args.ldr = residual.ld;
+  }
+  args.columns = y.columns;
+  args.activation = epilogue.activation;
+  args.padded = x.ld > 1 && y.ld > 1;
+  return args;
+}
+
+int64_t SpmmOp::tasks(const Frame& frame) const {
+  return spmm_task_count(args(frame), frame.threads);
+}
+
+void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  spmm_run_task(args(frame), task, tasks);
+}
+
+// pooling
+
+void PoolOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+}
+
+int64_t PoolOp::tasks(const Frame& frame) const {
+  const Operand y = frame.operand(output);
+  const int64_t work = y.channels * y.columns * window.kernel_h * window.kernel_w;
+  return worthwhile_tasks(y.channels, work, frame.threads);
+}
+
+void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  const Range c = share(y.channels, task, tasks);
+  kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld}, c.first,
+                c.last);
+}
+
+void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+}
+
+int64_t MeanOp::tasks(const Frame& frame) const {
+  return elementwise_tasks(frame.operand(inputs[0]), frame.threads);
+}
+
+void MeanOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  const Range c = share(x.channels, task, tasks);
+  kernels->channel_mean(x.data, x.ld, x.columns, y.data, y.ld, c.first, c.last);
+}
+
+// element by element
+
+void BinaryOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+}
+
+int64_t BinaryOp::tasks(const Frame& frame) const {
+  return elementwise_tasks(frame.operand(output), frame.threads);
+}
+
+void BinaryOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(inputs[1]);
+  const Operand z = frame.operand(output);
+  const Range c = share(z.channels, task, tasks);
+  kernels->binary({kind, activation, x.data, x.ld, y.data, y.ld, y.columns, z.data, z.ld,
+                   z.columns},
+                  c.first, c.last);
+}
+
+void ActivationOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+}
+
+int64_t ActivationOp::tasks(const Frame& frame) const {
+  return elementwise_tasks(frame.operand(output), frame.threads);
+}
+
+void ActivationOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  const Range c = share(y.channels, task, tasks);
+  if (x.ld == 1 && y.ld == 1) {
+    kernels->activate(activation, x.data + c.first, y.data + c.first, c.last - c.first);
+    return;
+  }
+  for (int64_t i = c.first; i < c.last; ++i) {
+    kernels->activate(activation, x.data + i * x.ld, y.data + i * y.ld, y.columns);
+  }
+}
+
+// copies
+
+int64_t CopyOp::tasks(const Frame& frame) const {
+  const Operand x = frame.operand(inputs[0]);
+  return worthwhile_tasks(x.channels, x.channels * x.columns, frame.threads);
+}
+
+void CopyOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  if (x.data == y.data) return;
+  // A vector stands for planes side by side.
+  const bool flatten = y.columns == 1 && x.columns > 1, unflatten = x.columns == 1 && y.columns > 1;
+  const Operand& planes = unflatten ? y : x;
+  const int64_t from_ld = unflatten ? planes.columns : x.ld;
+  const int64_t to_ld = flatten ? planes.columns : y.ld;
+  Range c = share(planes.channels, task, tasks);
+  int64_t count = planes.columns;
+  if (from_ld == count && to_ld == count) {  // one block
+    count *= c.last - c.first;
+    std::memcpy(y.data + c.first * to_ld, x.data + c.first * from_ld,
+                static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int64_t i = c.first; i < c.last; ++i) {
+    std::memcpy(y.data + i * to_ld, x.data + i * from_ld,
+                static_cast<size_t>(count) * sizeof(float));
+  }
+}
+
+void TransposeOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+  kernels = &layer_kernels(table);
+}
+
+int64_t TransposeOp::tasks(const Frame& frame) const {
+  const Operand planes = frame.operand(to_planes ? output : inputs[0]);
+  return worthwhile_tasks((planes.columns + 7) / 8, planes.channels * planes.columns, frame.threads);
+}
+
+void TransposeOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const int tokens_id = to_planes ? inputs[0] : output;
+  const Operand planes = frame.operand(to_planes ? output : inputs[0]);
+  const Value& tokens_value = frame.values[tokens_id];
+  float* tokens = frame.operand(tokens_id).data;
+  const int64_t row = tokens_value.stride / tokens_value.columns();  // floats from token to token
+  const Range blocks = share((planes.columns + 7) / 8, task, tasks);
+  const int64_t first = blocks.first * 8, last = std::min(blocks.last * 8, planes.columns);
+  if (to_planes) {
+    kernels->transpose(tokens + first * row, row, planes.data + first, planes.ld, last - first,
+                       planes.channels);
+  } else {
+    kernels->transpose(planes.data + first, planes.ld, tokens + first * row, row, planes.channels,
+                       last - first);
+  }
+}
+
+}  // namespace aerogel

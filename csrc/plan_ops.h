@@ -1,0 +1,145 @@
+// The operations a plan can hold. A new one is a struct here (or in a file of its own) and a method
+// in bind_plan.cpp.
+#pragma once
+
+#include "plan.h"
+#include "spmm.h"
+
+namespace aerogel {
+
+// How many tasks are worth their hand-out for so much work (in multiply-adds or moved floats).
+int64_t worthwhile_tasks(int64_t units, int64_t work, int threads);
+
+// What operations with a bias, an activation and perhaps a residual (their second input) share.
+struct Epilogue {
+  Activation activation = Activation::kNone;
+  bool residual = false;
+};
+
+// Dense convolution of planes, or (1x1) of anything planar.
+struct ConvOp : Op {
+  ConvOp(const ConvSource& source, Epilogue epilogue) : source(source), epilogue(epilogue) {}
+  bool columnwise() const override { return source.groups == 1 && pointwise(); }
+  bool reads_bare(size_t i) const override { return i == 0; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t scratch_floats() const override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  bool pointwise() const;
+
+  ConvSource source;
+  Epilogue epilogue;
+  const LayerKernels* kernels = nullptr;
+  std::unique_ptr<ConvWeight> weight;
+};
+
+struct DepthwiseOp : Op {
+  DepthwiseOp(const ConvSource& source, Activation activation)
+      : source(source), activation(activation) {}
+  bool reads_bare(size_t) const override { return false; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  ConvSource source;
+  Activation activation;
+  const LayerKernels* kernels = nullptr;
+  std::unique_ptr<DepthwiseWeight> weight;
+};
+
+// A dense layer on one vector per image; jointly on all of them it becomes a ConvOp.
+struct LinearOp : ConvOp {
+  using ConvOp::ConvOp;
+  bool reads_bare(size_t) const override { return true; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t scratch_floats() const override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  int64_t ldw = 0;
+  FloatBuffer rows, bias;
+};
+
+struct SpmmOp : Op {
+  SpmmOp(const BlockRows& source, const float* bias_data, const SpmmVariant& variant,
+         Epilogue epilogue);
+  bool columnwise() const override { return true; }
+  bool reads_bare(size_t) const override { return false; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  SpmmArgs args(const Frame& frame) const;
+
+  BlockRows source;
+  SpmmVariant variant;
+  Epilogue epilogue;
+  std::vector<float> bias;
+  std::unique_ptr<SpmmWeight> weight;
+};
+
+struct PoolOp : Op {
+  PoolOp(Pool kind, const Window& window) : kind(kind), window(window), taps(window) {}
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  Pool kind;
+  Window window;
+  Taps taps;
+  const LayerKernels* kernels = nullptr;
+};
+
+struct MeanOp : Op {
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  const LayerKernels* kernels = nullptr;
+};
+
+struct BinaryOp : Op {
+  BinaryOp(Binary kind, bool broadcast, Activation activation)
+      : kind(kind), broadcast(broadcast), activation(activation) {}
+  bool columnwise() const override { return !broadcast; }
+  bool in_place() const override { return true; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  Binary kind;
+  bool broadcast;  // the second operand is one column
+  Activation activation;
+  const LayerKernels* kernels = nullptr;
+};
+
+struct ActivationOp : Op {
+  explicit ActivationOp(Activation activation) : activation(activation) {}
+  bool columnwise() const override { return true; }
+  bool in_place() const override { return true; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  Activation activation;
+  const LayerKernels* kernels = nullptr;
+};
+
+// Rows copied between two planar forms of the same elements: padded or not, planes or flat.
+struct CopyOp : Op {
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+};
+
+// Between token-major rows of `features` floats and planes, in either direction.
+struct TransposeOp : Op {
+  explicit TransposeOp(bool to_planes) : to_planes(to_planes) {}
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  bool to_planes;
+  const LayerKernels* kernels = nullptr;
+};
+
+}  // namespace aerogel
