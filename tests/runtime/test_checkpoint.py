@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from aerogel.runtime.checkpoint import inspect, load, load_masks, save
+from aerogel.runtime.module_state import bake_parametrizations
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn)
@@ -188,6 +190,31 @@ def test_mask_survives_save_and_load(tmp_path) -> None:
     assert torch.equal(
         load_masks(tmp_path / "m")["3.weight"], net[3].parametrizations.weight[0].mask
     )
+
+
+def test_tied_masked_tensors_are_stored_once(tmp_path) -> None:
+    net = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False))
+    net[1].weight = net[0].weight
+    mask = Mask(torch.rand(64, 64) > 0.9)
+    for layer in net:
+        parametrize.register_parametrization(layer, "weight", mask)
+    assert net[0].parametrizations.weight.original is net[1].parametrizations.weight.original
+    save(net, tmp_path / "m")
+    assert inspect(tmp_path / "m").shared == {"1.weight": "0.weight"}
+    assert torch.equal(load_masks(tmp_path / "m")["1.weight"], mask.mask)
+
+
+def test_baking_a_copy_leaves_the_original_alone() -> None:
+    net = masked_net()
+    x = torch.randn(2, 3, 6, 6)
+    expected = net.eval()(x)
+    copied = bake_parametrizations(copy.deepcopy(net))
+    assert torch.equal(copied(x), expected)
+    assert torch.equal(net(x), expected)
+    assert type(copied[0]) is nn.Conv2d
+    assert copied.state_dict().keys() == {*net.state_dict().keys()} - {
+        f"{i}.parametrizations.weight.{part}" for i in (0, 3) for part in ("original", "0.mask")
+    } | {"0.weight", "3.weight"}
 
 
 def test_zeros_stay_zero_in_training_after_load(tmp_path) -> None:

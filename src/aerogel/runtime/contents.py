@@ -32,6 +32,11 @@ class TensorInfo:
     stored_bytes: int
     dense_bytes: int
 
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:

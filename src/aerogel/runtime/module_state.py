@@ -29,30 +29,71 @@ def _masks_of(module: nn.Module, name: str, shape: torch.Size) -> list[Tensor]:
     return [b for p in chain for b in p.buffers() if _is_mask(b, shape)]
 
 
+def _originals(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Identifies what a parametrized tensor is made of; equal for tied tensors."""
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    sources = [*chain.parameters(recurse=False), *chain.buffers(recurse=False)]
+    return (*map(id, sources), *map(id, chain))
+
+
 @torch.no_grad()
 def dense_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's state under its dense names with parametrizations baked, and the masks."""
     state: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
-    baked: dict[tuple[int, str], Tensor] = {}
+    baked: dict[tuple[int, ...], Tensor] = {}
     owners = {
         f"{prefix}parametrizations.{name}.": (prefix, module, name)
         for prefix, module, name in _parametrized(model)
     }
     for key, value in model.state_dict().items():
-        owner = next((o for stem, o in owners.items() if key.startswith(stem)), None)
+        owner = next((owners[stem] for stem in _stems(key) if stem in owners), None)
         if owner is None:
             state[key] = value
             continue
         prefix, module, name = owner
-        if f"{prefix}{name}" in state:
+        dense = f"{prefix}{name}"
+        if dense in state:
             continue
-        tensor = baked.setdefault((id(module), name), getattr(module, name))
-        state[f"{prefix}{name}"] = tensor
+        state[dense] = tensor = baked.setdefault(_originals(module, name), getattr(module, name))
         for mask in _masks_of(module, name, tensor.shape):
-            known = masks.get(f"{prefix}{name}")
-            masks[f"{prefix}{name}"] = mask if known is None else mask & known
+            masks[dense] = masks[dense] & mask if dense in masks else mask
     return state, masks
+
+
+def _stems(key: str) -> Iterator[str]:
+    """The places in a state dict's key where a parametrized tensor's name may end."""
+    parts = key.split(".")
+    for end in range(2, len(parts)):
+        if parts[end - 2] == "parametrizations":
+            yield ".".join(parts[:end]) + "."
+
+
+@torch.no_grad()
+def bake_parametrizations(model: nn.Module) -> nn.Module:
+    """Replace every parametrized tensor by its present value, in place; ties stay ties.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` edits the module's class, which deep
+    copies share: used on a copy it breaks the original. This gives the module its old class back.
+
+    Returns:
+        The model.
+    """
+    found = [(module, name) for _, module, name in _parametrized(model)]
+    values: dict[tuple[int, ...], nn.Parameter] = {}
+    fresh = {}
+    for module, name in found:
+        key = _originals(module, name)
+        if key not in values:
+            values[key] = nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False)
+        fresh[id(module), name] = values[key]
+    for module, name in found:
+        if "parametrizations" in module._modules:
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+        if name not in module._parameters:
+            module.register_parameter(name, fresh[id(module), name])
+    return model
 
 
 def fill(
