@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aerogel.data import digits, fashion_mnist, folder, transforms, wordnet
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
-from aerogel.data.fetch import FetchError, Progress, cache_root, fetch
+from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
 from aerogel.data.sources import ASSETS, Asset
 from aerogel.data.text import RetrievalSplit, TokenSplit
 
@@ -36,9 +36,10 @@ __all__ = [
     "transforms",
 ]
 
-_LOADERS: dict[str, Callable[[str | Path | None, Progress | None], Dataset]] = {
-    "fashion-mnist": fashion_mnist.load,
-    "digits": lambda cache_dir, on_progress: digits.load(),
+_Loader = Callable[[str | Path | None, Progress | None, int | None], Dataset]
+_LOADERS: dict[str, _Loader] = {
+    "fashion-mnist": lambda cache_dir, on_progress, _: fashion_mnist.load(cache_dir, on_progress),
+    "digits": lambda *_: digits.load(),
     "wordnet-glosses": wordnet.load,
 }
 _CHECKPOINTS = {"mobilenet_v2": "mobilenet_v2-b0353104.pth", "minilm": ""}
@@ -77,7 +78,7 @@ def load(
     """
     if fallback not in (None, "digits"):
         raise ValueError(f"fallback must be None or 'digits', got {fallback!r}")
-    dataset = _load(name, cache_dir, fallback, on_progress)
+    dataset = _load(name, cache_dir, limit, fallback, on_progress)
     if limit is None:
         return dataset
     return dataclasses.replace(
@@ -88,12 +89,13 @@ def load(
 def _load(
     name: str | Path,
     cache_dir: str | Path | None,
+    limit: int | None,
     fallback: str | None,
     on_progress: Progress | None,
 ) -> Dataset:
     if str(name) in _LOADERS:
         try:
-            return _LOADERS[str(name)](cache_dir, on_progress)
+            return _LOADERS[str(name)](cache_dir, on_progress, limit)
         except FetchError as error:
             if fallback is None:
                 raise

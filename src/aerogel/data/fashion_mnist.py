@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aerogel.data.dataset import Dataset, ImageSplit
-from aerogel.data.fetch import Progress, fetch
+from aerogel.data.fetching import Progress, fetch
 from aerogel.data.sources import ASSETS
 
 CLASSES = (

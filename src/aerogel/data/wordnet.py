@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from aerogel.data.dataset import Dataset
-from aerogel.data.fetch import Progress, fetch
+from aerogel.data.dataset import Dataset, fixed_subset
+from aerogel.data.fetching import Progress, fetch
 from aerogel.data.sources import ASSETS
 from aerogel.data.text import RetrievalSplit, load_tokenizer, tokenize
 
@@ -37,8 +37,17 @@ class Synset(NamedTuple):
         return f"{', '.join(self.lemmas)}: {self.definition}"
 
 
-def load(cache_dir: str | Path | None = None, on_progress: Progress | None = None) -> Dataset:
+def load(
+    cache_dir: str | Path | None = None,
+    on_progress: Progress | None = None,
+    limit: int | None = None,
+) -> Dataset:
     """Fetch (once), tokenise for all-MiniLM-L6-v2 and split the WordNet glosses.
+
+    Args:
+        cache_dir: cache folder.
+        on_progress: called as `(what, bytes_done, bytes_total)` while bytes arrive.
+        limit: tokenise only so many training texts and queries (a fixed random choice).
 
     Raises:
         FetchError: WordNet or the tokenizer cannot be had from any origin.
@@ -48,6 +57,10 @@ def load(cache_dir: str | Path | None = None, on_progress: Progress | None = Non
     encoder = fetch("minilm", cache_dir=cache_dir, on_progress=on_progress)
     tokenizer = load_tokenizer(encoder / "tokenizer.json", MAX_TOKENS)
     train_texts, queries, documents = split_texts(list(read_synsets(folder)))
+    if limit is not None:
+        train_texts = [train_texts[i] for i in fixed_subset(len(train_texts), limit).tolist()]
+        keep = fixed_subset(len(queries), limit).tolist()
+        queries, documents = [queries[i] for i in keep], [documents[i] for i in keep]
     test = RetrievalSplit(
         tokenize(tokenizer, queries),
         tokenize(tokenizer, documents),
@@ -81,30 +94,37 @@ def _parse(line: str) -> Synset:
     words = fields.split(" ")
     count = int(words[3], 16)
     lemmas = [re.sub(r"\(\w+\)$", "", words[4 + 2 * i]).replace("_", " ") for i in range(count)]
-    examples = tuple(re.findall(r'"([^"]+)"', gloss))
+    examples = tuple(text.strip() for text in re.findall(r'"([^"]+)"', gloss))
     definition = gloss.partition('"')[0].strip(" ;\n")
     return Synset(tuple(lemmas), definition, examples)
 
 
 def split_texts(synsets: list[Synset]) -> tuple[list[str], list[str], list[str]]:
-    """Split into training texts, held-out queries and their documents (same order)."""
+    """Split into training texts, held-out queries and their documents (same order).
+
+    No text is in two parts, and no two documents are alike: a few synsets share their wording.
+    """
+    first_of = {synset.document: i for i, synset in reversed(list(enumerate(synsets)))}
     eligible = [
         i
         for i, synset in enumerate(synsets)
-        if synset.definition and any(_is_query(e) for e in synset.examples)
+        if synset.definition
+        and first_of[synset.document] == i
+        and any(_is_query(example) for example in synset.examples)
     ]
     order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(0))
     held = sorted(eligible[i] for i in order[:HELD_OUT].tolist())
     queries = [next(e for e in synsets[i].examples if _is_query(e)) for i in held]
     documents = [synsets[i].document for i in held]
-    skip = set(held)
-    train = [
-        text
+    skip, secret = set(held), {*queries, *documents}
+    texts = {
+        text: None
         for i, synset in enumerate(synsets)
         if i not in skip
         for text in (synset.document, *synset.examples)
-    ]
-    return train, queries, documents
+        if text not in secret
+    }
+    return list(texts), queries, documents
 
 
 def _is_query(example: str) -> bool:

@@ -106,7 +106,8 @@ class MobileNetV1(_MobileNet):
         in_chans: input channels.
         num_classes: outputs; 0 for pooled features.
         width: multiplier of all channel counts.
-        blocks: (output channels, stride) of each block.
+        blocks: (output channels, stride) of each block, taken as they are. Default: the paper's,
+            fitted to `img_size`.
         stem_chs: channels of the first convolution.
         stem_stride: its stride.
         global_pool: "avg" or "" (only with `num_classes=0`).
@@ -121,7 +122,7 @@ class MobileNetV1(_MobileNet):
         in_chans: int = 3,
         num_classes: int = 1000,
         width: float = 1.0,
-        blocks: Sequence[tuple[int, int]] = V1_BLOCKS,
+        blocks: Sequence[tuple[int, int]] | None = None,
         stem_chs: int = 32,
         stem_stride: int = 2,
         global_pool: str = "avg",
@@ -129,7 +130,9 @@ class MobileNetV1(_MobileNet):
         act_layer: Activation = "relu",
     ) -> None:
         super().__init__()
-        strides = fit_strides(img_size, [stem_stride, *(stride for _, stride in blocks)])
+        strides = [stem_stride, *(stride for _, stride in blocks or V1_BLOCKS)]
+        if blocks is None:
+            blocks, strides = V1_BLOCKS, fit_strides(img_size, strides)
         channels = [scale_channels(c, width) for c in (stem_chs, *(c for c, _ in blocks))]
         self.in_chans = in_chans
         layers = [conv_norm_act(in_chans, channels[0], 3, strides[0], act_layer=act_layer)]
@@ -151,7 +154,8 @@ class MobileNetV2(_MobileNet):
         in_chans: input channels.
         num_classes: outputs; 0 for pooled features.
         width: multiplier of all channel counts (the last one never below its own).
-        blocks: (expansion, output channels, repeats, stride of the first) of each stage.
+        blocks: (expansion, output channels, repeats, stride of the first) of each stage, taken as
+            they are. Default: the paper's, fitted to `img_size`.
         stem_chs: channels of the first convolution.
         stem_stride: its stride.
         last_chs: channels of the last 1x1 convolution.
@@ -167,7 +171,7 @@ class MobileNetV2(_MobileNet):
         in_chans: int = 3,
         num_classes: int = 1000,
         width: float = 1.0,
-        blocks: Sequence[tuple[int, int, int, int]] = V2_BLOCKS,
+        blocks: Sequence[tuple[int, int, int, int]] | None = None,
         stem_chs: int = 32,
         stem_stride: int = 2,
         last_chs: int = 1280,
@@ -178,10 +182,12 @@ class MobileNetV2(_MobileNet):
         super().__init__()
         plan = [
             (expansion, scale_channels(chs, width), stride if repeat == 0 else 1)
-            for expansion, chs, repeats, stride in blocks
+            for expansion, chs, repeats, stride in blocks or V2_BLOCKS
             for repeat in range(repeats)
         ]
-        strides = fit_strides(img_size, [stem_stride, *(stride for _, _, stride in plan), 1])
+        strides = [stem_stride, *(stride for _, _, stride in plan), 1]
+        if blocks is None:
+            strides = fit_strides(img_size, strides)
         channels = [scale_channels(stem_chs, width), *(chs for _, chs, _ in plan)]
         last = scale_channels(last_chs, max(1.0, width))
         self.in_chans = in_chans
