@@ -321,6 +321,28 @@ def test_keyword_inputs_and_defaults_are_traced():
     assert permutation_classes(model, (x, torch.ones(2, 6))) == []  # the mask is an end
 
 
+def test_code_that_looks_at_shapes_or_makes_constants_is_traced_and_leaves_no_trace():
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            if x.dim() != 2 or x.shape[1] != self.a.in_features or len(x) < 1:
+                raise ValueError("x must be (batch, 4)")
+            y = self.a(x).view(x.size(0), -1) * torch.tensor(2.0)
+            return self.b(y) if y.shape[-1] > 3 else y
+
+    model = settle(Checked())
+    before = set(vars(model))
+    (one,) = permutation_classes(model.train(), torch.randn(2, 4))
+    assert one.size == 6
+    assert set(vars(model)) == before
+    assert model.training
+    with pytest.raises(ValueError, match="must be"):
+        permutation_classes(model, torch.randn(2, 5))
+
+
 def test_what_cannot_be_permuted_is_refused():
     model = settle(mlp())
     x = torch.randn(3, 5)

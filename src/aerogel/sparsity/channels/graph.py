@@ -115,12 +115,22 @@ class ChannelGraph:
 
 
 class Op:
-    """One node with what a rule needs to know about it."""
+    """One node with what a rule needs to know about it.
 
-    def __init__(self, walk: Any, node: fx.Node, result: Any) -> None:
-        self.graph: ChannelGraph = walk.channel_graph
-        self.node, self.result = node, result
-        self.module: Any = walk.fetch_attr(node.target) if node.op == "call_module" else None
+    Args:
+        graph: where channels are tied and pinned.
+        node: the recorded operation; its inputs carry "channels" and "shapes" in `meta`.
+        result: what it returned on the example.
+        model: holds the module of a module call.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, node: fx.Node, result: Any, model: nn.Module | None = None
+    ) -> None:
+        self.graph, self.node, self.result = graph, node, result
+        self.module: Any = None
+        if node.op == "call_module" and model is not None:
+            self.module = model.get_submodule(str(node.target))
         self.args = node.args
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:

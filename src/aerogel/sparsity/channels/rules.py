@@ -54,20 +54,15 @@ _RESHAPE = {"flatten", "view", "reshape", "unflatten", "ravel"}
 _Rule = Callable[[Op], Any]
 
 
-def apply_rule(walk: Any, node: fx.Node, result: Any) -> Any:
+def apply_rule(op: Op) -> Any:
     """The channels of a node's result."""
-    op = Op(walk, node, result)
-    if node.op == "output":
-        op.pinned()
-        return None
+    node, result = op.node, op.result
     if node.op == "placeholder":
-        return {} if isinstance(result, Tensor) else None
+        return op.pinned()
     if node.op == "get_attr":
         if not isinstance(result, Tensor) or not op.graph.owns(result):
             return {} if isinstance(result, Tensor) else None
         return {d: op.graph.axis(result, d) for d, size in enumerate(result.shape) if size > 1}
-    if not _has_tensor(result):
-        return None  # a size, a flag: no channels
     rule = _module_rule(op.module) if node.op == "call_module" else _function_rule(node)
     return op.pinned() if rule is None else rule(op)
 
@@ -240,7 +235,8 @@ _FUNCTIONS: dict[str, _Rule] = {
 }
 
 
-def _has_tensor(result: Any) -> bool:
+def has_tensor(result: Any) -> bool:
+    """Whether a result is a tensor or a tuple or list with one in it."""
     if isinstance(result, (tuple, list)):
-        return any(_has_tensor(part) for part in result)
+        return any(has_tensor(part) for part in result)
     return isinstance(result, Tensor)
