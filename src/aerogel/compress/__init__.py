@@ -1,9 +1,30 @@
-"""The main job: from a network and data to a sparse, fast network with a report."""
+"""The main job: from a network and data to a sparse, fast network with a report.
+
+recipe = aerogel.compress.load_recipe("demo", {"sparsity": 0.8})
+results = aerogel.compress.run(recipe, "runs/mine")
+"""
 
 from __future__ import annotations
 
-from aerogel.compress.recipe import Recipe
-from aerogel.compress.resolve import builtin_recipes, load_recipe
+from aerogel.compress.measuring import measure, settings_of
+from aerogel.compress.networks import load_run, random_networks
+from aerogel.compress.pipeline import run
+from aerogel.compress.recipe import Measurement, Recipe
+from aerogel.compress.resolve import builtin_recipes, load_measurement, load_recipe
 from aerogel.compress.sources import RecipeError
+from aerogel.compress.workdir import FolderError
 
-__all__ = ["Recipe", "RecipeError", "builtin_recipes", "load_recipe"]
+__all__ = [
+    "FolderError",
+    "Measurement",
+    "Recipe",
+    "RecipeError",
+    "builtin_recipes",
+    "load_measurement",
+    "load_recipe",
+    "load_run",
+    "measure",
+    "random_networks",
+    "run",
+    "settings_of",
+]

@@ -1,43 +1,44 @@
 """Which pruning methods a recipe may name, and how each is set up for a training phase.
 
-The manifest says which systems exist; a method appears here when it can run inside training.
+The manifest says which systems exist; one appears here when it can run inside training: its builder
+returns an object with `step` (in place of the optimizer's), `finalize` and a state to resume from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from aerogel.compress.selection import pruned_parameters
 
-from aerogel.compress.recipe import Recipe
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-Builder = Callable[[nn.Module, torch.optim.Optimizer, Recipe, int], Any]
+    from aerogel.compress.recipe import Recipe
+
+Builder = Callable[["nn.Module", "torch.optim.Optimizer", "Recipe", int], Any]
 
 
 def _gradual_pruning(
     model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 ) -> Any:
     from aerogel.pruning import GradualPruner
-    from aerogel.sparsity import parse_pattern
 
     ramp = recipe.schedule
-    begin, end = round(ramp.begin * steps), round(ramp.end * steps)
-    frequency = max(1, (end - begin) // ramp.updates)
-    include = tuple(recipe.include) or tuple(name for name, _ in prunable(model))
+    begin = min(round(ramp.begin * steps), steps - 1)
+    end = max(round(ramp.end * steps) - 1, begin + 1)
     return GradualPruner(
         model,
         optimizer,
         recipe.sparsity,
         initial_sparsity=ramp.initial_sparsity,
         begin_step=begin,
-        end_step=max(end, begin + frequency),
-        frequency=frequency,
+        end_step=end,
+        frequency=max(1, (end - begin) // ramp.updates),
         power=ramp.power,
-        pattern=parse_pattern(recipe.pattern),
-        include=include,
-        exclude=tuple(recipe.exclude),
+        pattern=recipe.pattern,
+        include=pruned_parameters(model, recipe.pattern, recipe.include, recipe.exclude),
     )
 
 
@@ -47,9 +48,3 @@ METHODS: dict[str, Builder] = {"gradual-pruning": _gradual_pruning}
 def method_names() -> tuple[str, ...]:
     """Slugs of the methods that `aerogel compress --method` takes."""
     return tuple(METHODS)
-
-
-def prunable(model: nn.Module) -> list[tuple[str, str]]:
-    """(layer name, kind) of what the model itself proposes to prune; empty: every weight."""
-    targets = getattr(model, "prune_targets", None)
-    return list(targets()) if callable(targets) else []

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-ENGINES = ("torch", "torch.compile", "onnxruntime", "openvino")
+ENGINES = ("torch eager", "torch channels_last", "torch.compile", "onnxruntime", "openvino")
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
@@ -63,7 +63,7 @@ class DataSpec(_Part):
     """
 
     name: str = Field(min_length=1)
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     fallback: Literal["digits"] | None = None
 
 
@@ -78,11 +78,11 @@ class Ramp(_Part):
         power: Exponent of the curve; 3 is the paper's cubic.
     """
 
-    initial_sparsity: float = Field(0.0, ge=0.0, lt=1.0)
-    begin: float = Field(0.0, ge=0.0, lt=1.0)
-    end: float = Field(0.6, gt=0.0, le=1.0)
-    updates: int = Field(40, ge=1)
-    power: float = Field(3.0, gt=0.0)
+    initial_sparsity: float = Field(default=0.0, ge=0.0, lt=1.0)
+    begin: float = Field(default=0.0, ge=0.0, lt=1.0)
+    end: float = Field(default=0.6, gt=0.0, le=1.0)
+    updates: int = Field(default=40, ge=1)
+    power: float = Field(default=3.0, gt=0.0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Ramp:
@@ -99,34 +99,60 @@ class Distillation(_Part):
         temperature: Softens both outputs.
     """
 
-    weight: float = Field(0.5, ge=0.0, le=1.0)
-    temperature: float = Field(2.0, gt=0.0)
+    weight: float = Field(default=0.5, ge=0.0, le=1.0)
+    temperature: float = Field(default=2.0, gt=0.0)
 
 
 class Training(_Part):
-    """One training phase; `epochs: 0` skips it.
+    """One training phase: the fields of `aerogel.train.TrainConfig`; `epochs: 0` skips the phase.
 
     Args:
         epochs: Passes over the training data; fractions are allowed.
+        steps: Optimizer steps, in place of epochs.
         batch_size: Examples a step, over all processes.
-        optimizer: "sgd" (momentum 0.9) or "adamw".
-        learning_rate: Its peak; a cosine takes it to 0.
+        grad_accumulation: Micro-batches a step.
+        optimizer: "sgd" (Nesterov momentum) or "adamw".
+        lr: Peak learning rate.
+        momentum: Of SGD; first beta of AdamW.
         weight_decay: On weights; biases and normalisation are left out.
+        schedule: "cosine", "onecycle" or "constant".
         warmup: Fraction of the steps over which the rate rises to its peak.
         label_smoothing: Share of the target spread over all classes.
-        augment: Random crop and flip of images.
         gradient_clip: Largest gradient norm; None does not clip.
+        augment: "none", "flip", "standard" or "strong".
+        channels_last: Lay out images channels innermost, which is faster on a CPU.
+        eval_samples: Test examples scored after each epoch; None takes all, 0 none.
     """
 
-    epochs: float = Field(8.0, ge=0.0)
-    batch_size: int = Field(128, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = Field(2e-3, gt=0.0)
-    weight_decay: float = Field(0.05, ge=0.0)
-    warmup: float = Field(0.05, ge=0.0, lt=1.0)
-    label_smoothing: float = Field(0.1, ge=0.0, lt=1.0)
-    augment: bool = True
-    gradient_clip: float | None = Field(1.0, gt=0.0)
+    epochs: float = Field(default=8.0, ge=0.0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    grad_accumulation: int = Field(default=1, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=0.1, gt=0.0)
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=5e-4, ge=0.0)
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    gradient_clip: float | None = Field(default=None, gt=0.0)
+    augment: Literal["none", "flip", "standard", "strong"] = "none"
+    channels_last: bool = True
+    eval_samples: int | None = Field(default=2000, ge=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Training:
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of "
+                f"grad_accumulation = {self.grad_accumulation}"
+            )
+        return self
+
+    @property
+    def skipped(self) -> bool:
+        """Whether this phase is left out."""
+        return self.epochs == 0 and self.steps is None
 
 
 def _known_engines(names: list[str]) -> list[str]:
@@ -144,14 +170,15 @@ class Measurement(_Part):
         batches: Batch sizes.
         threads: Thread counts; 0 means every core of this machine.
         rounds: Interleaved rounds over all engines; medians are reported.
-        tolerance: Largest relative difference allowed between compiled and eager outputs.
+        tolerance: Largest difference allowed between compiled and eager outputs, relative to the
+            largest output.
     """
 
     engines: Annotated[list[str], AfterValidator(_known_engines)] = list(ENGINES)
-    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 32], min_length=1)
-    threads: list[Annotated[int, Field(ge=0)]] = Field([1, 0], min_length=1)
-    rounds: int = Field(15, ge=1)
-    tolerance: float = Field(1e-4, gt=0.0)
+    batches: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 32], min_length=1)
+    threads: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 0], min_length=1)
+    rounds: int = Field(default=15, ge=3)
+    tolerance: float = Field(default=1e-4, gt=0.0)
 
 
 class Recipe(_Part):
@@ -162,7 +189,8 @@ class Recipe(_Part):
         method: Slug of the pruning method; see `aerogel systems`.
         sparsity: Fraction of zeros in the pruned layers, in [0, 1).
         pattern: Which weights become zero together: unstructured, 4x1, 2:4, ...
-        include, exclude: Globs of layer names; none means what the model proposes.
+        include, exclude: Globs of parameter names (`features.*`); without `include`, what the model
+            proposes (`prune_targets()`), or every linear and convolution weight.
         schedule, distillation: How pruning proceeds.
         dense, prune: The two training phases.
         measure: How speed is measured.
@@ -172,16 +200,16 @@ class Recipe(_Part):
     model: ModelSpec
     data: DataSpec
     method: str = "gradual-pruning"
-    sparsity: float = Field(0.9, ge=0.0, lt=1.0)
+    sparsity: float = Field(default=0.9, ge=0.0, lt=1.0)
     pattern: str = "unstructured"
     include: list[str] = []
     exclude: list[str] = []
     schedule: Ramp = Ramp()
     distillation: Distillation | None = None
     dense: Training = Training()
-    prune: Training = Training(label_smoothing=0.0)
+    prune: Training = Training()
     measure: Measurement = Measurement()
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @field_validator("method")
     @classmethod
@@ -200,6 +228,13 @@ class Recipe(_Part):
 
         parse_pattern(pattern)
         return pattern
+
+    @field_validator("prune")
+    @classmethod
+    def _prunes(cls, phase: Training) -> Training:
+        if phase.skipped:
+            raise ValueError("pruning needs training steps; epochs must be above 0")
+        return phase
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Recipe:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from aerogel.compress.recipe import Recipe, nearest
+from aerogel.compress.recipe import Measurement, Recipe, nearest
 from aerogel.compress.sources import Location, RecipeError, Source, merge, parse_yaml, read_yaml
 
 # What runs when nothing is asked for.
 DEFAULT_BASE = "demo"
 _SHORT_FORMS = ("model", "data")
+Part = TypeVar("Part", bound=BaseModel)
 _NM_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 
 
@@ -33,8 +34,8 @@ def load_recipe(recipe: str | Path | None = None, flags: dict[str, Any] | None =
 
     Args:
         recipe: Name of a built-in recipe, path of a YAML file, or None.
-        flags: Values that win over the files, by dotted key: `{"sparsity": 0.8, "model.name": ...}`.
-            None values are ignored.
+        flags: Values that win over the files, by dotted key: `{"sparsity": 0.8}`,
+            `{"model.name": "minilm"}`. None values are ignored.
 
     Returns:
         The effective recipe.
@@ -48,8 +49,27 @@ def load_recipe(recipe: str | Path | None = None, flags: dict[str, Any] | None =
     values = merge(sources)
     values.pop("base", None)
     _fit_sparsity_to_pattern(values, sources)
+    return _validated(Recipe, values, sources)
+
+
+def load_measurement(flags: dict[str, Any]) -> Measurement:
+    """Measurement settings from command-line values alone.
+
+    Args:
+        flags: By flag without dashes: `batch`, `threads`, `against`, `rounds`. None is ignored.
+
+    Raises:
+        RecipeError: A value is out of range or unknown.
+    """
+    fields = {"batch": "batches", "threads": "threads", "against": "engines", "rounds": "rounds"}
+    given = {fields[flag]: value for flag, value in flags.items() if value is not None}
+    places: dict[Location, str] = {(field,): f"--{flag}" for flag, field in fields.items()}
+    return _validated(Measurement, given, [Source("command line", given, flags=places)])
+
+
+def _validated(kind: type[Part], values: dict[str, Any], sources: list[Source]) -> Part:
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = [_explain(problem, sources) for problem in error.errors()]
         raise RecipeError("\n".join(problems)) from None

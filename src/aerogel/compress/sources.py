@@ -129,7 +129,9 @@ def parse_yaml(text: str, name: str) -> Source:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = {(): (mark.line + 1, mark.column + 1)} if mark else {}
+        where: dict[Location, tuple[int, int]] = {}
+        if mark:
+            where[()] = (mark.line + 1, mark.column + 1)
         source = Source(name, {}, where, lines)
         raise RecipeError(
             f"{source.place(()) or name}: not valid YAML: {error.problem}{source.quote(())}"
@@ -162,7 +164,8 @@ def merge(sources: list[Source]) -> dict[str, Any]:
     """Merge values, later sources winning; mappings merge key by key, everything else whole.
 
     `model` and `data` given anew replace the earlier ones whole when the name differs: options
-    chosen for one network mean nothing to another. `options` are replaced whole for the same reason.
+    chosen for one network mean nothing to another. `options` are replaced whole for that reason
+    too.
     """
     merged: dict[str, Any] = {}
     for source in sources:
@@ -174,14 +177,9 @@ def _merge_mapping(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     result = dict(low)
     for key, value in high.items():
         old = result.get(key)
-        named_anew = isinstance(value, dict) and isinstance(old, dict)
-        named_anew = named_anew and "name" in value and value["name"] != old.get("name")
-        if (
-            isinstance(value, dict)
-            and isinstance(old, dict)
-            and not (named_anew or key == "options")
-        ):
-            result[key] = _merge_mapping(old, value)
+        if isinstance(value, dict) and isinstance(old, dict) and key != "options":
+            renamed = "name" in value and value["name"] != old.get("name")
+            result[key] = value if renamed else _merge_mapping(old, value)
         else:
             result[key] = value
     return result

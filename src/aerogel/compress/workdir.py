@@ -1,4 +1,4 @@
-"""The output folder of a run: locked, checked before work starts, and written so that a kill loses nothing.
+"""The output folder of a run: locked, checked before work starts, and safe from kills.
 
     DIR/recipe.yaml, results.json, report.html, model.safetensors, dense.safetensors
     DIR/.aerogel/recipe.json      the recipe this folder belongs to

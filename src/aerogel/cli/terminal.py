@@ -1,0 +1,174 @@
+"""How every command speaks: results on stdout, all else on stderr, errors without traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+BAD_INPUT, INTERRUPTED = 2, 130
+# A log file gets a line this often instead of a moving bar.
+LOG_INTERVAL_SECONDS = 15.0
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return Console()
+
+
+def stderr() -> Console:
+    """Where progress, warnings and errors go."""
+    return Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as the only thing on stdout."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def guarded(after_interrupt: str = "Nothing half written was left behind.") -> Iterator[None]:
+    """Turn bad input into one paragraph and exit code 2, Ctrl-C into a line and exit code 130.
+
+    A bug keeps its traceback. `AEROGEL_TRACEBACK=1` shows that of bad input as well.
+
+    Args:
+        after_interrupt: What to tell a person who pressed Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr().print(f"\n[yellow]Interrupted.[/] {escape(after_interrupt)}")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
+    except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
+        if not _is_clean(error):
+            raise
+        if os.environ.get("AEROGEL_TRACEBACK"):
+            traceback.print_exc()
+        if int(os.environ.get("RANK", "0")) == 0:
+            stderr().print(f"[red]error:[/] {escape(_sentence(error))}", soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _is_clean(error: Exception) -> bool:
+    """Whether the message was written for the user: ours, or the system's about a file."""
+    if isinstance(error, (ValueError, FloatingPointError, OSError, ModuleNotFoundError)):
+        return True
+    return type(error).__module__.startswith("aerogel.")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        advice = " Free some space and run the same command again." if error.errno == 28 else ""
+        return f"{place}{error.strerror}.{advice}"
+    return str(error) or type(error).__name__
+
+
+class _Rate(ProgressColumn):
+    """Work a second, in the task's unit."""
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields.get("unit", "")
+        return Text(f"{speed:,.3g} {unit}/s" if speed and unit else "", style="cyan")
+
+
+class _Count(ProgressColumn):
+    """How much of how much is done."""
+
+    def render(self, task: RichTask) -> Text:
+        if not task.total or not task.fields.get("unit"):
+            return Text("")
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f}", style="dim")
+
+
+class _Bar:
+    """A moving bar."""
+
+    def __init__(self, progress: Progress, label: str, unit: str) -> None:
+        self._progress = progress
+        self._id = progress.add_task(label, total=None, unit=unit, note="")
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Move the bar."""
+        self._progress.update(self._id, completed=done, total=total, note=note)
+
+
+class _Log:
+    """A line now and then, for a log file."""
+
+    def __init__(self, console: Console, label: str, unit: str) -> None:
+        self._console, self._label, self._unit = console, label, unit
+        self._begin = self._said = time.monotonic()
+        self._first: float | None = None
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Say where the work stands if nothing was said for a while."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if now - self._said < LOG_INTERVAL_SECONDS:
+            return
+        self._said = now
+        rate = (done - self._first) / max(now - self._begin, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if total and rate > 0 else ""
+        of = f"/{total:,.0f}" if total else ""
+        self._console.print(
+            f"  {self._label} {done:,.0f}{of} {self._unit}, {rate:,.3g}/s{left} {note}",
+            highlight=False,
+            markup=False,
+        )
+
+
+class Terminal:
+    """The console of the pipeline: lines and progress on stderr."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line that stands out."""
+        self._console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def task(self, label: str, unit: str = "") -> Iterator[_Bar | _Log]:
+        """Show progress with rate and time left while the context is open."""
+        if not self._console.is_terminal:
+            yield _Log(self._console, label, unit)
+            return
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            _Count(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", markup=False, style="dim"),
+        ]
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            yield _Bar(progress, label, unit)

@@ -1,0 +1,212 @@
+"""From the names in a recipe to a network and its data.
+
+A model is a registered name, `import.path:callable`, a `torch.export` file (.pt2), a safetensors
+file that says which network it belongs to, the folder of an earlier run, or the folder of a
+Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aerogel import data, models, runtime
+from aerogel.compress.recipe import DataSpec, ModelSpec
+from aerogel.compress.resolve import load_recipe
+
+# Under this key `model.safetensors` records the network it belongs to, as JSON of a ModelSpec.
+MODEL_KEY = "aerogel.model"
+PRETRAINED = "pretrained"
+
+
+def load_data(spec: DataSpec, on_progress: data.Progress | None = None) -> data.Dataset:
+    """The data set of a recipe.
+
+    Raises:
+        ValueError: Unknown name (nearest are listed) or unusable folder.
+        FetchError: It can be had from nowhere.
+    """
+    return data.load(spec.name, limit=spec.limit, fallback=spec.fallback, on_progress=on_progress)
+
+
+def load_model(spec: ModelSpec, dataset: data.Dataset | None, *, seed: int = 0) -> nn.Module:
+    """Build the network of a recipe with its starting weights.
+
+    Args:
+        spec: What to build.
+        dataset: Fixes the number of classes and the input's shape where the network takes them.
+        seed: Of the initial weights.
+
+    Raises:
+        ValueError: No such network, not a network, weights that do not fit or are not finite.
+    """
+    torch.manual_seed(seed)
+    model = _build(spec, dataset)
+    if spec.weights is not None and spec.name not in models.list_models():
+        if spec.weights == PRETRAINED:
+            raise ValueError(f"no pretrained weights are known for model = {spec.name!r}")
+        runtime.load(Path(spec.weights).expanduser(), model)
+    check_finite(model, f"model = {spec.name!r}")
+    return model
+
+
+def starts_trained(spec: ModelSpec) -> bool:
+    """Whether the network comes with weights, so that dense training is not needed first."""
+    return spec.weights is not None or _path_of(spec) is not None
+
+
+def check_finite(model: nn.Module, what: str) -> None:
+    """Raise if a weight is NaN or infinite.
+
+    Raises:
+        ValueError: With the first such weight's name and how many of its values are affected.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{what}: {name} has {bad} values that are NaN or infinite, of {value.numel()}"
+            )
+
+
+def example_inputs(dataset: data.Dataset, batch: int) -> tuple[Tensor, ...]:
+    """Inputs of `batch` real test examples, for `model(*inputs)`."""
+    split = getattr(dataset.test, "queries", dataset.test)
+    indices = torch.arange(batch) % len(split)
+    return tuple(split.batch(indices).inputs)
+
+
+def _path_of(spec: ModelSpec) -> Path | None:
+    path = Path(spec.name).expanduser()
+    looks_like_path = os.sep in spec.name or path.suffix in (".safetensors", ".pt2", ".pt", ".pth")
+    return (
+        path
+        if looks_like_path or (path.is_dir() and spec.name not in models.list_models())
+        else None
+    )
+
+
+def _build(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    if spec.name in models.list_models():
+        return _from_registry(spec, dataset)
+    path = _path_of(spec)
+    if path is not None and (path.exists() or ":" not in spec.name):
+        return _from_path(path, spec, dataset)
+    if ":" in spec.name:
+        return _from_import(spec, dataset)
+    return models.create_model(spec.name)  # raises, listing the nearest names
+
+
+def _fitting(constructor: Callable[..., Any], dataset: data.Dataset | None) -> dict[str, Any]:
+    """What the data decides, as far as the constructor has arguments of these names."""
+    if dataset is None or dataset.task != "classification":
+        return {}
+    channels, size = dataset.input_shape[0], dataset.input_shape[-1]
+    known = {"num_classes": dataset.num_classes, "in_chans": channels, "img_size": size}
+    try:
+        accepted = inspect.signature(constructor).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: value for name, value in known.items() if name in accepted}
+
+
+def _from_registry(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    fitting = _fitting(models.create_model, dataset)
+    checkpoint = None if spec.weights is None else Path(spec.weights).expanduser()
+    if spec.weights == PRETRAINED:
+        checkpoint = data.fetch_checkpoint(spec.name)
+    return models.create_model(spec.name, **{**fitting, **spec.options}, checkpoint_path=checkpoint)
+
+
+def _from_import(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    module_name, _, attribute = spec.name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model = {spec.name!r} cannot be imported: {error}") from None
+    if isinstance(target, nn.Module):
+        return target
+    if not callable(target):
+        raise ValueError(f"model = {spec.name!r} is a {type(target).__name__}, not a callable")
+    return _checked(target(**{**_fitting(target, dataset), **spec.options}), spec.name)
+
+
+def _checked(model: Any, name: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model = {name!r} gave a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def _from_path(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    if not path.exists():
+        known = ", ".join(models.list_models())
+        raise ValueError(f"model = {spec.name!r}: no such file or folder; known names: {known}")
+    if path.suffix == ".pt2":
+        from aerogel.compress.exported import load_exported
+
+        return load_exported(path)
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path, spec, dataset)
+    if path.is_dir():
+        return _from_folder(path, spec, dataset)
+    raise ValueError(
+        f"model = {spec.name!r}: expected a .safetensors or .pt2 file or a folder. Pickled files "
+        "can run code and are never opened; load the network yourself and give it as "
+        "`import.path:callable`, or save its state_dict with aerogel.save"
+    )
+
+
+def _from_safetensors(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    recorded = runtime.inspect(path).metadata.get(MODEL_KEY)
+    if recorded is None:
+        raise ValueError(
+            f"model = {spec.name!r} holds weights but does not say of which network; give the "
+            "network as --model and the file as --weights"
+        )
+    try:
+        origin = ModelSpec.model_validate_json(recorded)
+    except ValueError:
+        raise ValueError(f"{path}: its {MODEL_KEY} metadata cannot be read") from None
+    merged = ModelSpec(name=origin.name, options={**origin.options, **spec.options})
+    return runtime.load(path, _build(merged, dataset))
+
+
+def _from_folder(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+    if (path / "recipe.yaml").exists():
+        origin = load_recipe(path / "recipe.yaml").model
+        model = _build(origin.model_copy(update={"weights": None}), dataset)
+        return runtime.load(path / "model.safetensors", model)
+    if (path / "config.json").exists():
+        return _from_hugging_face(path)
+    raise ValueError(
+        f"model = {spec.name!r}: expected the folder of an aerogel run (recipe.yaml and "
+        "model.safetensors) or of a Hugging Face model (config.json and model.safetensors)"
+    )
+
+
+def _from_hugging_face(path: Path) -> nn.Module:
+    try:
+        from transformers import AutoModel
+    except ImportError:
+        raise ValueError("Hugging Face folders need: pip install 'aerogel[text]'") from None
+    kind = json.loads((path / "config.json").read_text()).get("model_type")
+    try:
+        model = AutoModel.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model folder {str(path)!r} (type {kind!r}): {error}") from None
+    return _checked(model, str(path))

@@ -1,0 +1,93 @@
+"""Pairs of a dense and a sparse network to be timed: a finished run's, or one with random zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aerogel import models, runtime
+from aerogel.compress.loading import example_inputs, load_data, load_model
+from aerogel.compress.recipe import ModelSpec
+from aerogel.compress.resolve import load_recipe
+from aerogel.compress.selection import pruned_parameters
+
+Example = Callable[[int], tuple[Tensor, ...]]
+"""Inputs of a given batch size."""
+
+
+def load_run(folder: Path) -> tuple[nn.Module, nn.Module, Example]:
+    """The dense and the sparse network of a run's folder, and real inputs for them.
+
+    Args:
+        folder: Where `aerogel compress` wrote.
+
+    Raises:
+        ValueError: The run did not get as far as both networks.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    dataset = load_data(recipe.data)
+    networks = []
+    for name in ("dense.safetensors", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: finish its run first")
+        spec = recipe.model.model_copy(update={"weights": None})
+        model = load_model(spec, dataset, seed=recipe.seed)
+        networks.append(runtime.load(folder / name, model).eval())
+    return networks[0], networks[1], lambda batch: example_inputs(dataset, batch)
+
+
+def random_networks(
+    name: str,
+    sparsity: float,
+    pattern: str = "unstructured",
+    shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, nn.Module, Example]:
+    """A network, the same with zeros at random places, and random inputs for both.
+
+    Args:
+        name: Registered name, file, folder or `import.path:callable`.
+        sparsity: Fraction of zeros in the layers that pruning would touch, in [0, 1).
+        pattern: What is zero together.
+        shape: Of one input; registered networks know theirs.
+        seed: Of weights, zeros and inputs.
+
+    Raises:
+        ValueError: Unknown network or pattern, sparsity out of range, or no shape known.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity = {sparsity}: expected a fraction of zeros in [0, 1)")
+    dense = load_model(ModelSpec(name=name), None, seed=seed).eval()
+    sparse = copy.deepcopy(dense)
+    _random_masks(sparse, sparsity, pattern, seed)
+    config = models.model_config(name) if name in models.list_models() else {}
+    size = shape or config.get("input_size")
+    if size is None:
+        raise ValueError(f"model = {name!r} does not say what its inputs are: give --shape")
+    tokens = "tokenizer" in config
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        if tokens:
+            # Small numbers are in every vocabulary; which ones does not matter for speed.
+            ids = torch.randint(1, 1000, (batch, *size), generator=generator)
+            return ids, torch.ones_like(ids)
+        return (torch.randn((batch, *size), generator=generator),)
+
+    return dense, sparse, example
+
+
+def _random_masks(model: nn.Module, sparsity: float, pattern: str, seed: int) -> None:
+    from aerogel.sparsity import build_masks, parse_pattern
+
+    generator = torch.Generator().manual_seed(seed)
+    names = pruned_parameters(model, pattern)
+    scores = {n: torch.rand(model.get_parameter(n).shape, generator=generator) for n in names}
+    rule = parse_pattern(pattern)
+    density = None if rule.fixed_density is not None else 1.0 - sparsity
+    with torch.no_grad():
+        build_masks(scores, density, rule).apply_(model)

@@ -1,0 +1,245 @@
+"""The stages of a compression run, each of which goes on where a kill left it.
+
+    dense      load or train the dense network                    -> dense.safetensors
+    prune      make it sparse while fine-tuning                   -> model.safetensors
+    evaluate   both networks, read back from their files
+    measure-*  compile, and time against the dense engines, one stage a batch and thread count
+    report     results.json and report.html
+
+Under `torchrun` every rank trains; rank 0 alone writes, prints and measures.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aerogel import data, report, runtime, train
+from aerogel.compress import ranks
+from aerogel.compress.console import Console, Silent
+from aerogel.compress.loading import (
+    MODEL_KEY,
+    check_finite,
+    example_inputs,
+    load_data,
+    load_model,
+    starts_trained,
+)
+from aerogel.compress.measuring import measure, settings_of
+from aerogel.compress.outcome import assemble, data_facts
+from aerogel.compress.recipe import Recipe
+from aerogel.compress.selection import pruned_parameters, unfit_parameters
+from aerogel.compress.training import train_dense, train_sparse
+from aerogel.compress.workdir import Marker, RunFolder, key_of, write_atomic
+
+DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
+# Both networks, an optimizer's two moments and its parameters twice while a state is replaced.
+DISK_FACTOR = 8
+
+
+def run(
+    recipe: Recipe,
+    out_dir: str | Path,
+    *,
+    console: Console | None = None,
+    restart: bool = False,
+    command: str = "",
+) -> report.Results | None:
+    """Compress a network as a recipe says, or go on with a run that was stopped.
+
+    Args:
+        recipe: What to do.
+        out_dir: Folder for the results; a stopped run is continued in its own.
+        console: Where messages and progress go; None is silent.
+        restart: Throw away what an earlier run left in `out_dir`.
+        command: The command line, for the report.
+
+    Returns:
+        The results, as `out_dir/results.json` has them; None on ranks above 0.
+
+    Raises:
+        FolderError: The folder cannot be used, or belongs to another recipe.
+        ValueError: Unknown model or data, weights that are not finite, an unfit pattern.
+        OSError: Writing failed; the same command goes on once the cause is gone.
+    """
+    path = Path(out_dir)
+    if not ranks.is_main():
+        _Run(recipe, RunFolder(path), Silent()).train()
+        ranks.leave()
+        return None
+    with RunFolder.opened(path, recipe, restart=restart) as folder:
+        write_atomic(path / "recipe.yaml", _recipe_file(recipe))
+        this = _Run(recipe, folder, console or Silent())
+        dense, sparse = this.train()
+        ranks.leave()
+        return this.conclude(dense, sparse, command)
+
+
+def _recipe_file(recipe: Recipe) -> str:
+    head = "# All that decided this run; `aerogel compress --recipe THIS --out NEW` repeats it."
+    return f"{head}\n{recipe.to_yaml()}"
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+        self.recipe, self.folder, self.console = recipe, folder, console
+        self._dataset: data.Dataset | None = None
+
+    @property
+    def dataset(self) -> data.Dataset:
+        """Loaded when the first stage needs it."""
+        if self._dataset is None:
+            with self.console.task(f"data {self.recipe.data.name}", "MB") as task:
+                self._dataset = load_data(
+                    self.recipe.data, lambda _, done, total: task.update(done / 1e6, total / 1e6)
+                )
+        return self._dataset
+
+    def _stage(
+        self, name: str, key: str, files: Sequence[str], work: Callable[[], dict[str, Any]]
+    ) -> Marker:
+        """Do a stage on this process alone, unless it was finished before."""
+        marker = self.folder.finished(name, key)
+        if marker is not None:
+            self.console.say(f"{name}: done before")
+            return marker
+        self.console.say(f"{name} ...")
+        begin = time.monotonic()
+        result = work()
+        marker = self.folder.finish(name, key, files, result, time.monotonic() - begin)
+        self.console.say(f"{name}: {marker.seconds:.1f} s")
+        return marker
+
+    def _shared_stage(
+        self, name: str, key: str, file: str, work: Callable[[], dict[str, Any]]
+    ) -> Marker:
+        """Do a stage on every rank; rank 0 decides whether it is needed and records its end."""
+        if ranks.world_size() == 1:
+            return self._stage(name, key, [file], work)
+        done = self.folder.finished(name, key) if ranks.is_main() else None
+        done = ranks.from_main(done)
+        if done is None and ranks.is_main():
+            done = self._stage(name, key, [file], work)
+        elif done is None:
+            work()
+        return ranks.from_main(done)  # type: ignore[return-value]
+
+    def train(self) -> tuple[Marker, Marker]:
+        """The stages all ranks share."""
+        recipe = self.recipe.model_dump(mode="json")
+        part = {name: recipe[name] for name in ("model", "data", "dense", "seed")}
+        dense = self._shared_stage("dense", key_of("dense", part), DENSE_FILE, self._dense)
+        rest = {name: recipe[name] for name in recipe if name not in ("dense", "measure")}
+        key = key_of("prune", rest, dense.key, dense.files)
+        return dense, self._shared_stage("prune", key, SPARSE_FILE, self._prune)
+
+    def _dense(self) -> dict[str, Any]:
+        recipe = self.recipe
+        model = load_model(recipe.model, self.dataset, seed=recipe.seed)
+        names = self._pruned(model)  # fails now rather than after training
+        size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        if ranks.is_main():
+            self.folder.ensure_space(DISK_FACTOR * size)
+        self.console.say(f"  {recipe.model.name}: {size / 4e6:.2f} M numbers, {len(names)} layers "
+                         f"to prune, {len(self.dataset.train):,} examples")  # fmt: skip
+        curves: list[dict[str, Any]] = []
+        if not recipe.dense.skipped:
+            with self.console.task("dense", "steps") as task:
+                state = self.folder.training_state("dense")
+                curves = train_dense(model, self.dataset, recipe, state, task)
+            check_finite(model, "the dense network after training")
+        elif not starts_trained(recipe.model):
+            self.console.warn("the dense network is neither trained nor loaded from weights")
+        self._save(model, DENSE_FILE, sparse=False)
+        parameters = sum(p.numel() for p in model.parameters())
+        return {"curves": curves, "parameters": parameters, "data": data_facts(self.dataset)}
+
+    def _pruned(self, model: nn.Module) -> tuple[str, ...]:
+        recipe = self.recipe
+        return pruned_parameters(model, recipe.pattern, recipe.include, recipe.exclude)
+
+    def _prune(self) -> dict[str, Any]:
+        model = self.load(DENSE_FILE)
+        notes = []
+        if unfit := unfit_parameters(
+            model, self.recipe.pattern, self.recipe.include, self.recipe.exclude
+        ):
+            notes.append(
+                f"Pattern {self.recipe.pattern} does not fit {len(unfit)} weights, which stay "
+                f"dense: {', '.join(unfit[:3])}{', ...' * (len(unfit) > 3)}."
+            )
+            self.console.warn(notes[-1])
+        with self.console.task("prune", "steps") as task:
+            state = self.folder.training_state("prune")
+            dense = self.load(DENSE_FILE)
+            curves = train_sparse(model, dense, self.dataset, self.recipe, state, task)
+        check_finite(model, "the sparse network after training")
+        self._save(model, SPARSE_FILE, sparse=True)
+        weights = {n: model.get_parameter(n) for n in self._pruned(model)}
+        kept = {n: [w.numel(), int(w.count_nonzero())] for n, w in weights.items()}
+        return {"curves": curves, "pruned": kept, "notes": notes}
+
+    def _save(self, model: nn.Module, name: str, *, sparse: bool) -> None:
+        if not ranks.is_main():
+            return
+        origin = self.recipe.model.model_copy(update={"weights": None})
+        names = self._pruned(model) if sparse else ()
+        runtime.save(
+            model,
+            self.folder.path / name,
+            metadata={MODEL_KEY: origin.model_dump_json()},
+            patterns=dict.fromkeys(names, self.recipe.pattern),
+            format="auto" if sparse else "dense",
+        )
+
+    def load(self, name: str) -> nn.Module:
+        """The network with the weights of one of the run's files, in evaluation mode."""
+        spec = self.recipe.model.model_copy(update={"weights": None})
+        model = load_model(spec, self.dataset, seed=self.recipe.seed)
+        return runtime.load(self.folder.path / name, model).eval()
+
+    def conclude(self, dense: Marker, sparse: Marker, command: str) -> report.Results:
+        """What rank 0 does alone once both networks are on disk."""
+        upstream = key_of(dense.key, dense.files, sparse.key, sparse.files)
+        markers = {"dense": dense, "prune": sparse}
+        key = key_of("evaluate", upstream)
+        markers["evaluate"] = self._stage("evaluate", key, [], self._evaluate)
+        for batch, threads in settings_of(self.recipe.measure):
+            marker = self._measure(upstream, batch, threads)
+            markers[marker.stage] = marker
+        facts = dense.result["data"]
+        results = assemble(self.recipe, self.folder.path, facts, markers, command)
+        content = results.to_dict()
+        write_atomic(self.folder.path / "results.json", json.dumps(content, indent=1))
+        write_atomic(self.folder.path / "report.html", report.render(content))
+        return results
+
+    def _evaluate(self) -> dict[str, Any]:
+        scores = {}
+        for label, name in (("dense", DENSE_FILE), ("sparse", SPARSE_FILE)):
+            with self.console.task(f"evaluate {label}", "examples") as task:
+                scores[label] = train.evaluate(
+                    self.load(name), self.dataset, on_progress=task.update
+                )
+        return {"quality": scores}
+
+    def _measure(self, upstream: str, batch: int, threads: int) -> Marker:
+        settings = self.recipe.measure
+        name = f"measure-batch{batch}-threads{threads}"
+        key = key_of(name, upstream, settings.model_dump(mode="json"))
+
+        def work() -> dict[str, Any]:
+            dense, sparse = self.load(DENSE_FILE), self.load(SPARSE_FILE)
+            example = example_inputs(self.dataset, batch)
+            label = f"batch {batch}, {threads} thread{'s' * (threads != 1)}"
+            with self.console.task(label) as task, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # exporters' and engines' own; none is ours
+                return measure(dense, sparse, example, threads, settings, task)
+
+        return self._stage(name, key, [], work)

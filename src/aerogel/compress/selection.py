@@ -1,0 +1,67 @@
+"""Which weights of a network are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def pruned_parameters(
+    model: nn.Module, pattern: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Names of the parameters to prune, in the model's order.
+
+    Those included; else those the model proposes (`prune_targets()`); else every linear and
+    convolution weight that the pattern fits (see `unfit_parameters`).
+
+    Args:
+        model: The network.
+        pattern: What is zero together.
+        include: Globs of parameter names.
+        exclude: Globs of parameter names to leave dense.
+
+    Raises:
+        ValueError: A glob matches nothing, the pattern does not fit an included weight, or nothing
+            is left.
+    """
+    fit, unfit = _split(model, pattern, include, exclude)
+    if not fit:
+        example = f", for example {next(iter(unfit.values()))}" if unfit else ""
+        raise ValueError(f"nothing to prune: no weight fits pattern {pattern!r}{example}")
+    return fit
+
+
+def unfit_parameters(
+    model: nn.Module, pattern: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Weights left dense because the pattern does not fit them, where nobody named them."""
+    return tuple(_split(model, pattern, include, exclude)[1])
+
+
+def _split(
+    model: nn.Module, pattern: str, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    from aerogel.sparsity import parse_pattern, select_parameters
+
+    proposed = tuple(f"{name}.weight" for name, _ in _targets(model))
+    selected = select_parameters(model, include=tuple(include) or proposed, exclude=tuple(exclude))
+    shape_rule = parse_pattern(pattern)
+    fit, unfit = [], {}
+    for name, reference in selected.items():
+        try:
+            shape_rule.validate(reference.shape, name)
+        except ValueError as error:
+            if include:
+                raise
+            unfit[name] = str(error)
+        else:
+            fit.append(name)
+    return tuple(fit), unfit
+
+
+def _targets(model: nn.Module) -> list[tuple[str, str]]:
+    targets = getattr(model, "prune_targets", None)
+    return list(targets()) if callable(targets) else []

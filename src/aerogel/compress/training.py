@@ -1,0 +1,121 @@
+"""The two training phases: the dense network, and the same network while it becomes sparse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aerogel import data, train
+from aerogel.compress.console import Task
+from aerogel.compress.methods import METHODS
+from aerogel.compress.recipe import Recipe, Training
+
+CURVES = ("loss", "lr", "sparsity")
+
+
+def train_dense(
+    model: nn.Module, dataset: data.Dataset, recipe: Recipe, state: Path, task: Task
+) -> list[dict[str, Any]]:
+    """Train the dense network in place.
+
+    Args:
+        model: The network.
+        dataset: Its data.
+        recipe: `recipe.dense` says how.
+        state: Folder that a killed run goes on from.
+        task: Progress.
+
+    Returns:
+        Training curves, as `report.Curve` reads them.
+
+    Raises:
+        ValueError: The data has no targets to train on.
+    """
+    if dataset.task != "classification":
+        raise ValueError(
+            f"data = {dataset.name!r} has no labels, so a dense network cannot be trained on it; "
+            "set dense.epochs to 0 and start from a trained network (model.weights)"
+        )
+    config = _config(recipe, recipe.dense)
+    history = train.fit(
+        model, dataset, config, resume_dir=state, on_progress=lambda p: _show(task, p)
+    )
+    return _curves(history, "dense")
+
+
+def train_sparse(
+    model: nn.Module,
+    dense: nn.Module,
+    dataset: data.Dataset,
+    recipe: Recipe,
+    state: Path,
+    task: Task,
+) -> list[dict[str, Any]]:
+    """Make the network sparse in place while it trains on; its zeros are baked in at the end.
+
+    Args:
+        model: The network, with dense weights.
+        dense: The same network again, to learn from where the recipe or the data wants that.
+        dataset: Its data.
+        recipe: Method, pattern, schedule and `recipe.prune`.
+        state: Folder that a killed run goes on from.
+        task: Progress.
+
+    Returns:
+        Training curves, as `report.Curve` reads them.
+    """
+    config = _config(recipe, recipe.prune)
+    steps = config.total_steps(len(dataset.train))
+    pruners: list[Any] = []
+
+    def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        pruners.append(METHODS[recipe.method](model, optimizer, recipe, steps))
+        return pruners[-1]
+
+    learns = recipe.distillation is not None or dataset.task != "classification"
+    history = train.fit(
+        model,
+        dataset,
+        config,
+        optimizer_wrapper=wrap,
+        teacher=dense.requires_grad_(False) if learns else None,
+        resume_dir=state,
+        on_progress=lambda p: _show(task, p),
+    )
+    pruners[-1].finalize()
+    return _curves(history, "prune")
+
+
+def _config(recipe: Recipe, phase: Training) -> train.TrainConfig:
+    values = phase.model_dump()
+    if phase.steps is not None:
+        values["epochs"] = 1.0  # ignored where steps are given
+    if recipe.distillation is not None:
+        values["distill_alpha"] = recipe.distillation.weight
+        values["temperature"] = recipe.distillation.temperature
+    return train.TrainConfig(**values, seed=recipe.seed)
+
+
+def _show(task: Task, progress: train.Progress) -> None:
+    zeros = f", {100 * progress.sparsity:.1f} % zeros" if progress.sparsity else ""
+    task.update(progress.step, progress.total, f"loss {progress.loss:.3f}{zeros}")
+
+
+def _curves(history: train.History, stage: str) -> list[dict[str, Any]]:
+    curves = [_curve(name, stage, history.steps) for name in CURVES]
+    known = {"step", "epoch", "sparsity"}
+    metrics = [name for name in (history.epochs[0] if history.epochs else {}) if name not in known]
+    return curves + [_curve(f"test {name}", stage, history.epochs) for name in metrics]
+
+
+def _curve(name: str, stage: str, rows: list[dict[str, float]]) -> dict[str, Any]:
+    key = name.removeprefix("test ")
+    return {
+        "name": name,
+        "stage": stage,
+        "steps": [int(row["step"]) for row in rows],
+        "values": [row[key] for row in rows],
+    }
