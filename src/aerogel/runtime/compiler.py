@@ -23,7 +23,7 @@ from aerogel.runtime.explain import Explanation, LayerRow
 from aerogel.runtime.layer import is_layer, read_layer
 from aerogel.runtime.passes import simplify
 from aerogel.runtime.strategies import EAGER, Contender, Strategist, deviation, fastest
-from aerogel.runtime.timing import Measure, measure
+from aerogel.runtime.timing import Measure, Race, measure, measure_self_timed
 from aerogel.runtime.tuner import Progress, Tuned, Tuner
 from aerogel.runtime.tuning_cache import TuningCache, default_path, environment
 
@@ -43,6 +43,7 @@ class Settings:
         strategy: "fastest", or the name of the only contender to build.
         on_progress: Called with (layer name, layers done, layers in all).
         measure: Times whole models and segments; a fake one in tests.
+        race: Times the candidates of a layer, likewise.
     """
 
     threads: int
@@ -51,6 +52,7 @@ class Settings:
     strategy: str = "fastest"
     on_progress: Progress | None = None
     measure: Measure = field(default=measure)
+    race: Race = field(default=measure_self_timed)
 
 
 def compile(
@@ -169,7 +171,7 @@ def _plan_by_graph(
     settings: Settings,
 ) -> Program:
     fused = simplify(captured.graph_module)
-    tuner = Tuner(settings.threads, settings.cache)
+    tuner = Tuner(settings.threads, settings.cache, settings.race)
     tuned = _tune(fused, tuner, settings.on_progress)
     leaves = pytree.tree_leaves((args, kwargs))
     strategist = Strategist(
@@ -250,7 +252,9 @@ def _rows(tuned: Mapping[fx.Node, Tuned], chosen: Contender, total: float) -> li
         if piece is not None:
             name = piece.kernels[node].name
             seconds = (each.planned if piece.planned else each.direct)[name]
-            kernel = f"{name} (plan {plans.index(piece)})" if piece.planned else name
+            kernel = name
+            if piece.planned:
+                kernel = f"{name.removeprefix('planned ')} (plan {plans.index(piece)})"
         rows.append(layer_row(each, kernel, seconds / total))
     return rows
 
@@ -280,7 +284,7 @@ def _plan_by_module(
     reason: str,
 ) -> Program:
     warnings.warn(f"{reason}; compiling module by module instead", stacklevel=2)
-    tuner = Tuner(settings.threads, settings.cache)
+    tuner = Tuner(settings.threads, settings.cache, settings.race)
     swapped, swaps = module_calls.swap(original, args, kwargs, tuner, settings.on_progress)
     notes = [reason, "compiled module by module", *tuner.notes]
     runs: dict[str, Callable[[], Any]] = {EAGER: lambda: original(*args, **kwargs)}

@@ -23,6 +23,14 @@ class Measure(Protocol):
     ) -> dict[str, float]: ...
 
 
+class Race(Protocol):
+    """As `Measure`, for callables that return their own duration."""
+
+    def __call__(
+        self, contenders: Mapping[str, Callable[[], float]], seconds: float
+    ) -> dict[str, float]: ...
+
+
 def measure(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median wall time of each contender, all interleaved so that drift hits them alike.
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from aerogel import kernels
 from aerogel.runtime.candidates import Candidate, candidates_for
 from aerogel.runtime.candidates.torch_dense import NAME as TORCH
 from aerogel.runtime.layer import Layer
 from aerogel.runtime.native import LayerProbe
-from aerogel.runtime.timing import measure_self_timed, timed
+from aerogel.runtime.timing import Race, measure_self_timed, timed
 from aerogel.runtime.tuning_cache import TuningCache
 
 # A MobileNet has about ten distinct layers: together under twenty seconds.
@@ -90,13 +89,12 @@ class Tuner:
         self,
         threads: int,
         cache: TuningCache,
-        *,
-        race: Callable[[dict[str, Callable[[], float]], float], dict[str, float]] | None = None,
+        race: Race = measure_self_timed,
         seconds: float = SECONDS_PER_MODEL,
     ) -> None:
         self._threads = threads
         self._cache = cache
-        self._race = race or measure_self_timed
+        self._race = race
         self._left = seconds
         self.notes: list[str] = []
 
@@ -118,11 +116,7 @@ class Tuner:
     def _tune(self, layer: Layer) -> Tuned:
         candidates = {each.name: each for each in candidates_for(layer, self._threads)}
         names = [f"direct/{n}" for n, c in candidates.items() if c.module is not None]
-        names += [
-            f"plan/{n}"
-            for n, c in candidates.items()
-            if c.emit is not None and hasattr(kernels, "PlanBuilder")
-        ]
+        names += [f"plan/{n}" for n, c in candidates.items() if c.emit is not None]
         key = self._cache.key(layer.signature())
         seconds = self._cache.get(key, names)
         if seconds is None:
@@ -139,7 +133,7 @@ class Tuner:
             try:
                 if candidate.module is not None:
                     contenders[f"direct/{name}"] = _call(candidate.module(), x, residual)
-                if candidate.emit is not None and hasattr(kernels, "PlanBuilder"):
+                if candidate.emit is not None:
                     probe = LayerProbe(layer, candidate, self._threads)
                     contenders[f"plan/{name}"] = probe.kernel_seconds(x, residual)
             except (ValueError, NotImplementedError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from aerogel import kernels
 from aerogel.runtime.candidates.registry import Candidate, provides
 from aerogel.runtime.layer import Layer
 
@@ -13,13 +14,11 @@ NAME = "native dense"
 
 @provides("conv2d")
 def native_convolution(layer: Layer, threads: int) -> Iterator[Candidate]:
-    """Dense or depthwise convolution; other groupings stay with torch."""
-    if layer.groups not in (1, layer.weight.shape[0]):
-        return
-    if layer.groups > 1 and layer.weight.shape[0] != layer.input_shape[1]:
-        return
+    """Dense, grouped or depthwise convolution."""
 
-    def emit(builder: Any, x: Any, residual: Any) -> Any:
+    def emit(builder: kernels.PlanBuilder, x: Any, residual: Any) -> Any:
+        if len(x.shape) == 1:  # pooled planes are a vector in a plan
+            return _emit_matrix(builder, layer, x, residual)
         return builder.conv2d(
             x,
             layer.weight,
@@ -30,18 +29,29 @@ def native_convolution(layer: Layer, threads: int) -> Iterator[Candidate]:
             groups=layer.groups,
             activation=layer.activation,
             residual=residual,
+            name=layer.name,
         )
 
-    yield Candidate(NAME, sparse=False, emit=emit)
+    if layer.input_shape[2:] != (1, 1) or layer.is_pointwise:
+        yield Candidate(NAME, sparse=False, emit=emit)
 
 
 @provides("linear")
 def native_linear(layer: Layer, threads: int) -> Iterator[Candidate]:
     """Dense linear layer over features or tokens."""
 
-    def emit(builder: Any, x: Any, residual: Any) -> Any:
-        return builder.linear(
-            x, layer.weight, layer.bias, activation=layer.activation, residual=residual
-        )
+    def emit(builder: kernels.PlanBuilder, x: Any, residual: Any) -> Any:
+        return _emit_matrix(builder, layer, x, residual)
 
     yield Candidate(NAME, sparse=False, emit=emit)
+
+
+def _emit_matrix(builder: kernels.PlanBuilder, layer: Layer, x: Any, residual: Any) -> Any:
+    return builder.linear(
+        x,
+        layer.matrix,
+        layer.bias,
+        activation=layer.activation,
+        residual=residual,
+        name=layer.name,
+    )

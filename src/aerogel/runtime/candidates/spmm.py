@@ -52,9 +52,13 @@ def sparse_pointwise(layer: Layer, threads: int) -> Iterator[Candidate]:
         return
     for block in blocks_worth_trying(layer):
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
-        for variant in _variants(packed, layer):
-            # Each candidate keeps its own native streams, whatever else is being compared.
-            yield _candidate(layer, replace(packed, _streams={}), variant, threads)
+        for variant in _variants(packed, layer, layer.layout):
+            # Each keeps its own native streams, whatever else is being compared.
+            yield _called(layer, replace(packed, _streams={}), variant, threads)
+        for variant in _variants(packed, layer, "channels"):
+            # A plan's planes are aligned and its tokens transposed: nothing is left to repack.
+            if variant is None or not variant.pack:
+                yield _planned(layer, packed, variant)
 
 
 def blocks_worth_trying(layer: Layer) -> list[int]:
@@ -68,10 +72,10 @@ def blocks_worth_trying(layer: Layer) -> list[int]:
     return sorted(tried, reverse=True)
 
 
-def _variants(packed: kernels.BlockRowWeight, layer: Layer) -> list[Any]:
+def _variants(packed: kernels.BlockRowWeight, layer: Layer, layout: str) -> list[Any]:
     if kernels.reference_mode() or not kernels.native_available():
         return [None]
-    return list(kernels.spmm_variants(packed, layer.columns, layer.layout))
+    return list(kernels.spmm_variants(packed, layer.columns, layout))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
@@ -81,10 +85,16 @@ def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
     return f"spmm {packed.block}x1 {' '.join(words)}"
 
 
-def _candidate(
-    layer: Layer, packed: kernels.BlockRowWeight, variant: Any, threads: int
-) -> Candidate:
-    def emit(builder: Any, x: Any, residual: Any) -> Any:
+def _called(layer: Layer, packed: kernels.BlockRowWeight, variant: Any, threads: int) -> Candidate:
+    return Candidate(
+        _name(packed, variant),
+        sparse=packed.density < _DENSE_ABOVE,
+        module=lambda: SparseLayer(layer, packed, variant, threads),
+    )
+
+
+def _planned(layer: Layer, packed: kernels.BlockRowWeight, variant: Any) -> Candidate:
+    def emit(builder: kernels.PlanBuilder, x: Any, residual: Any) -> Any:
         return builder.sparse_conv1x1(
             x,
             packed,
@@ -92,11 +102,8 @@ def _candidate(
             activation=layer.activation,
             residual=residual,
             variant=variant,
+            name=layer.name,
         )
 
-    return Candidate(
-        _name(packed, variant),
-        sparse=packed.density < _DENSE_ABOVE,
-        module=lambda: SparseLayer(layer, packed, variant, threads),
-        emit=emit,
-    )
+    name = f"planned {_name(packed, variant)}"
+    return Candidate(name, sparse=packed.density < _DENSE_ABOVE, emit=emit)

@@ -1,0 +1,161 @@
+"""Calling a compiled model: other shapes, threads, wrong inputs, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from fakes import build_with
+from networks import mobile_network, perceptron
+from torch import Tensor, nn
+
+import aerogel
+from aerogel.runtime import compiled as compiled_module
+from aerogel.runtime.strategies import CALLS, PLANS
+
+
+def expect(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return perceptron()
+
+
+@pytest.mark.parametrize("strategy", [CALLS, PLANS])
+def test_other_batch_sizes_are_planned_and_kept(model: nn.Module, strategy: str) -> None:
+    compiled = build_with(model, torch.randn(4, 24), strategy=strategy)
+    for batch in (1, 9, 4, 1):
+        x = torch.randn(batch, 24)
+        torch.testing.assert_close(compiled(x), expect(model, x), rtol=1e-4, atol=1e-5)
+    assert len(compiled._programs) == 3
+    assert compiled.explain().inputs == "(float32 (4, 24))"
+    assert compiled.prepare(torch.randn(9, 24)).inputs == "(float32 (9, 24))"
+
+
+def test_the_least_recently_used_shape_is_dropped(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_module, "MAX_PROGRAMS", 2)
+    compiled = build_with(model, torch.randn(4, 24), strategy=CALLS)
+    compiled(torch.randn(2, 24))
+    compiled(torch.randn(4, 24))
+    compiled(torch.randn(3, 24))
+    assert [key[0][0][0] for key in compiled._programs] == [4, 3]
+
+
+def test_images_of_another_size_are_planned() -> None:
+    model = mobile_network()
+    compiled = build_with(model, torch.randn(1, 3, 20, 20), strategy=PLANS)
+    x = torch.randn(2, 3, 17, 30)
+    torch.testing.assert_close(compiled(x), expect(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [CALLS, PLANS])
+def test_concurrent_calls_do_not_disturb_each_other(strategy: str) -> None:
+    model = mobile_network()
+    compiled = build_with(model, torch.randn(1, 3, 20, 20), strategy=strategy)
+    inputs = [torch.randn(1 + i % 2, 3, 20, 20) for i in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(compiled, inputs))
+    for x, y in zip(inputs, results, strict=True):
+        torch.testing.assert_close(y, expect(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_fresh_tensors(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    compiled = build_with(model, x, strategy=PLANS)
+    first = compiled(x)
+    kept = first.clone()
+    compiled(torch.randn(4, 24))
+    assert torch.equal(first, kept)
+
+
+def test_inputs_of_any_strides_are_taken() -> None:
+    model = mobile_network()
+    x = torch.randn(2, 3, 20, 20)
+    compiled = build_with(model, x, strategy=PLANS)
+    expected = expect(model, x)
+    last = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(compiled(last), expected, rtol=1e-4, atol=1e-5)
+    wide = torch.randn(2, 3, 20, 40)[..., ::2].copy_(x)
+    torch.testing.assert_close(compiled(wide), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positional_and_keyword_calls_share_a_plan(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    compiled = build_with(model, x, strategy=CALLS)
+    assert torch.equal(compiled(input=x), compiled(x))
+    assert len(compiled._programs) == 1
+
+
+def test_wrong_inputs_are_named(model: nn.Module) -> None:
+    compiled = build_with(model, torch.randn(4, 24))
+    with pytest.raises(ValueError, match=r"'input' has shape \(24,\), expected 2 dim.*\(4, 24\)"):
+        compiled(torch.randn(24))
+    with pytest.raises(TypeError, match=r"'input' is float64 \(4, 24\), expected float32"):
+        compiled(torch.randn(4, 24).double())
+    with pytest.raises(ValueError, match=r"fails on .*float32 \(4, 23\)"):
+        compiled(torch.randn(4, 23))
+    with pytest.raises(ValueError, match=r"do not fit Sequential\.forward"):
+        compiled()
+
+
+@pytest.mark.parametrize("bad", [(), (torch.randn(4, 24), 1), 3, {"y": torch.randn(4, 24)}])
+def test_wrong_examples_are_refused(model: nn.Module, bad: object) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs"):
+        aerogel.compile(model, bad)
+
+
+def test_wrong_arguments_are_refused(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        aerogel.compile(lambda y: y, x)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        aerogel.compile(model, x, threads=0)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        aerogel.compile(model, x, tolerance=0.0)
+    with pytest.raises(ValueError, match="'magic' is not available"):
+        build_with(model, x, strategy="magic")
+
+
+def test_gradients_are_refused_and_outputs_detached(model: nn.Module) -> None:
+    x = torch.randn(4, 24, requires_grad=True)
+    compiled = build_with(model, x.detach(), strategy=CALLS)
+    with pytest.raises(RuntimeError, match="'input' requires a gradient"):
+        compiled(x)
+    with torch.no_grad():
+        assert not compiled(x).requires_grad
+    assert not compiled(x.detach()).requires_grad
+
+
+def test_training_moving_and_loading_are_refused(model: nn.Module) -> None:
+    compiled = build_with(model, torch.randn(4, 24))
+    assert not compiled.eval().training
+    with pytest.raises(RuntimeError, match="for inference"):
+        compiled.train()
+    with pytest.raises(RuntimeError, match="cannot move"):
+        compiled.double()
+    assert compiled.cpu() is compiled
+    with pytest.raises(RuntimeError, match=r"aerogel\.compile again"):
+        compiled.load_state_dict({})
+    with pytest.raises(TypeError, match=r"aerogel\.save"):
+        pickle.dumps(compiled)
+
+
+def test_copies_share_plans_and_agree(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    compiled = build_with(model, x, strategy=PLANS)
+    for twin in (copy.copy(compiled), copy.deepcopy(compiled)):
+        assert torch.equal(twin(x), compiled(x))
+
+
+def test_it_can_be_part_of_another_model(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    whole = nn.Sequential(build_with(model, x, strategy=PLANS), nn.Softmax(-1))
+    torch.testing.assert_close(whole(x), expect(model, x).softmax(-1), rtol=1e-4, atol=1e-5)
