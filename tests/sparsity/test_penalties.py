@@ -116,7 +116,8 @@ def test_attention_penalty_switches_transformers_to_eager_and_back():
         "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]),
     }
     plain = model(**batch).last_hidden_state
-    with AttentionLogPenalty(model, 1.0) as penalty:
+    wrapped = nn.ModuleDict({"encoder": model})
+    with AttentionLogPenalty(wrapped, 1.0) as penalty:
         assert torch.allclose(model(**batch).last_hidden_state, plain, atol=1e-5)
         eager = model(**batch, output_attentions=True).attentions
         assert torch.allclose(penalty.value(), attention_log(eager[-1]))

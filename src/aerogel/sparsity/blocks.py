@@ -201,22 +201,27 @@ def stopping_at(module: nn.Module | None) -> Iterator[None]:
         handle.remove()
 
 
+def configs(model: nn.Module) -> list[Any]:
+    """Every distinct `config` (of transformers models) in a model, also inside wrappers."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if config is not None}.values())
+
+
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key/value cache, no fused encoder path that would bypass the hooks."""
     modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    caching = [c for c in configs(model) if getattr(c, "use_cache", None)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    if config is not None and use_cache is not None:
+    for config in caching:
         config.use_cache = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        if config is not None and use_cache is not None:
-            config.use_cache = use_cache
+        for config in caching:
+            config.use_cache = True
         for module, mode in modes:
             module.training = mode

@@ -29,6 +29,7 @@ from aerogel.sparsity.blocks import (
     BlockCall,
     ForwardFn,
     calibrating,
+    configs,
     find_blocks,
     first_tensor,
     record_block_calls,
@@ -341,10 +342,11 @@ def _batch_size(batch: Any) -> int | None:
 
 
 def _check_context(model: nn.Module, batches: list[Any]) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs(model)]
+    limit = min((n for n in limits if isinstance(n, int)), default=None)
     for batch in batches:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(limit, int) and isinstance(ids, Tensor) and ids.shape[-1] > limit:
+        if limit is not None and isinstance(ids, Tensor) and ids.shape[-1] > limit:
             raise ValueError(
                 f"calibration sequence of {ids.shape[-1]} tokens exceeds the model's context of "
                 f"{limit} (max_position_embeddings)"

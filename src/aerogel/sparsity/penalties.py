@@ -279,12 +279,19 @@ def _eager_attention(model: nn.Module) -> Callable[[], None]:
 
     The whole model, not one block: it builds one attention mask in its implementation's format.
     """
-    setter = getattr(model, "set_attn_implementation", None)
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if setter is None or before is None or before == "eager":
-        return _nothing
-    setter("eager")
-    return lambda: setter(before)
+    switched: list[tuple[Callable[[str], None], str]] = []
+    for module in model.modules():  # outermost first, which switches what it contains
+        setter = getattr(module, "set_attn_implementation", None)
+        before = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if setter is not None and before is not None and before != "eager":
+            setter("eager")
+            switched.append((setter, before))
+
+    def restore() -> None:
+        for setter, before in switched:
+            setter(before)
+
+    return restore
 
 
 def _nothing() -> None:
