@@ -244,8 +244,8 @@ class SET(RigL):
 class ITOP(DynamicSparseTrainer):
     """Few, large mask updates over the whole training, so that most weights are tried in time.
 
-    Choose `update_every` so long that new weights can grow before they are judged (the paper uses
-    thousands of steps), and watch `itop()`: accuracy follows how much of the network was explored.
+    Choose `update_every` so long that new weights can grow before they are judged, and watch
+    `itop()`: accuracy follows how much of the network was explored in time.
 
     Args:
         model: any module.
