@@ -2,19 +2,15 @@
 #include "kernels.h"
 #include "simd.h"
 
-#include "spmm.inl"
 #include "roofline.inl"
-#if __has_include("layers.inl")
-#include "layers.inl"
-#define AEROGEL_LAYERS &kLayerKernels
-#else
-#define AEROGEL_LAYERS nullptr
-#endif
+#include "spmm.inl"
+
+#include "layers.inl"  // uses the transposes of spmm_layout.inl
 
 namespace aerogel::AEROGEL_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes, &kSpmmKernels, &kRooflineKernels,
-                            AEROGEL_LAYERS};
+                            &kLayerKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

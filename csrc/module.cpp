@@ -14,7 +14,5 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &aerogel::select_isa, nb::arg("name"));
   aerogel::bind_spmm(m);
   aerogel::bind_roofline(m);
-#ifdef AEROGEL_HAS_PLAN
   aerogel::bind_plan(m);
-#endif
 }

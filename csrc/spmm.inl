@@ -1,7 +1,8 @@
 // SpMM micro-kernels. A register tile is V vectors of columns x G block rows of B outputs each; for
 // every stored column of a block row, V activation vectors are loaded once and multiplied by B
 // broadcast weights. Four weights are loaded at a time (a quad), because a broadcast from memory
-// would take one of the two load ports that the activations need.
+// would take one of the two load ports that the activations need; only the largest tiles, which have
+// no register to spare and more multiply-adds per load, broadcast from memory.
 //
 // Reading order: one step -> one group of block rows -> one run of groups -> one panel.
 #include "simd_math.h"
@@ -68,21 +69,32 @@ AEROGEL_INLINE void step(Vec (&acc)[G][B][V], const char* x, const int32_t* offs
   }
 }
 
+// Registers of a step that takes its weights from quads: accumulators, activations, weights, quads.
+constexpr bool quads_fit(int vectors, int groups, int block) {
+  const int quads = groups * block <= 4 ? 1 : groups * block / 4;
+  const int operands = vectors <= block ? vectors + 1 : (block == 1 ? 1 : block + 1);
+  return groups * block * vectors + operands + quads <= kRegisters;
+}
+
 template <int V, int G, int B, bool Masked>
 AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
                               const int32_t* offsets, int32_t steps, int64_t tail) {
   constexpr int kStep = G * B;
   constexpr int kUnroll = kStep < 4 ? 4 / kStep : 1;
   constexpr int kQuads = kStep * kUnroll / 4;
+  constexpr bool kFromQuads = quads_fit(V, G, B);
   int32_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
     Quad quads[kQuads];
+    if constexpr (kFromQuads) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(weights + 4 * q);
+      for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(weights + 4 * q);
+    }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       step<V, G, B, Masked>(acc, x, offsets + u * G, tail, [&](int i) {
-        return broadcast_lane(quads[(u * kStep + i) / 4], (u * kStep + i) % 4);
+        const int at = u * kStep + i;
+        return kFromQuads ? broadcast_lane(quads[at / 4], at % 4) : broadcast(weights[at]);
       });
     }
     weights += kStep * kUnroll;
@@ -110,23 +122,24 @@ AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
 }
 
 template <int V>
-AEROGEL_INLINE void store_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
-  if (c.last) {
-    if (c.residual) {
-      const float* r = c.residual + row * c.ldr;
+AEROGEL_INLINE void apply_epilogue(Vec (&acc)[V], const RunContext& c, int64_t row) {
+  if (c.residual) {
+    const float* r = c.residual + row * c.ldr;
 #pragma GCC unroll 16
-      for (int v = 0; v < V - 1; ++v) acc[v] = add(acc[v], load(r + v * kLanes));
-      acc[V - 1] = add(acc[V - 1], load_upto(r + (V - 1) * kLanes, c.tail));
-    }
-    if (c.activation != Activation::kNone) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[v] = relu(acc[v]);
-    }
-    if (c.activation == Activation::kRelu6) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[v] = min(broadcast(6.0f), acc[v]);
-    }
+    for (int v = 0; v < V - 1; ++v) acc[v] = add(acc[v], load(r + v * kLanes));
+    acc[V - 1] = add(acc[V - 1], load_upto(r + (V - 1) * kLanes, c.tail));
   }
+  if (c.activation == Activation::kNone) return;
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) acc[v] = relu(acc[v]);
+  if (c.activation == Activation::kRelu6) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = min(broadcast(6.0f), acc[v]);
+  }
+}
+
+template <int V>
+AEROGEL_INLINE void store_row(const Vec (&acc)[V], const RunContext& c, int64_t row) {
   float* y = c.y + row * c.ldy;
 #pragma GCC unroll 16
   for (int v = 0; v < V - 1; ++v) store(y + v * kLanes, acc[v]);
@@ -134,20 +147,26 @@ AEROGEL_INLINE void store_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
 }
 
 template <int V, int G, int B, bool Masked>
-AEROGEL_NOINLINE void run_groups(const RunContext& c, const SpmmRun& run, const int32_t* rows,
+AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
                                  const float* weights, const int32_t* offsets) {
+  const RunContext c = context;  // a copy that stores to y cannot alias
   const int32_t steps = run.steps;
   const int64_t weights_per_group = (static_cast<int64_t>(steps) * G * B + 3) & ~int64_t{3};
-  const int64_t tail = c.tail;
-  const char* const x = c.x;
-  for (int32_t i = 0; i < run.groups; ++i) {
+  for (int32_t left = run.groups; left > 0; --left) {
     Vec acc[G][B][V];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
     }
-    all_steps<V, G, B, Masked>(acc, x, weights, offsets, steps, tail);
+    all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
+    if (c.last) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
+      }
+    }
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4

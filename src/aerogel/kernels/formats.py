@@ -168,6 +168,11 @@ class BlockRowWeight:
             int(self.columns.min()) >= 0 and int(self.columns.max()) < cols
         ):
             raise ValueError(f"columns: expected indices from 0 to {cols - 1}")
+        starts = ptr[(ptr > 0) & (ptr < len(self.columns))]
+        within_row = torch.ones(max(len(self.columns) - 1, 0), dtype=torch.bool)
+        within_row[(starts - 1).cpu()] = False
+        if bool((self.columns.long().diff().cpu() <= 0)[within_row].any()):
+            raise ValueError("columns: expected ascending indices in every row")
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -177,7 +182,8 @@ def _as_matrix(weight: Tensor) -> Tensor:
         raise ValueError("weight requires a gradient: pack weight.detach()")
     if weight.dim() < 2 or any(n != 1 for n in weight.shape[2:]):
         raise ValueError(
-            f"weight: shape {tuple(weight.shape)}, expected (out, in) or a 1x1 kernel (out, in, 1, 1)"
+            f"weight: shape {tuple(weight.shape)}, expected (out, in) or a 1x1 kernel "
+            "(out, in, 1, 1)"
         )
     return weight.reshape(weight.shape[0], weight.shape[1])
 
