@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aerogel.report.page import render
 from aerogel.report.schema import (
     Curve,
     EngineTime,
@@ -26,4 +27,5 @@ __all__ = [
     "Size",
     "Stage",
     "Subject",
+    "render",
 ]
