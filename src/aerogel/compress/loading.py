@@ -49,8 +49,9 @@ def load_model(spec: ModelSpec, dataset: data.Dataset | None, *, seed: int = 0) 
     Raises:
         ValueError: No such network, not a network, weights that do not fit or are not finite.
     """
-    torch.manual_seed(seed)
-    model = _build(spec, dataset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(spec, dataset)
     if spec.weights is not None and spec.name not in models.list_models():
         if spec.weights == PRETRAINED:
             raise ValueError(f"no pretrained weights are known for model = {spec.name!r}")
@@ -79,10 +80,12 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def example_inputs(dataset: data.Dataset, batch: int) -> tuple[Tensor, ...]:
-    """Inputs of `batch` real test examples, for `model(*inputs)`."""
+    """Inputs of `batch` real test examples, for `model(*inputs)`; texts are of typical length."""
     split = getattr(dataset.test, "queries", dataset.test)
-    indices = torch.arange(batch) % len(split)
-    return tuple(split.batch(indices).inputs)
+    order = torch.arange(len(split))
+    if (lengths := getattr(split, "lengths", None)) is not None:
+        order = (lengths - lengths.median()).abs().argsort(stable=True)
+    return tuple(split.batch(order[torch.arange(batch) % len(split)]).inputs)
 
 
 def _path_of(spec: ModelSpec) -> Path | None:

@@ -90,15 +90,24 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
         self._dataset: data.Dataset | None = None
+        self._data_notes: list[str] = []
 
     @property
     def dataset(self) -> data.Dataset:
         """Loaded when the first stage needs it."""
         if self._dataset is None:
-            with self.console.task(f"data {self.recipe.data.name}", "MB") as task:
+            with (
+                self.console.task(f"data {self.recipe.data.name}", "MB") as task,
+                warnings.catch_warnings(record=True) as caught,
+            ):
+                warnings.simplefilter("always", UserWarning)
                 self._dataset = load_data(
                     self.recipe.data, lambda _, done, total: task.update(done / 1e6, total / 1e6)
                 )
+            # A stand-in for the data asked for must be seen on the screen and in the report.
+            self._data_notes = [str(w.message) for w in caught if w.category is UserWarning]
+            for note in self._data_notes:
+                self.console.warn(note)
         return self._dataset
 
     def _stage(
@@ -158,7 +167,8 @@ class _Run:
             self.console.warn("the dense network is neither trained nor loaded from weights")
         self._save(model, DENSE_FILE, sparse=False)
         parameters = sum(p.numel() for p in model.parameters())
-        return {"curves": curves, "parameters": parameters, "data": data_facts(self.dataset)}
+        facts = {"data": data_facts(self.dataset), "notes": self._data_notes}
+        return {"curves": curves, "parameters": parameters, **facts}
 
     def _pruned(self, model: nn.Module) -> tuple[str, ...]:
         recipe = self.recipe

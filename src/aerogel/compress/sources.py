@@ -7,6 +7,7 @@ character that caused it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,24 @@ class Source:
         number = f"{line:5d}"
         text = self.lines[line - 1] if line <= len(self.lines) else ""
         return f"\n{number} | {text}\n{' ' * len(number)} | {' ' * (column - 1)}^"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's core types only: in YAML 1.1 `2:4` is the number 124, and `no` is false."""
+
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        list("-+.0123456789"),
+    ),
+}
+_Loader.yaml_implicit_resolvers = {}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
 
 
 def _mark(node: yaml.Node) -> tuple[int, int]:
@@ -115,7 +134,7 @@ def parse_yaml(text: str, name: str) -> Source:
     """
     lines = tuple(text.splitlines())
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -200,7 +200,10 @@ class RunFolder:
         raw = _read_json(self.state / "stages" / f"{stage}.json")
         if raw is None or raw.get("key") != key:
             return None
-        marker = Marker(**raw)
+        try:
+            marker = Marker(**raw)
+        except TypeError:
+            return None
         for name, digest in marker.files.items():
             path = self.path / name
             if not path.is_file() or file_hash(path) != digest:
