@@ -65,7 +65,7 @@ def test_ratios_are_those_of_the_times(net) -> None:
     entries = [Contender(Sleeper("slow", 0.006), net), Contender(Sleeper("fast", 0.002), net)]
     table = compare(entries, torch.randn(2, 4), baseline="slow (dense)", **QUICK)
     assert table.row("slow (dense)").ratio == pytest.approx(1.0)
-    assert 1.5 < table.row("fast (dense)").ratio < 5
+    assert 1.2 < table.row("fast (dense)").ratio < 8  # three, on an idle machine
     assert table.ratio("slow (dense)", "fast (dense)") == table.row("fast (dense)").ratio
     assert table.fastest().label == "fast (dense)"
     for row in table.rows:
