@@ -11,7 +11,6 @@ from aerogel.runtime.capture import frozen_copy
 from aerogel.runtime.compiled import CompiledModule
 from aerogel.runtime.compiler import Settings, build
 from aerogel.runtime.timing import Measure
-from aerogel.runtime.tuning_cache import TuningCache
 
 
 def clock(favourite: str) -> Measure:
@@ -36,7 +35,6 @@ def build_with(
     settings = Settings(
         threads=1,
         tolerance=tolerance,
-        cache=TuningCache(None, {}),
         strategy=strategy,
         measure=clock(whole),
         race=clock(layer),

@@ -114,4 +114,4 @@ def test_deviation_is_relative_and_strict_about_nan() -> None:
 
 
 def test_settings_name_no_strategy_by_default() -> None:
-    assert Settings(1, 1e-4, TuningCache(None, {})).strategy == "fastest"
+    assert Settings().strategy == "fastest"

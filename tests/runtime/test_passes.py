@@ -12,7 +12,7 @@ from networks import InvertedResidual, Residual, mobile_network, perceptron, set
 from torch import Tensor, fx, nn
 
 from aerogel.runtime import ops
-from aerogel.runtime.capture import capture
+from aerogel.runtime.capture import _flatten, capture
 from aerogel.runtime.layer import epilogue, is_layer
 from aerogel.runtime.passes import (
     PASSES,
@@ -22,8 +22,10 @@ from aerogel.runtime.passes import (
     fuse_residual,
     name_layers,
     remove_identity,
+    remove_mutation,
     simplify,
 )
+from aerogel.runtime.passes.remove_mutation import mutates
 
 aten = torch.ops.aten
 
@@ -54,6 +56,34 @@ class Lambda(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(self, *inputs)
+
+
+def exported(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    program = torch.export.export(model.eval(), inputs, strict=False)
+    return _flatten(program)
+
+
+def test_in_place_activations_and_sums_become_functional() -> None:
+    model, x = settle_norms_(Residual()), torch.randn(2, 8, 6, 6)
+    before = exported(model, x)
+    after = remove_mutation(before)
+    assert mutates(before)
+    assert not mutates(after)
+    assert_same(after, model, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x.add_(1.0),
+        lambda m, x: (y := m.layer(x)) * y[0].mul_(2.0),
+        lambda m, x: torch.zeros(2, 4, dtype=torch.float64).add_(x),
+    ],
+    ids=["input", "view", "cast"],
+)
+def test_visible_mutation_is_left_to_torch(forward: Any) -> None:
+    model = Lambda(forward, layer=nn.Linear(4, 4))
+    assert mutates(remove_mutation(exported(model, torch.randn(2, 4))))
 
 
 def test_dropout_casts_and_asserts_vanish() -> None:

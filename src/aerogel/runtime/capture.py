@@ -17,6 +17,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import TreeSpec
 
 from aerogel.runtime import graph
+from aerogel.runtime.passes.remove_mutation import mutates, remove_mutation
 
 
 class CaptureError(RuntimeError):
@@ -57,8 +58,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def _bake(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # remove_parametrizations edits the class, which a deep copy shares with its original.
+        names: Any = module.parametrizations
+        values = {name: getattr(module, name).detach().clone() for name in names}
+        del module.parametrizations
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     hooks = list(module._forward_pre_hooks.values())
     for hook in hooks:
         if isinstance(hook, torch_prune.BasePruningMethod):
@@ -80,24 +86,18 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         with torch.no_grad():
             program = torch.export.export(model, args, kwargs, strict=False)
-            if _mutates(program):
+            flat = remove_mutation(_flatten(program))
+            if mutates(flat):  # what is left needs torch's own, slower functionalization
                 program = program.run_decompositions({})
+                flat = _flatten(program)
     except Exception as error:
         raise CaptureError(_explain_failure(model, error)) from error
     _reject_side_effects(program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise CaptureError("torch.export gives no call specification")
-    flat = _flatten(program)
     names = tuple(str(node.target) for node in flat.graph.nodes if node.op == "placeholder")
     return Captured(flat, in_spec, out_spec, names)
-
-
-def _mutates(program: ExportedProgram) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in program.graph.nodes
-    )
 
 
 def _reject_side_effects(program: ExportedProgram) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,22 +38,26 @@ class Settings:
     """How to compile.
 
     Attributes:
-        threads: Of every kernel.
+        threads: Of every kernel; None follows torch's setting at every call.
         tolerance: Largest deviation of any output, relative to its largest magnitude.
-        cache: The tuning cache.
+        cache_path: The tuning cache's file, or None.
         strategy: "fastest", or the name of the only contender to build.
         on_progress: Called with (layer name, layers done, layers in all).
         measure: Times whole models and segments; a fake one in tests.
         race: Times the candidates of a layer, likewise.
     """
 
-    threads: int
-    tolerance: float
-    cache: TuningCache
+    threads: int | None = None
+    tolerance: float = 1e-4
+    cache_path: Path | None = None
     strategy: str = "fastest"
     on_progress: Progress | None = None
     measure: Measure = field(default=measure)
     race: Race = field(default=measure_self_timed)
+
+    def open_cache(self) -> TuningCache:
+        """What was measured before under the same conditions."""
+        return TuningCache(self.cache_path, environment(torch.get_num_threads(), _isa()))
 
 
 def compile(
@@ -79,8 +84,8 @@ def compile(
         model: Any module on the CPU. Its masks (parametrizations, `torch.nn.utils.prune`) are
             baked into a copy; the model itself is left alone.
         example_inputs: One tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        threads: Of the kernels; default `torch.get_num_threads()`. What stays in torch uses
-            torch's own setting.
+        threads: Of the kernels; by default they follow `torch.get_num_threads()` at every call,
+            as all that stays in torch does.
         tolerance: Largest deviation of any output, relative to its largest magnitude. What
             deviates more is not used, and `explain()` says so.
         cache: Keep measurements in `$AEROGEL_CACHE/tuning.json` (or `~/.cache/aerogel`).
@@ -96,14 +101,13 @@ def compile(
             argument is out of range.
         TypeError: `model` is not a module.
     """
-    count = _check_arguments(model, threads, tolerance)
+    _check_arguments(model, threads, tolerance)
     args, kwargs = normalize_example(example_inputs)
     original = frozen_copy(model)
-    isa = kernels.isa() if kernels.native_available() else "none"
     settings = Settings(
-        threads=count,
+        threads=threads,
         tolerance=tolerance,
-        cache=TuningCache(default_path() if cache else None, environment(count, isa)),
+        cache_path=default_path() if cache else None,
         strategy=strategy,
         on_progress=on_progress,
     )
@@ -125,7 +129,13 @@ def build(
     return compiled
 
 
-def _check_arguments(model: object, threads: int | None, tolerance: float) -> int:
+def _isa() -> str:
+    if kernels.reference_mode() or not kernels.native_available():
+        return "reference"
+    return kernels.isa()
+
+
+def _check_arguments(model: object, threads: int | None, tolerance: float) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if threads is not None and threads < 1:
@@ -137,14 +147,13 @@ def _check_arguments(model: object, threads: int | None, tolerance: float) -> in
             raise ValueError(f"model must be on the CPU, but {name!r} is on {tensor.device}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             warnings.warn(f"{name!r} holds NaN or infinity; it is kept as it is", stacklevel=3)
-    return threads or torch.get_num_threads()
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def _torch_threads(count: int | None) -> Iterator[None]:
     """Measure torch with as many threads as the kernels."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
@@ -171,7 +180,8 @@ def _plan_by_graph(
     settings: Settings,
 ) -> Program:
     fused = simplify(captured.graph_module)
-    tuner = Tuner(settings.threads, settings.cache, settings.race)
+    cache = settings.open_cache()
+    tuner = Tuner(settings.threads, cache, settings.race)
     tuned = _tune(fused, tuner, settings.on_progress)
     leaves = pytree.tree_leaves((args, kwargs))
     strategist = Strategist(
@@ -181,7 +191,7 @@ def _plan_by_graph(
         threads=settings.threads,
         tolerance=settings.tolerance,
         measure=settings.measure,
-        cache=settings.cache,
+        cache=cache,
     )
     contenders = strategist.contenders()
     notes = tuner.notes + strategist.notes
@@ -196,8 +206,8 @@ def _plan_by_graph(
         rows=_rows(tuned, chosen, seconds[winner]),
         strategies=seconds,
         chosen=winner,
-        threads=settings.threads,
-        isa=kernels.isa() if kernels.native_available() else "none",
+        threads=torch.get_num_threads(),
+        isa=_isa(),
         inputs=describe(args, kwargs),
         notes=notes,
     )
@@ -284,7 +294,7 @@ def _plan_by_module(
     reason: str,
 ) -> Program:
     warnings.warn(f"{reason}; compiling module by module instead", stacklevel=2)
-    tuner = Tuner(settings.threads, settings.cache, settings.race)
+    tuner = Tuner(settings.threads, settings.open_cache(), settings.race)
     swapped, swaps = module_calls.swap(original, args, kwargs, tuner, settings.on_progress)
     notes = [reason, "compiled module by module", *tuner.notes]
     runs: dict[str, Callable[[], Any]] = {EAGER: lambda: original(*args, **kwargs)}
@@ -303,8 +313,8 @@ def _plan_by_module(
         rows=rows,
         strategies=seconds,
         chosen=winner,
-        threads=settings.threads,
-        isa=kernels.isa() if kernels.native_available() else "none",
+        threads=torch.get_num_threads(),
+        isa=_isa(),
         inputs=describe(args, kwargs),
         notes=notes,
     )

@@ -17,6 +17,18 @@ from aerogel.runtime.detect import Zeros, detect_zeros
 _PLAIN_ARGUMENTS: dict[Any, int] = {ops.conv2d: 7, ops.linear: 3}
 
 
+# Tokens that go through a whole plan together, so that what lies between layers stays in L2.
+_MAX_TILE, _MIN_TILE = 128, 32
+
+
+def token_tile(tokens: int) -> int:
+    """The largest divisor of a number of tokens that makes a good tile; else all of them."""
+    for tile in range(min(tokens, _MAX_TILE), _MIN_TILE - 1, -1):
+        if tokens % tile == 0:
+            return tile
+    return tokens
+
+
 def is_layer(node: Any) -> bool:
     """Whether the node is one of the fused layer ops."""
     return isinstance(node, fx.Node) and node.target in _PLAIN_ARGUMENTS
@@ -95,6 +107,11 @@ class Layer:
         """Pixels of one image, or tokens of the whole batch."""
         sizes = self.output_shape[2:] if self.op == "conv2d" else self.output_shape[:-1]
         return math.prod(sizes)
+
+    @property
+    def planned_columns(self) -> int:
+        """Columns that a plan works on at a time."""
+        return self.columns if self.op == "conv2d" else token_tile(self.columns)
 
     @property
     def macs(self) -> int:

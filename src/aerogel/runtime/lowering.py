@@ -63,7 +63,7 @@ def native_segments(
     return partition(gm, lambda node: family_of(node, chosen))
 
 
-def plan_piece(segment: Segment, tuned: Mapping[fx.Node, Tuned], threads: int) -> Piece:
+def plan_piece(segment: Segment, tuned: Mapping[fx.Node, Tuned], threads: int | None) -> Piece:
     """One native plan for a whole segment."""
     kernels = {node: tuned[node].best_planned for node in segment.layers}
     chosen = {node: each for node, each in kernels.items() if each is not None}
@@ -89,7 +89,7 @@ def lower(gm: fx.GraphModule, pieces: list[Piece]) -> fx.GraphModule:
 
 
 def alternatives(
-    gm: fx.GraphModule, segment: Segment, tuned: Mapping[fx.Node, Tuned], threads: int
+    gm: fx.GraphModule, segment: Segment, tuned: Mapping[fx.Node, Tuned], threads: int | None
 ) -> dict[str, tuple[nn.Module, list[Piece]]]:
     """The ways to run one segment: one plan, a call per layer, fused torch.
 

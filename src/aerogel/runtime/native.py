@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from aerogel import kernels
 from aerogel.runtime import graph
 from aerogel.runtime.candidates import Candidate
-from aerogel.runtime.layer import Layer, is_layer
+from aerogel.runtime.layer import Layer, is_layer, token_tile
 from aerogel.runtime.native_ops import NATIVE_OPS, Emission, is_pooled
 from aerogel.runtime.segments import SPATIAL, TOKENS, Segment
 
@@ -59,16 +59,17 @@ def family_of(node: fx.Node, chosen: Mapping[fx.Node, Candidate]) -> str | None:
     return NATIVE_OPS[node.target].family(node)
 
 
-def build_plan(segment: Segment, chosen: Mapping[fx.Node, Candidate], threads: int) -> PlanModule:
+def build_plan(
+    segment: Segment, chosen: Mapping[fx.Node, Candidate], threads: int | None
+) -> PlanModule:
     """Emit a segment into one plan.
 
     Args:
         segment: Nodes that `family_of` accepts.
         chosen: A candidate with `emit` for each of the segment's layers.
-        threads: Of the parallel region.
+        threads: Of the parallel region; None follows torch's setting at every call.
     """
-    batch = 1 if segment.family == TOKENS else graph.shape(segment.nodes[0])[0]
-    builder = kernels.PlanBuilder(batch=batch, threads=threads)
+    builder = _builder(segment.family, graph.shape(segment.nodes[0]), threads)
     emission = Emission(builder, chosen)
     shapes = []
     for source in segment.inputs:
@@ -81,11 +82,18 @@ def build_plan(segment: Segment, chosen: Mapping[fx.Node, Candidate], threads: i
     return PlanModule(builder.build(), shapes, [graph.shape(node) for node in segment.outputs])
 
 
+def _builder(family: str, shape: Shape, threads: int | None) -> kernels.PlanBuilder:
+    """For values of this shape: images one by one, tokens tile by tile."""
+    tokens = math.prod(shape[:-1])
+    batch = tokens // token_tile(tokens) if family == TOKENS else shape[0]
+    return kernels.PlanBuilder(batch=batch, threads=threads)
+
+
 def _input(builder: kernels.PlanBuilder, family: str, shape: Shape) -> tuple[Any, Shape]:
     """Declare an input of torch's shape; returns the value and the shape that the plan takes."""
     if family == TOKENS:
-        tokens = (math.prod(shape[:-1]), shape[-1])
-        return builder.input(tokens, layout="tokens"), (1, *tokens)
+        tile = (math.prod(shape[:-1]) // builder.batch, shape[-1])
+        return builder.input(tile, layout="tokens"), (builder.batch, *tile)
     image = shape[1:2] if is_pooled(shape) else shape[1:]
     return builder.input(image), (shape[0], *image)
 
@@ -100,14 +108,13 @@ class LayerProbe:
     Args:
         layer: The layer.
         candidate: Its kernel, with `emit`.
-        threads: Of the parallel region.
+        threads: Of the parallel region; None follows torch's setting at every call.
     """
 
-    def __init__(self, layer: Layer, candidate: Candidate, threads: int) -> None:
+    def __init__(self, layer: Layer, candidate: Candidate, threads: int | None) -> None:
         assert candidate.emit is not None
         family = TOKENS if layer.op == "linear" else SPATIAL
-        batch = 1 if family == TOKENS else layer.input_shape[0]
-        builder = kernels.PlanBuilder(batch=batch, threads=threads)
+        builder = _builder(family, layer.output_shape, threads)
         value, shape = _input(builder, family, layer.input_shape)
         residual, self._shapes = None, [shape]
         if layer.has_residual:

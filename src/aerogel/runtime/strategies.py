@@ -92,7 +92,7 @@ class Strategist:
         fused: The graph after all passes.
         tuned: Its layers with their measurements.
         leaves: The example, flat.
-        threads: For native plans.
+        threads: For native plans; None follows torch's setting at every call.
         tolerance: Largest deviation allowed.
         measure: Times callables against each other.
         cache: Remembers how the ways to run a segment compare.
@@ -104,7 +104,7 @@ class Strategist:
         tuned: Mapping[fx.Node, Tuned],
         leaves: list[Any],
         *,
-        threads: int,
+        threads: int | None,
         tolerance: float,
         measure: Measure,
         cache: TuningCache,
@@ -124,7 +124,7 @@ class Strategist:
         if any(piece.planned for piece in plans):
             found.append(self._contender(PLANS, plans))
         mixed = self._mixed()
-        if mixed and any(piece.planned for piece in mixed):
+        if any(piece.planned for piece in mixed) and not _same_pieces(mixed, plans):
             found.append(self._contender(MIXED, mixed))
         self._cache.flush()
         return found
@@ -193,6 +193,12 @@ class Strategist:
         names = [self._tuned[node].layer.name for node in segment.layers if node in self._tuned]
         where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         self.notes.append(f"{where}: {text}")
+
+
+def _same_pieces(some: list[Piece], others: list[Piece]) -> bool:
+    return {(p.planned, p.segment.nodes) for p in some} == {
+        (p.planned, p.segment.nodes) for p in others
+    }
 
 
 def record(gm: fx.GraphModule, leaves: list[Any], nodes: list[fx.Node]) -> dict[fx.Node, Any]:

@@ -79,7 +79,7 @@ class Tuner:
     """Measures layers within a budget.
 
     Args:
-        threads: Threads of every candidate.
+        threads: Threads of every candidate; None follows torch's setting at every call.
         cache: Where measurements are looked up and left.
         race: Times self-timed callables against each other; a fake one in tests.
         seconds: For all layers together; layers that come too late get the first candidates.
@@ -87,7 +87,7 @@ class Tuner:
 
     def __init__(
         self,
-        threads: int,
+        threads: int | None,
         cache: TuningCache,
         race: Race = measure_self_timed,
         seconds: float = SECONDS_PER_MODEL,

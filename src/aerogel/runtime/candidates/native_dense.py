@@ -13,7 +13,7 @@ NAME = "native dense"
 
 
 @provides("conv2d")
-def native_convolution(layer: Layer, threads: int) -> Iterator[Candidate]:
+def native_convolution(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     """Dense, grouped or depthwise convolution."""
 
     def emit(builder: kernels.PlanBuilder, x: Any, residual: Any) -> Any:
@@ -37,7 +37,7 @@ def native_convolution(layer: Layer, threads: int) -> Iterator[Candidate]:
 
 
 @provides("linear")
-def native_linear(layer: Layer, threads: int) -> Iterator[Candidate]:
+def native_linear(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     """Dense linear layer over features or tokens."""
 
     def emit(builder: kernels.PlanBuilder, x: Any, residual: Any) -> Any:

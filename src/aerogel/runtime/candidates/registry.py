@@ -30,8 +30,8 @@ class Candidate:
     emit: Callable[[Any, Any, Any], Any] | None = None
 
 
-# (layer, threads) -> candidates
-Provider = Callable[[Layer, int], Iterable[Candidate]]
+# (layer, threads or None for torch's setting at the time of the call) -> candidates
+Provider = Callable[[Layer, int | None], Iterable[Candidate]]
 
 _PROVIDERS: dict[str, list[Provider]] = {}
 
@@ -47,7 +47,7 @@ def provides(*ops: str) -> Callable[[Provider], Provider]:
     return register
 
 
-def candidates_for(layer: Layer, threads: int) -> list[Candidate]:
+def candidates_for(layer: Layer, threads: int | None) -> list[Candidate]:
     """All candidates for a layer, by every provider of its op."""
     return [
         candidate

@@ -19,6 +19,7 @@ _FAR_BELOW = 0.20
 # With 4 full rows per column the kernel is a dense one too, worth a try where zeros are few.
 _DENSE_BLOCK = 4
 _DENSE_BELOW = 0.5
+_PAGE = 4096
 # A packed weight that stores nearly everything is no sparse kernel, whatever it is called.
 _DENSE_ABOVE = 0.95
 
@@ -26,7 +27,7 @@ _DENSE_ABOVE = 0.95
 class SparseLayer(nn.Module):
     """A pointwise layer called from torch, its weight packed without zeros."""
 
-    def __init__(self, layer: Layer, packed: Any, variant: Any, threads: int) -> None:
+    def __init__(self, layer: Layer, packed: Any, variant: Any, threads: int | None) -> None:
         super().__init__()
         self._packed, self._bias, self._layout = packed, layer.bias, layer.layout
         self._activation, self._variant, self._threads = layer.activation, variant, threads
@@ -46,18 +47,18 @@ class SparseLayer(nn.Module):
 
 
 @provides("conv2d", "linear")
-def sparse_pointwise(layer: Layer, threads: int) -> Iterator[Candidate]:
+def sparse_pointwise(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     """Every kernel variant worth timing for each block width that the zeros admit."""
     if not layer.is_pointwise:
         return
     for block in blocks_worth_trying(layer):
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
-        for variant in _variants(packed, layer, layer.layout):
+        for variant in _variants(packed, layer.columns, layer.layout):
             # Each keeps its own native streams, whatever else is being compared.
             yield _called(layer, replace(packed, _streams={}), variant, threads)
-        for variant in _variants(packed, layer, "channels"):
-            # A plan's planes are aligned and its tokens transposed: nothing is left to repack.
-            if variant is None or not variant.pack:
+        for variant in _variants(packed, layer.planned_columns, "channels"):
+            # A plan's rows are aligned; they are worth repacking only where each has its own pages.
+            if variant is None or not variant.pack or 4 * layer.planned_columns >= _PAGE:
                 yield _planned(layer, packed, variant)
 
 
@@ -72,10 +73,10 @@ def blocks_worth_trying(layer: Layer) -> list[int]:
     return sorted(tried, reverse=True)
 
 
-def _variants(packed: kernels.BlockRowWeight, layer: Layer, layout: str) -> list[Any]:
+def _variants(packed: kernels.BlockRowWeight, columns: int, layout: str) -> list[Any]:
     if kernels.reference_mode() or not kernels.native_available():
         return [None]
-    return list(kernels.spmm_variants(packed, layer.columns, layout))
+    return list(kernels.spmm_variants(packed, columns, layout))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
@@ -85,7 +86,9 @@ def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
     return f"spmm {packed.block}x1 {' '.join(words)}"
 
 
-def _called(layer: Layer, packed: kernels.BlockRowWeight, variant: Any, threads: int) -> Candidate:
+def _called(
+    layer: Layer, packed: kernels.BlockRowWeight, variant: Any, threads: int | None
+) -> Candidate:
     return Candidate(
         _name(packed, variant),
         sparse=packed.density < _DENSE_ABOVE,

@@ -30,6 +30,6 @@ class TorchLayer(nn.Module):
 
 
 @provides("conv2d", "linear")
-def torch_dense(layer: Layer, threads: int) -> Iterator[Candidate]:
+def torch_dense(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     """`F.conv2d` or `F.linear` with the epilogue done in place."""
     yield Candidate(NAME, sparse=False, module=lambda: TorchLayer(layer))

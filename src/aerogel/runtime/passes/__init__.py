@@ -12,6 +12,7 @@ from aerogel.runtime.passes.fuse_activation import fuse_activation
 from aerogel.runtime.passes.fuse_residual import fuse_residual
 from aerogel.runtime.passes.name_layers import name_layers
 from aerogel.runtime.passes.remove_identity import remove_identity
+from aerogel.runtime.passes.remove_mutation import remove_mutation
 
 # Order matters: an addition must be absorbed before the activation that follows it, and both
 # only after batch norm no longer stands between them and their layer.
@@ -40,5 +41,6 @@ __all__ = [
     "fuse_residual",
     "name_layers",
     "remove_identity",
+    "remove_mutation",
     "simplify",
 ]
