@@ -121,7 +121,7 @@ void DepthwiseWeight::make_tiles(int64_t lanes) {
         border = border || (bits == 0 && ox < w.out_w);
       }
     }
-    if (border) tile.mask = mask;
+    if (border || w.out_w < lanes) tile.mask = mask;
     mask += mask_size;
   }
   layer_.tiles = tiles_.data();

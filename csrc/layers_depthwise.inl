@@ -6,60 +6,86 @@
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-// One tap's column, for output columns start ..: with stride 2 in split_order (layers_simd.inl).
-template <int kStride>
-AEROGEL_INLINE Vec load_tap(const float* p) {
-  return kStride == 1 ? load(p) : even_of(load(p), load(p + kLanes));
-}
-
 struct DepthwiseBlock {
   const float* const* rows;  // input rows under the tile, moved left by the padding
   const float* weight;       // of this channel
-  Vec bias;
+  float bias;
   Activation activation;  // a cheap one
   float* y;
-  int64_t out_w, columns;  // columns: floats that may be written from y on
+  int64_t out_w;
+  int64_t floats;  // that may be written from y on
 };
 
-template <int kKernel, int kStride, int kRowCount, bool kMasked>
-AEROGEL_INLINE void depthwise_tile(const DepthwiseBlock& b, const DepthwiseTile& tile) {
+// kShort: output rows are shorter than a vector. A row then spills into the next one, which is
+// written afterwards.
+template <int kKernel, int kStride, int kRowCount, bool kMasked, bool kShort>
+AEROGEL_INLINE void depthwise_tile(const DepthwiseBlock& b, const DepthwiseTile& tile,
+                                   const Clamp& clamp) {
   constexpr int kInRows = (kRowCount - 1) * kStride + kKernel;
+  constexpr int kTogether = kStride;  // kernel columns that share the loads of an input row
   Vec acc[kRowCount];
-  for (int o = 0; o < kRowCount; ++o) acc[o] = kStride == 1 ? b.bias : b.bias;
-  for (int kx = 0; kx < kKernel; ++kx) {
-    Vec weight[kKernel];
-    for (int ky = 0; ky < kKernel; ++ky) weight[ky] = broadcast(b.weight[ky * kKernel + kx]);
-    Vec mask = zero();
-    if (kMasked) {
-      mask = load(tile.mask + kx * kLanes);
-      if (kStride == 2) mask = split_order(mask);
+  for (int o = 0; o < kRowCount; ++o) acc[o] = broadcast(b.bias);
+#pragma GCC unroll 8
+  for (int kx = 0; kx < kKernel; kx += kTogether) {
+    Vec weight[kTogether][kKernel];
+    Vec mask[kTogether];
+    for (int t = 0; t < kTogether && kx + t < kKernel; ++t) {
+      for (int ky = 0; ky < kKernel; ++ky) {
+        weight[t][ky] = broadcast(b.weight[ky * kKernel + kx + t]);
+      }
+      if (kMasked) {
+        mask[t] = load(tile.mask + (kx + t) * kLanes);
+        if (kStride == 2) mask[t] = split_order(mask[t]);
+      }
     }
 #pragma GCC unroll 32
     for (int r = 0; r < kInRows; ++r) {
-      Vec x = load_tap<kStride>(b.rows[r] + tile.start * kStride + kx);
-      if (kMasked) x = keep(x, mask);
+      const float* from = b.rows[r] + tile.start * kStride + kx;
+      Vec x[kTogether];
+      if (kStride == 1) {
+        x[0] = load(from);
+      } else {
+        const Vec low = load(from), high = load(from + kLanes);
+        x[0] = even_of(low, high);
+        x[kTogether - 1] = odd_of(low, high);
+      }
+      for (int t = 0; t < kTogether && kx + t < kKernel; ++t) {
+        if (kMasked) x[t] = keep(x[t], mask[t]);
 #pragma GCC unroll 8
-      for (int o = 0; o < kRowCount; ++o) {
-        const int ky = r - o * kStride;
-        if (ky >= 0 && ky < kKernel) acc[o] = fma(x, weight[ky], acc[o]);
+        for (int o = 0; o < kRowCount; ++o) {
+          const int ky = r - o * kStride;
+          if (ky >= 0 && ky < kKernel) acc[o] = fma(x[t], weight[t][ky], acc[o]);
+        }
       }
     }
   }
+  float* y = b.y + tile.start;
+  const int64_t out_w = b.out_w;
+#pragma GCC unroll 8
   for (int o = 0; o < kRowCount; ++o) {
-    const Vec sum = activate_cheaply(kStride == 2 ? split_order(acc[o]) : acc[o], b.activation);
-    const int64_t at = o * b.out_w + tile.start;
-    // Rows shorter than a vector spill into the next row, which is written afterwards.
-    store_upto(b.y + at, sum, b.columns - at);
+    const Vec sum = clamp(kStride == 2 ? split_order(acc[o]) : acc[o]);
+    if (kShort) {
+      store_upto(y + o * out_w, sum, b.floats - o * out_w);
+    } else {
+      store(y + o * out_w, sum);
+    }
   }
 }
 
 template <int kKernel, int kStride, int kRowCount>
 AEROGEL_NOINLINE void depthwise_rows(const DepthwiseLayer& layer, const DepthwiseBlock& block) {
-  for (int64_t i = 0; i < layer.tile_count; ++i) {
-    if (layer.tiles[i].mask) {
-      depthwise_tile<kKernel, kStride, kRowCount, true>(block, layer.tiles[i]);
+  const Clamp clamp(block.activation);
+  const DepthwiseTile* tile = layer.tiles;
+  const DepthwiseTile* end = tile + layer.tile_count;
+  if (block.out_w < kLanes) {
+    depthwise_tile<kKernel, kStride, kRowCount, true, true>(block, *tile, clamp);
+    return;
+  }
+  for (; tile < end; ++tile) {
+    if (tile->mask) {
+      depthwise_tile<kKernel, kStride, kRowCount, true, false>(block, *tile, clamp);
     } else {
-      depthwise_tile<kKernel, kStride, kRowCount, false>(block, layer.tiles[i]);
+      depthwise_tile<kKernel, kStride, kRowCount, false, false>(block, *tile, clamp);
     }
   }
 }
@@ -68,7 +94,9 @@ template <int kKernel, int kStride>
 void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
                      Activation activation, float* y) {
   const Window& w = layer.window;
-  const int64_t whole = w.out_h % 7 == 0 || w.out_h > 16 ? 7 : 4;
+  // Seven rows divide the usual planes; with stride 2 four already amortise the input rows.
+  const bool seven = w.out_h % 7 == 0 || w.out_h > 16;
+  const int64_t whole = seven && (kStride == 1 || w.out_h % 4 != 0) ? 7 : 4;
   for (int64_t oy = 0; oy < w.out_h;) {
     const int64_t left = w.out_h - oy;
     const int64_t count = left >= whole ? whole : (left >= 4 ? 4 : 1);
@@ -77,8 +105,8 @@ void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* w
       const int64_t iy = oy * w.stride_h - w.pad_h + r;
       rows[r] = (iy >= 0 && iy < w.in_h ? x + iy * w.in_w : layer.zeros) - w.pad_w;
     }
-    const DepthwiseBlock block = {rows,          weight,  broadcast(bias), activation,
-                                  y + oy * w.out_w, w.out_w, left * w.out_w};
+    const DepthwiseBlock block = {rows, weight, bias, activation, y + oy * w.out_w, w.out_w,
+                                  left * w.out_w};
     if (count == 7) {
       depthwise_rows<kKernel, kStride, 7>(layer, block);
     } else if (count == 4) {

@@ -24,6 +24,16 @@ AEROGEL_INLINE Vec activate_cheaply(Vec v, Activation activation) {
   return activation == Activation::kRelu6 ? min(broadcast(6.0f), v) : v;
 }
 
+// The same without branches, for tiles where these would cost more than two instructions.
+struct Clamp {
+  Vec low, high;
+
+  AEROGEL_INLINE explicit Clamp(Activation activation)
+      : low(activation == Activation::kNone ? broadcast(-__builtin_inff()) : zero()),
+        high(broadcast(activation == Activation::kRelu6 ? 6.0f : __builtin_inff())) {}
+  AEROGEL_INLINE Vec operator()(Vec v) const { return min(high, max(low, v)); }
+};
+
 AEROGEL_INLINE Vec combine(Binary kind, Vec x, Vec y) {
   return kind == Binary::kAdd ? add(x, y) : mul(x, y);
 }
@@ -31,13 +41,15 @@ AEROGEL_INLINE Vec combine(Binary kind, Vec x, Vec y) {
 AEROGEL_INLINE void binary_row(const BinaryArgs& a, const float* x, const float* y, float* z) {
   const bool scalar = a.y_columns == 1 && a.columns != 1;
   const Vec same = broadcast(*y);
+  const bool in_registers = is_cheap(a.activation);
+  const Activation cheap = in_registers ? a.activation : Activation::kNone;
   for (int64_t i = 0; i < a.columns; i += kLanes) {
     const int64_t n = a.columns - i;
     const Vec other = scalar ? same : load_upto(y + i, n);
     const Vec v = combine(a.kind, load_upto(x + i, n), other);
-    store_upto(z + i, activate_cheaply(v, a.activation), n);
+    store_upto(z + i, activate_cheaply(v, cheap), n);
   }
-  if (!is_cheap(a.activation)) activate_span(a.activation, z, z, a.columns);
+  if (!in_registers) activate_span(a.activation, z, z, a.columns);
 }
 
 void binary_channels(const BinaryArgs& args, int64_t first, int64_t last) {

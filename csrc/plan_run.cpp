@@ -1,6 +1,8 @@
 // How a plan runs: one parallel region per call, tasks handed out by a counter, and between
 // operations a barrier that spins briefly, then yields, then sleeps. A foreign process that takes a
 // core away costs its time slice, not a spinning stand-off.
+#include <time.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,7 +22,19 @@ namespace aerogel {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// Seconds of this thread's CPU time, which other processes do not enter; of wall time if several
+// threads work, because the slowest one counts.
+double seconds_now(int threads) {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+  if (threads == 1) {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  }
+#endif
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(since).count();
+}
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -184,7 +198,7 @@ void Plan::worker(Call& call, int thread) const {
   int64_t step = 0;
   size_t timed = 0;
   const auto share_op = [&](const Op& op, const Frame& frame) {
-    const auto begin = call.times ? Clock::now() : Clock::time_point();
+    const double begin = call.times ? seconds_now(call.threads) : 0.0;
     const int64_t tasks = op.tasks(frame);
     if (call.threads == 1) {
       for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
@@ -193,7 +207,7 @@ void Plan::worker(Call& call, int thread) const {
                       [&](int64_t i) { op.run(frame, i, tasks, scratch); });
     }
     if (call.times && thread == 0) {
-      const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+      const double seconds = seconds_now(call.threads) - begin;
       if (timed == call.times->size()) call.times->push_back({op.name, 0.0});
       (*call.times)[timed++].seconds += seconds;
     }

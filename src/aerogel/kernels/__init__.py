@@ -13,7 +13,8 @@ from aerogel.kernels._library import (
 )
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.ops import spmm_op
-from aerogel.kernels.plan import OpInfo, Plan, PlanBuilder, Value
+from aerogel.kernels.plan import OpInfo, Plan
+from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.spmm import (
     ACTIVATIONS,

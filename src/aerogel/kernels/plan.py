@@ -1,16 +1,4 @@
-"""Whole networks in one native call.
-
-A `PlanBuilder` collects layers; `build()` plans their memory once; `Plan.run` executes all of them
-in one parallel region, with every intermediate activation in a reused arena. Under
-`AEROGEL_KERNELS=reference`, or without native kernels, the same plan runs on torch.
-
-    b = PlanBuilder(batch=1)
-    x = b.input((3, 224, 224))
-    x = b.conv2d(x, stem, stride=2, padding=1, activation="relu")
-    x = b.sparse_conv1x1(x, BlockRowWeight.pack(weight), bias, activation="relu")
-    b.output(b.linear(b.global_avg_pool(x), head))
-    (logits,) = b.build().run([image])
-"""
+"""A network as one native call: what `PlanBuilder` (plan_builder.py) builds and callers run."""
 
 from __future__ import annotations
 
@@ -26,24 +14,7 @@ from torch import Tensor
 
 from aerogel.kernels import layers
 from aerogel.kernels._library import native, native_available, reference_mode
-from aerogel.kernels.formats import BlockRowWeight
-from aerogel.kernels.layers import Layer, Shape, float_tensor, pair
-from aerogel.kernels.spmm import SpmmVariant, check_activation
-
-LAYOUTS = ("channels", "tokens")
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """A tensor inside a plan.
-
-    Attributes:
-        shape: of one image: (channels, height, width), (features, columns) or (features,).
-    """
-
-    shape: Shape
-    index: int
-    builder: PlanBuilder
+from aerogel.kernels.layers import Layer, Shape, float_tensor
 
 
 @dataclass(frozen=True)
@@ -64,286 +35,45 @@ class OpInfo:
 
 
 @dataclass(frozen=True)
-class _Port:
+class Port:
+    """An input or output: a value's number and the layout of the caller's tensor."""
+
     value: int
     layout: str
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """One layer, applied to values by number."""
+
     name: str
     layer: Layer
     inputs: tuple[int, ...]
     output: int
 
 
-class PlanBuilder:
-    """Collects the layers of a network, in execution order.
+@dataclass(frozen=True)
+class Network:
+    """Layers in execution order over numbered values; `shapes` are those of one image."""
 
-    Weights are borrowed until `build()`; the plan then has its own packed copies, while the layers'
-    references keep the tensors that were passed.
-
-    Args:
-        batch: images per run, at least 1.
-        threads: threads of every run; default `torch.get_num_threads()` at the time of the run.
-
-    Raises:
-        ValueError: batch or threads below 1.
-    """
-
-    def __init__(self, batch: int = 1, threads: int | None = None) -> None:
-        if batch < 1:
-            raise ValueError(f"batch={batch}: expected at least 1")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads={threads}: expected at least 1 or None")
-        self.batch = batch
-        self.threads = threads
-        self._shapes: list[Shape] = []
-        self._steps: list[_Step] = []
-        self._inputs: list[_Port] = []
-        self._outputs: list[_Port] = []
-
-    def input(self, shape: Sequence[int], layout: str = "channels") -> Value:
-        """A tensor that the caller passes to every run.
-
-        Args:
-            shape: of one image: (C, H, W), (F, T) or (F,); with layout "tokens" (T, F).
-            layout: "channels", or "tokens" for token-major tensors, transposed on the way in.
-
-        Returns:
-            The value; one given as (T, F) tokens has shape (F, T).
-        """
-        sizes = tuple(int(n) for n in shape)
-        _check_layout(layout)
-        if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-            raise ValueError(f"shape={sizes}: expected (C, H, W), (F, T) or (F,), all positive")
-        if layout == "tokens" and len(sizes) != 2:
-            raise ValueError(f"shape={sizes}: expected (T, F) with layout='tokens'")
-        value = self._new_value(sizes[::-1] if layout == "tokens" else sizes)
-        self._inputs.append(_Port(value.index, layout))
-        return value
-
-    def output(self, x: Value, layout: str = "channels") -> None:
-        """Declares a result of the plan.
-
-        Args:
-            x: any value.
-            layout: "channels", or "tokens" to get an (F, T) value as (batch, T, F).
-        """
-        _check_layout(layout)
-        self._check_value("x", x)
-        if layout == "tokens" and len(x.shape) != 2:
-            raise ValueError(f"x: shape {x.shape}, expected (F, T) with layout='tokens'")
-        self._outputs.append(_Port(x.index, layout))
-
-    def conv2d(
-        self,
-        x: Value,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        activation: str = "none",
-        residual: Value | None = None,
-        name: str | None = None,
-    ) -> Value:
-        """activation(conv2d(x) + bias (+ residual)), dense or depthwise.
-
-        Args:
-            x: (C, H, W).
-            weight: (out, C / groups, kh, kw).
-            bias: (out,) or None.
-            stride: one number or (vertical, horizontal).
-            padding: likewise, zeros on either side.
-            dilation: likewise.
-            groups: a divisor of both channel counts; C for a depthwise convolution.
-            activation: one of `ACTIVATIONS`.
-            residual: value of the result's shape, added before the activation.
-            name: for `describe` and `profile`; default the kind and a number.
-        """
-        weight = float_tensor("weight", weight)
-        if weight.dim() != 4:
-            raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (out, in, kh, kw)")
-        layer = layers.Conv2d(
-            bias=_optional_bias(bias, weight.shape[0]),
-            activation=_checked_activation(activation),
-            weight=weight,
-            stride=pair("stride", stride, 1),
-            padding=pair("padding", padding, 0),
-            dilation=pair("dilation", dilation, 1),
-            groups=groups,
-        )
-        return self.add_layer(layer, x, residual, name=name)
-
-    def sparse_conv1x1(
-        self,
-        x: Value,
-        weight: BlockRowWeight,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        residual: Value | None = None,
-        variant: SpmmVariant | None = None,
-        name: str | None = None,
-    ) -> Value:
-        """activation(W x + bias (+ residual)) with a packed weight on every column of x.
-
-        Args:
-            x: (in, ...): planes, (F, T) tokens or a vector.
-            weight: packed (out, in).
-            bias: (out,) or None.
-            activation: one of `ACTIVATIONS`.
-            residual: value of the result's shape, added before the activation.
-            variant: how to execute; default a good one for aligned planes.
-            name: for `describe` and `profile`.
-        """
-        self._check_value("x", x)
-        if not isinstance(weight, BlockRowWeight):
-            raise TypeError(f"weight: expected a BlockRowWeight, got {type(weight).__name__}")
-        if variant is None and native_available():
-            columns = math.prod(x.shape[1:]) if len(x.shape) > 1 else self.batch
-            variant = layers.plan_variant(weight, columns)
-        layer = layers.SparseLinear(
-            bias=_optional_bias(bias, weight.shape[0]),
-            activation=_checked_activation(activation),
-            weight=weight,
-            variant=variant,
-        )
-        return self.add_layer(layer, x, residual, name=name)
-
-    def linear(
-        self,
-        x: Value,
-        weight: Tensor | BlockRowWeight,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        residual: Value | None = None,
-        name: str | None = None,
-    ) -> Value:
-        """activation(W x + bias (+ residual)) on a vector, or on every column of (F, T) tokens.
-
-        Args:
-            x: (in,) or (in, T).
-            weight: (out, in), dense or packed.
-            bias: (out,) or None.
-            activation: one of `ACTIVATIONS`.
-            residual: value of the result's shape, added before the activation.
-            name: for `describe` and `profile`.
-        """
-        if isinstance(weight, BlockRowWeight):
-            return self.sparse_conv1x1(x, weight, bias, activation, residual, name=name)
-        weight = float_tensor("weight", weight)
-        if weight.dim() != 2:
-            raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (out, in)")
-        layer = layers.Linear(
-            bias=_optional_bias(bias, weight.shape[0]),
-            activation=_checked_activation(activation),
-            weight=weight,
-        )
-        return self.add_layer(layer, x, residual, name=name)
-
-    def add(self, x: Value, y: Value, activation: str = "none", name: str | None = None) -> Value:
-        """activation(x + y); y has x's shape, or (C,) to be added to every column."""
-        layer = layers.Binary("add", _checked_activation(activation))
-        return self.add_layer(layer, x, y, name=name)
-
-    def mul(self, x: Value, y: Value, activation: str = "none", name: str | None = None) -> Value:
-        """activation(x * y); y has x's shape, or (C,) to scale every column."""
-        layer = layers.Binary("mul", _checked_activation(activation))
-        return self.add_layer(layer, x, y, name=name)
-
-    def activation(self, x: Value, kind: str, name: str | None = None) -> Value:
-        """One of `ACTIVATIONS` on its own."""
-        return self.add_layer(layers.Activation(_checked_activation(kind)), x, name=name)
-
-    def max_pool2d(
-        self,
-        x: Value,
-        kernel: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        ceil_mode: bool = False,
-        name: str | None = None,
-    ) -> Value:
-        """Maximum over windows; the stride defaults to the kernel. NaN wins, as in torch."""
-        layer = _pool("max", kernel, stride, padding, dilation, ceil_mode)
-        return self.add_layer(layer, x, name=name)
-
-    def avg_pool2d(
-        self,
-        x: Value,
-        kernel: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        name: str | None = None,
-    ) -> Value:
-        """Mean over windows; the stride defaults to the kernel."""
-        pooling = "average" if count_include_pad else "average_valid"
-        layer = _pool(pooling, kernel, stride, padding, 1, ceil_mode)
-        return self.add_layer(layer, x, name=name)
-
-    def global_avg_pool(self, x: Value, name: str | None = None) -> Value:
-        """Mean over all columns: (C, ...) to (C,)."""
-        return self.add_layer(layers.GlobalAvgPool(), x, name=name)
-
-    def flatten(self, x: Value, name: str | None = None) -> Value:
-        """(C, H, W) to (C * H * W,)."""
-        self._check_value("x", x)
-        return self.reshape(x, (math.prod(x.shape),), name=name)
-
-    def reshape(self, x: Value, shape: Sequence[int], name: str | None = None) -> Value:
-        """Planes to a vector or back, or rows and columns of planes to columns alone."""
-        return self.add_layer(layers.Reshape(tuple(int(n) for n in shape)), x, name=name)
-
-    def add_layer(self, layer: Layer, *inputs: Value | None, name: str | None = None) -> Value:
-        """Appends a layer of `aerogel.kernels.layers`; inputs that are None are left out."""
-        name = name or f"{layer.kind}_{len(self._steps)}"
-        given = [x for x in inputs if x is not None]
-        for x in given:
-            self._check_value("x", x)
-        try:
-            shape = layer.output_shape(*(x.shape for x in given))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        value = self._new_value(shape)
-        self._steps.append(_Step(name, layer, tuple(x.index for x in given), value.index))
-        return value
-
-    def build(self) -> Plan:
-        """Plans memory, packs weights for the instruction set in use, and returns the plan.
-
-        Raises:
-            ValueError: no output was declared.
-        """
-        if not self._outputs:
-            raise ValueError("outputs: expected at least one call of output()")
-        return Plan(self)
-
-    def _new_value(self, shape: Shape) -> Value:
-        self._shapes.append(shape)
-        return Value(shape, len(self._shapes) - 1, self)
-
-    def _check_value(self, name: str, value: object) -> None:
-        if not isinstance(value, Value):
-            raise TypeError(f"{name}: expected a value of this builder, got {type(value).__name__}")
-        if value.builder is not self:
-            raise ValueError(f"{name}: a value of another builder")
+    batch: int
+    threads: int | None
+    shapes: tuple[Shape, ...]
+    steps: tuple[Step, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
 
 class Plan:
     """A network ready to run; made by `PlanBuilder.build`. Runs may overlap in several threads."""
 
-    def __init__(self, builder: PlanBuilder) -> None:
-        self.batch = builder.batch
-        self.threads = builder.threads
-        self._steps = tuple(builder._steps)
-        self._inputs = tuple(builder._inputs)
-        self._outputs = tuple(builder._outputs)
-        self._shapes = tuple(builder._shapes)
+    def __init__(self, network: Network) -> None:
+        self.batch = network.batch
+        self.threads = network.threads
+        self._steps = network.steps
+        self._inputs = network.inputs
+        self._outputs = network.outputs
+        self._shapes = network.shapes
         self._input_shapes = tuple(self._outer_shape(port) for port in self._inputs)
         self._output_shapes = tuple(self._outer_shape(port) for port in self._outputs)
         self._native: Any = None
@@ -418,7 +148,7 @@ class Plan:
         """Bytes of intermediate activations for one run (of one image at a time)."""
         return int(self._native_plan().arena_bytes)
 
-    def _outer_shape(self, port: _Port) -> Shape:
+    def _outer_shape(self, port: Port) -> Shape:
         shape = self._shapes[port.value]
         return (self.batch, *(shape[::-1] if port.layout == "tokens" else shape))
 
@@ -427,7 +157,7 @@ class Plan:
             count = "one tensor" if isinstance(inputs, Tensor) else f"{len(inputs)}"
             raise ValueError(f"inputs: {count}, expected a list of {len(self._input_shapes)}")
         return [
-            float_tensor(f"inputs[{i}]", x, shape)
+            x if _is_plain(x, shape) else float_tensor(f"inputs[{i}]", x, shape)
             for i, (x, shape) in enumerate(zip(inputs, self._input_shapes, strict=True))
         ]
 
@@ -467,34 +197,13 @@ class Plan:
         return builder.build()
 
 
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-
-
-def _checked_activation(activation: str) -> str:
-    check_activation(activation)
-    return activation
-
-
-def _optional_bias(bias: Tensor | None, out: int) -> Tensor | None:
-    return None if bias is None else float_tensor("bias", bias, (out,))
-
-
-def _pool(
-    pooling: str,
-    kernel: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    ceil_mode: bool,
-) -> layers.Pool2d:
-    size = pair("kernel", kernel, 1)
-    return layers.Pool2d(
-        pooling,
-        size,
-        size if stride is None else pair("stride", stride, 1),
-        pair("padding", padding, 0),
-        pair("dilation", dilation, 1),
-        ceil_mode,
+def _is_plain(x: object, shape: Shape) -> bool:
+    """Whether a tensor can be handed over as it is; the quick way past `float_tensor`."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype is torch.float32
+        and x.shape == shape
+        and x.is_cpu
+        and x.is_contiguous()
+        and not x.requires_grad
     )

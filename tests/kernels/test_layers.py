@@ -1,0 +1,266 @@
+"""Every kind of layer, executed natively, equals torch, for each instruction set of this CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aerogel import kernels
+from aerogel.kernels import ACTIVATIONS, BlockRowWeight, PlanBuilder, Value
+
+pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="native kernels not built")
+
+ISAS = kernels.available_isas() if kernels.native_available() else []
+PROPERTY = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True, params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.isa()
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa(before)
+
+
+def run_one(x: Tensor, layer: Callable[[PlanBuilder, Value], Value], **ports: str) -> Tensor:
+    """One layer in a plan of its own, on one and on two threads, twice, on poisoned memory."""
+    shape = x.shape[1:]
+    results = []
+    for threads in (1, 2):
+        b = PlanBuilder(batch=x.shape[0], threads=threads)
+        b.output(layer(b, b.input(shape, ports.get("layout", "channels"))), **ports)
+        plan = b.build()
+        plan.run([x])
+        plan._native_plan().fill_idle_arenas(NAN)
+        results += plan.run([x])
+    assert torch.equal(*(y.view(torch.int32) for y in results)), "threads change bits"
+    return results[0]
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal relative to the largest element: sums of a different order differ by that much."""
+    finite = expected[expected.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict:
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in (0, 1)]
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "in": groups * draw(st.integers(1, 6)),
+        "out": groups * draw(st.integers(1, 9)),
+        "size": tuple(n + draw(st.integers(0, 20)) for n in least),
+        "kernel": kernel,
+        "stride": draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+
+
+@PROPERTY
+@given(case=convolutions(), activation=st.sampled_from(tuple(ACTIVATIONS)))
+def test_dense_convolution_equals_torch(case: dict, activation: str) -> None:
+    x = seeded(case["batch"], case["in"], *case["size"])
+    weight = seeded(case["out"], case["in"] // case["groups"], *case["kernel"], seed=1)
+    bias = seeded(case["out"], seed=2) if case["bias"] else None
+    geometry = (case["stride"], case["padding"], case["dilation"], case["groups"])
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, *geometry, activation))
+    expected = kernels.reference_activation(F.conv2d(x, weight, bias, *geometry), activation)
+    assert_close(got, expected)
+
+
+@PROPERTY
+@given(
+    channels=st.integers(2, 9),
+    multiplier=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 35), st.integers(1, 35)),
+    kernel=st.sampled_from(((3, 3), (3, 3), (5, 5), (5, 5), (3, 5), (7, 7), (1, 1))),
+    stride=st.sampled_from(((1, 1), (2, 2), (1, 2), (3, 3))),
+    padding=st.integers(0, 3),
+    dilation=st.sampled_from((1, 1, 1, 2)),
+    activation=st.sampled_from(("none", "relu6", "hardswish")),
+    batch=st.integers(1, 3),
+)
+def test_depthwise_convolution_equals_torch(
+    channels: int,
+    multiplier: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: int,
+    dilation: int,
+    activation: str,
+    batch: int,
+) -> None:
+    assume(all(size[i] + 2 * padding > dilation * (kernel[i] - 1) for i in (0, 1)))
+    x = seeded(batch, channels, *size)
+    weight = seeded(channels * multiplier, 1, *kernel, seed=1)
+    bias = seeded(channels * multiplier, seed=2)
+    geometry = (stride, padding, dilation, channels)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, *geometry, activation))
+    expected = kernels.reference_activation(F.conv2d(x, weight, bias, *geometry), activation)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "kernel", "stride"),
+    [(3, 32, 40, 3, 2), (300, 20, 9, 1, 1), (70, 33, 7, 3, 1), (1, 5, 30, 7, 2), (600, 9, 1, 1, 1)],
+)
+def test_convolutions_of_the_usual_networks_equal_torch(
+    inputs: int, outputs: int, size: int, kernel: int, stride: int
+) -> None:
+    x = seeded(2, inputs, size, size)
+    weight, bias = seeded(outputs, inputs, kernel, kernel, seed=1), seeded(outputs, seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, stride, kernel // 2))
+    assert_close(got, F.conv2d(x, weight, bias, stride, kernel // 2))
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_residual_is_added_before_the_activation(groups: int) -> None:
+    x = seeded(2, 8, 9, 9)
+    weight, bias = seeded(8, 8 // groups, 3, 3, seed=1), seeded(8, seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, 1, 1, 1, groups, "relu", residual=v))
+    assert_close(got, F.relu(F.conv2d(x, weight, bias, 1, 1, 1, groups) + x))
+
+
+@PROPERTY
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    size=st.sampled_from(((), (1,), (5,), (17,), (70,), (4, 9))),
+    block=st.sampled_from((1, 2, 4)),
+    batch=st.integers(1, 4),
+    packed=st.booleans(),
+    tokens=st.booleans(),
+    residual=st.booleans(),
+    activation=st.sampled_from(("none", "relu", "gelu", "silu")),
+)
+def test_linear_equals_torch_dense_or_packed_on_vectors_tokens_and_planes(
+    rows: int,
+    cols: int,
+    size: tuple[int, ...],
+    block: int,
+    batch: int,
+    packed: bool,
+    tokens: bool,
+    residual: bool,
+    activation: str,
+) -> None:
+    weight = seeded(rows, cols, seed=1) * (seeded(rows, cols, seed=3) > 0.5)
+    bias, tokens = seeded(rows, seed=2), tokens and len(size) == 1
+    square = seeded(rows, rows, seed=4)
+    operand = BlockRowWeight.pack(weight, block) if packed else weight
+
+    def layers(b: PlanBuilder, x: Value) -> Value:
+        y = b.linear(x, operand, bias, activation)
+        return b.linear(y, square, None, residual=y) if residual else y
+
+    x = seeded(batch, cols, *size)
+    given_x = x.transpose(1, 2).contiguous() if tokens else x
+    got = run_one(given_x, layers, **({"layout": "tokens"} if tokens else {}))
+    y = torch.einsum("nk,bk...->bn...", weight, x) + bias.view(-1, *(1 for _ in size))
+    y = kernels.reference_activation(y, activation)
+    y = torch.einsum("nk,bk...->bn...", square, y) + y if residual else y
+    assert_close(got.transpose(1, 2) if tokens else got, y)
+
+
+@PROPERTY
+@given(
+    kind=st.sampled_from(("max", "avg", "avg_valid")),
+    size=st.tuples(st.integers(3, 20), st.integers(3, 40)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    ceil_mode=st.booleans(),
+)
+def test_pooling_equals_torch(
+    kind: str,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padded: bool,
+    ceil_mode: bool,
+) -> None:
+    x = seeded(2, 3, *size)
+    x[0, 0, 1, 1] = NAN
+    padding = tuple(k // 2 for k in kernel) if padded else (0, 0)
+    if kind == "max":
+        got = run_one(x, lambda b, v: b.max_pool2d(v, kernel, stride, padding, 1, ceil_mode))
+        expected = F.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
+    else:
+        count = kind == "avg"
+        got = run_one(x, lambda b, v: b.avg_pool2d(v, kernel, stride, padding, ceil_mode, count))
+        expected = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 13), (6, 5, 9), (3, 1, 1), (2, 40, 40)])
+@pytest.mark.parametrize("activation", ["none", "relu6", "sigmoid"])
+def test_elementwise_layers_equal_torch(shape: tuple[int, ...], activation: str) -> None:
+    x = seeded(3, *shape)
+    apply = kernels.reference_activation
+    got = run_one(x, lambda b, v: b.add(v, b.activation(v, "silu"), activation))
+    assert_close(got, apply(x + F.silu(x), activation))
+    got = run_one(x, lambda b, v: b.mul(v, v, activation))
+    assert_close(got, apply(x * x, activation))
+
+
+def test_a_vector_scales_or_shifts_every_column_of_its_channel() -> None:
+    x = seeded(3, 6, 5, 9)
+
+    def gate(b: PlanBuilder, v: Value) -> Value:
+        mean = b.global_avg_pool(v)
+        return b.add(b.mul(v, b.activation(mean, "sigmoid")), b.reshape(mean, (6, 1, 1)))
+
+    mean = x.mean((2, 3), keepdim=True)
+    assert_close(run_one(x, gate), x * torch.sigmoid(mean) + mean)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (4, 1, 1), (3, 20, 20)])
+def test_flatten_keeps_torchs_order_and_reshape_undoes_it(shape: tuple[int, ...]) -> None:
+    x = seeded(2, *shape)
+    assert torch.equal(run_one(x, lambda b, v: b.flatten(v)), x.flatten(1))
+    back = run_one(x, lambda b, v: b.reshape(b.flatten(v), shape))
+    assert torch.equal(back, x)
+    columns = (shape[0], math.prod(shape[1:]))
+    assert torch.equal(run_one(x, lambda b, v: b.reshape(v, columns)), x.flatten(2))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_nan_goes_through_every_activation(activation: str) -> None:
+    x = seeded(1, 4, 3, 3)
+    x[0, 1, 1, 1] = NAN
+    weight = torch.eye(4).view(4, 4, 1, 1)
+    for layer in (
+        lambda b, v: b.activation(v, activation),
+        lambda b, v: b.add(v, v, activation),
+        lambda b, v: b.conv2d(v, torch.ones(4, 1, 3, 3), None, 1, 1, 1, 4, activation),
+        lambda b, v: b.conv2d(v, weight, activation=activation),
+        lambda b, v: b.sparse_conv1x1(v, BlockRowWeight.pack(weight), activation=activation),
+    ):
+        assert run_one(x, layer)[0, 1, 1, 1].isnan()
