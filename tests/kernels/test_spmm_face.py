@@ -78,11 +78,11 @@ def test_an_optimizer_step_is_seen_by_the_next_call() -> None:
     values = weight.values.clone().requires_grad_()
     packed = BlockRowWeight(values, weight.columns, weight.row_ptr, weight.shape, 1)
     before = spmm(x, packed)
-    with torch.no_grad():
-        values.mul_(2)
-    torch.testing.assert_close(spmm(x, packed), before * 2)
-    with torch.no_grad():
-        torch.testing.assert_close(spmm(x, packed), before.detach() * 2)
+    for factor in (2, 4):
+        with torch.no_grad():
+            values.mul_(2)
+            torch.testing.assert_close(spmm(x, packed), before.detach() * factor)
+        torch.testing.assert_close(spmm(x, packed), before * factor)
 
 
 def test_exported_programs_keep_the_operator() -> None:
@@ -129,7 +129,7 @@ def test_damaged_weights_never_reach_a_kernel() -> None:
     weight = weight_of(3, 3)
     columns = torch.full_like(weight.columns, 77)
     damaged = BlockRowWeight(weight.values, columns, weight.row_ptr, weight.shape, 1)
-    with pytest.raises(ValueError, match="columns=77: expected 0 <= column < 3"):
+    with pytest.raises(ValueError, match="columns: expected indices from 0 to 2"):
         spmm(torch.ones(1, 3, 4), damaged)
     with pytest.raises(ValueError, match="columns"):
         torch.ops.aerogel.spmm(
@@ -142,7 +142,7 @@ def test_instruction_sets_are_chosen_by_name() -> None:
     names = kernels.available_isas()
     assert names[-1] == "generic"
     assert kernels.isa() in names
-    with pytest.raises(ValueError, match="'sse9' is not available here; available: .*generic"):
+    with pytest.raises(ValueError, match=r"'sse9' is not available here; available: .*generic"):
         kernels.set_isa("sse9")
 
 

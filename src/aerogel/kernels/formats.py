@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,9 @@ class BlockRowWeight:
     row_ptr: Tensor
     shape: tuple[int, int]
     block: int
-    _streams: dict[object, object] = field(default_factory=dict, repr=False)
+    # What spmm keeps: native streams, and the default variant by number of columns.
+    _streams: dict[object, Any] = field(default_factory=dict, repr=False)
+    _defaults: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def pack(weight: Tensor, block: int | str = "auto", min_fill: float = 0.9) -> BlockRowWeight:
