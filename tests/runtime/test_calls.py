@@ -155,6 +155,13 @@ def test_copies_share_plans_and_agree(model: nn.Module) -> None:
         assert torch.equal(twin(x), compiled(x))
 
 
+def test_compiling_again_starts_from_the_original(model: nn.Module) -> None:
+    x = torch.randn(4, 24)
+    again = aerogel.compile(build_with(model, x, strategy=PLANS), x, threads=1, cache=False)
+    assert not isinstance(again.original, type(again))
+    torch.testing.assert_close(again(x), expect(model, x), rtol=1e-4, atol=1e-5)
+
+
 def test_it_can_be_part_of_another_model(model: nn.Module) -> None:
     x = torch.randn(4, 24)
     whole = nn.Sequential(build_with(model, x, strategy=PLANS), nn.Softmax(-1))

@@ -79,7 +79,10 @@ class CompiledModule(nn.Module):
                 program = self._replan(key, args, kwargs, leaves)
             if program.out_spec is None:
                 return program.run(*args, **kwargs)
-            return pytree.tree_unflatten(program.run(*leaves), program.out_spec)
+            outputs = program.run(*leaves)
+        if program.out_spec.is_leaf():
+            return outputs[0]
+        return pytree.tree_unflatten(outputs, program.out_spec)
 
     def explain(self) -> Explanation:
         """Zeros, kernel and time of every layer, for the shapes of the example."""

@@ -24,7 +24,7 @@ from aerogel.runtime.explain import Explanation, LayerRow
 from aerogel.runtime.layer import is_layer, read_layer
 from aerogel.runtime.passes import simplify
 from aerogel.runtime.strategies import EAGER, Contender, Strategist, deviation, fastest
-from aerogel.runtime.timing import Measure, Race, measure, measure_self_timed
+from aerogel.runtime.timing import Measure, Race, measure, race
 from aerogel.runtime.tuner import Progress, Tuned, Tuner
 from aerogel.runtime.tuning_cache import TuningCache, default_path, environment
 
@@ -53,7 +53,7 @@ class Settings:
     strategy: str = "fastest"
     on_progress: Progress | None = None
     measure: Measure = field(default=measure)
-    race: Race = field(default=measure_self_timed)
+    race: Race = field(default=race)
 
     def open_cache(self) -> TuningCache:
         """What was measured before under the same conditions."""
@@ -103,7 +103,7 @@ def compile(
     """
     _check_arguments(model, threads, tolerance)
     args, kwargs = normalize_example(example_inputs)
-    original = frozen_copy(model)
+    original = frozen_copy(model.original if isinstance(model, CompiledModule) else model)
     settings = Settings(
         threads=threads,
         tolerance=tolerance,

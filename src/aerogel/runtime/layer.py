@@ -103,6 +103,11 @@ class Layer:
         return "channels" if self.op == "conv2d" else "tokens"
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether a linear layer is applied to tokens, not to one vector per image."""
+        return self.op == "linear" and len(self.output_shape) > 2
+
+    @property
     def columns(self) -> int:
         """Pixels of one image, or tokens of the whole batch."""
         sizes = self.output_shape[2:] if self.op == "conv2d" else self.output_shape[:-1]
@@ -111,7 +116,7 @@ class Layer:
     @property
     def planned_columns(self) -> int:
         """Columns that a plan works on at a time."""
-        return self.columns if self.op == "conv2d" else token_tile(self.columns)
+        return token_tile(self.columns) if self.has_tokens else self.columns
 
     @property
     def macs(self) -> int:

@@ -34,11 +34,9 @@ class PlanModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the plan."""
-        given = [_shaped(x, shape) for x, shape in zip(inputs, self._inputs, strict=True)]
-        results = [
-            _shaped(y, shape) for y, shape in zip(self.plan.run(given), self._outputs, strict=True)
-        ]
-        return results[0] if len(results) == 1 else tuple(results)
+        given = list(map(_shaped, inputs, self._inputs))
+        results = tuple(map(_shaped, self.plan.run(given), self._outputs))
+        return results[0] if len(results) == 1 else results
 
 
 def _shaped(x: Tensor, shape: Shape) -> Tensor:
@@ -113,7 +111,7 @@ class LayerProbe:
 
     def __init__(self, layer: Layer, candidate: Candidate, threads: int | None) -> None:
         assert candidate.emit is not None
-        family = TOKENS if layer.op == "linear" else SPATIAL
+        family = TOKENS if layer.has_tokens else SPATIAL
         builder = _builder(family, layer.output_shape, threads)
         value, shape = _input(builder, family, layer.input_shape)
         residual, self._shapes = None, [shape]

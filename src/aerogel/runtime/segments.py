@@ -12,7 +12,8 @@ from torch import fx, nn
 from aerogel.runtime import graph
 from aerogel.runtime.layer import is_layer
 
-# A segment's values are planes of images or features of tokens; plain matrices can be either.
+# A segment's values are planes and vectors of images, or features of tokens; a (batch, features)
+# matrix can be either.
 SPATIAL, TOKENS, EITHER = "spatial", "tokens", "either"
 
 
@@ -124,7 +125,7 @@ class _Merger:
             nodes = tuple(sorted(group, key=self._order.__getitem__))
             if any(is_layer(node) for node in nodes):
                 family = self._family[id(group)]
-                found.append(Segment(nodes, TOKENS if family == EITHER else family))
+                found.append(Segment(nodes, SPATIAL if family == EITHER else family))
         return sorted(found, key=lambda segment: self._order[segment.nodes[0]])
 
 

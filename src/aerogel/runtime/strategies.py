@@ -116,7 +116,7 @@ class Strategist:
 
     def contenders(self) -> list[Contender]:
         """Everything worth timing end to end besides the original model."""
-        found = [Contender(TORCH, self._fused)]
+        found = [Contender(TORCH, self._fused.forward)]
         calls = call_pieces(self._tuned, self._tuned)
         if calls:
             found.append(self._contender(CALLS, calls))
@@ -130,7 +130,7 @@ class Strategist:
         return found
 
     def _contender(self, name: str, pieces: list[Piece]) -> Contender:
-        return Contender(name, lower(self._fused, pieces), pieces)
+        return Contender(name, lower(self._fused, pieces).forward, pieces)
 
     def _plans(self) -> list[Piece]:
         """Everything native that can be, the other layers as they are fastest."""

@@ -13,7 +13,7 @@ from aerogel.runtime.candidates import Candidate, candidates_for
 from aerogel.runtime.candidates.torch_dense import NAME as TORCH
 from aerogel.runtime.layer import Layer
 from aerogel.runtime.native import LayerProbe
-from aerogel.runtime.timing import Race, measure_self_timed, timed
+from aerogel.runtime.timing import Race, race, timed
 from aerogel.runtime.tuning_cache import TuningCache
 
 # A MobileNet has about ten distinct layers: together under twenty seconds.
@@ -89,7 +89,7 @@ class Tuner:
         self,
         threads: int | None,
         cache: TuningCache,
-        race: Race = measure_self_timed,
+        race: Race = race,
         seconds: float = SECONDS_PER_MODEL,
     ) -> None:
         self._threads = threads
