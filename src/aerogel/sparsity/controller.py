@@ -176,16 +176,18 @@ class MaskController:
         """Points 4 to 6: decide masks if due, let them act, advance ``t``."""
         self._alive()
         self._restore_frozen()
+        # State is masked by the old masks first: what weight decay put into the state of a masked
+        # entry must be gone before the entry may return.
+        self._mask_state()
         if self.due:
             self._update()
+            self._mask_state()
         rates = self._learning_rates()
         for name in self._sparse:
             leaf, mask = self._parameters[name], self._mask(name)
             if name in self._stored:
                 leaf.masked_fill_(~mask, 0.0)
             self.coupling.after_step(leaf, mask, rates.get(id(leaf), 0.0))
-            state = self._inner.state.get(leaf, {})
-            mask_optimizer_state(state, leaf, mask, self.coupling.state_mask)
         self.t += 1
         for ref in self.selection.values():
             self.coupling.set_step(ref, self.t)
@@ -377,6 +379,12 @@ class MaskController:
             torch.where(self._mask(name), leaf, frozen, out=leaf)
         for name, stored in self._stored.items():
             torch.where(self._mask(name), self._parameters[name].data, stored, out=stored)
+
+    def _mask_state(self) -> None:
+        for name in self._sparse:
+            leaf = self._parameters[name]
+            state = self._inner.state.get(leaf, {})
+            mask_optimizer_state(state, leaf, self._mask(name), self.coupling.state_mask)
 
     def _freeze(self, name: str) -> None:
         if name not in self._stored:

@@ -1,0 +1,136 @@
+"""Evidence is measured, judged, kept and shown."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from aerogel.manifest import load_systems
+from aerogel.report.evidence import (
+    Claim,
+    Evidence,
+    Result,
+    find_checkout,
+    load_evidence,
+    load_experiment,
+    render_page,
+    reproduce,
+    save_evidence,
+    write_page,
+)
+
+EXPERIMENT = """
+from aerogel.report.evidence import Claim, Result, mean
+
+SEEDS = (3, 4)
+
+
+def run(seed):
+    return Result("toy", seed, {"ours": seed + 1.0, "base": 1.0}, 0.5, ("a note",))
+
+
+def claims(results):
+    return [Claim("ours against base", mean(results, "ours"), mean(results, "base"), 2.0)]
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "toy.py").write_text(EXPERIMENT)
+    return tmp_path
+
+
+@pytest.fixture
+def system():
+    return replace(load_systems()[0], slug="toy", experiment="experiments/toy.py")
+
+
+def test_reproduce_runs_every_seed_and_judges(checkout, system):
+    seen = []
+    evidence = reproduce(system, checkout=checkout, on_result=seen.append)
+    assert evidence.seeds == (3, 4)
+    assert seen == list(evidence.results)
+    assert evidence.claims[0].margin == 3.5
+    assert evidence.passed
+    assert evidence.seconds == 1.0
+    assert evidence.mean("ours") == 4.5
+    assert reproduce(system, checkout=checkout, seeds=[0]).passed is False
+
+
+def test_evidence_survives_save_and_load(checkout, system):
+    evidence = reproduce(system, checkout=checkout)
+    assert load_evidence(save_evidence(evidence, checkout)) == evidence
+
+
+def test_the_page_shows_figures_verdicts_and_what_is_missing(checkout, system):
+    other = replace(system, slug="unmeasured")
+    save_evidence(reproduce(system, checkout=checkout), checkout)
+    page = render_page([system, other], checkout / "docs" / "evidence")
+    assert "| ours against base | 4.50 | 1.00 | +3.50 | +2.00 | pass |" in page
+    assert "| ours | 4.50 | 4.00 | 5.00 |" in page
+    assert "a note" in page
+    assert "Not measured yet." in page
+
+
+@pytest.mark.parametrize(
+    ("claim", "passed"),
+    [
+        (Claim("", 84.0, 83.6, 0.3), True),
+        (Claim("", 84.0, 83.6, 0.5), False),
+        (Claim("", 84.0, 85.0, -1.5), True),
+        (Claim("", 1.0, 3.0, 1.5, higher_is_better=False), True),
+        (Claim("", math.nan, 3.0, -9.0), False),
+    ],
+)
+def test_a_claim_passes_by_its_margin(claim, passed):
+    assert claim.passed is passed
+
+
+def test_no_claims_prove_nothing():
+    assert not Evidence("toy", (Result("toy", 0, {}, 0.0),), ()).passed
+
+
+def test_missing_or_faceless_experiments_are_named(checkout, system):
+    with pytest.raises(ValueError, match="not found"):
+        load_experiment(replace(system, experiment="experiments/none.py"), checkout)
+    (checkout / "experiments" / "toy.py").write_text("SEEDS = ()")
+    with pytest.raises(ValueError, match="run, claims"):
+        load_experiment(system, checkout)
+    with pytest.raises(ValueError, match="no checkout"):
+        find_checkout(checkout.parent / "elsewhere")
+
+
+def test_an_experiment_needs_seeds(checkout, system):
+    with pytest.raises(ValueError, match="seeds"):
+        reproduce(system, checkout=checkout, seeds=[])
+
+
+def test_damaged_evidence_is_refused(tmp_path):
+    path = tmp_path / "toy.json"
+    for text in ("{", "{}", '{"slug": "x", "claims": [{}], "results": [], "machine": {}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not an evidence file"):
+            load_evidence(path)
+
+
+def test_kept_evidence_passes_and_the_page_is_made_from_it(tmp_path):
+    checkout = find_checkout()
+    folder = checkout / "docs" / "evidence"
+    for path in folder.glob("*.json"):
+        assert load_evidence(path).passed, path
+    page = render_page(load_systems(), folder)
+    assert (checkout / "docs" / "evidence.md").read_text() == page
+
+
+def test_the_page_is_written_whole(checkout):
+    path = write_page(checkout)
+    assert path.read_text().startswith("# Evidence")
+    assert [p.name for p in path.parent.iterdir()] == ["evidence.md"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", load_systems(), ids=lambda system: system.slug)
+def test_experiments_pass(system):
+    assert reproduce(system).passed
