@@ -222,6 +222,18 @@ def test_sparsity_counts_what_pruning_may_touch():
     assert zero_fraction(model) == pytest.approx(sizes[0] / sum(sizes))
 
 
+def test_texts_of_like_length_share_a_batch():
+    lengths = torch.randint(1, 50, (1037,), generator=torch.Generator().manual_seed(0))
+    order = epoch_order(1037, 0, 0, 16, lengths)
+    assert sorted(order.tolist()) == list(range(1037))
+    batches = lengths[order[:1024]].view(-1, 16)
+    spread = (batches.max(1).values - batches.min(1).values).float()
+    assert spread.median() <= 3
+    means = batches.float().mean(1)
+    assert (means[:20] - means[20:40]).abs().mean() > 1  # batches are not in order of length
+    assert not torch.equal(order, epoch_order(1037, 0, 1, 16, lengths))
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_global_batches_do_not_depend_on_the_number_of_processes(parts: int):
     order = epoch_order(64, seed=1, epoch=2)

@@ -84,13 +84,17 @@ def _transformers() -> Any:
     license="Apache-2.0",
     tokenizer="tokenizer.json",
 )
-def minilm(folder: str | Path | None = None, dropout: float = 0.0) -> SentenceEncoder:
+def minilm(
+    folder: str | Path | None = None, dropout: float = 0.0, freeze_embeddings: bool = False
+) -> SentenceEncoder:
     """all-MiniLM-L6-v2: 6 layers of width 384, 22.57 M parameters without the unused pooler.
 
     Args:
         folder: a local folder with config.json and model.safetensors; None starts from random
             weights.
         dropout: dropout inside the encoder; distillation for a few epochs does better without.
+        freeze_embeddings: keep the tables of words and positions, half of all parameters, as they
+            are: pruning does not touch them, and a step needs less memory traffic.
 
     Raises:
         ValueError: the folder holds the weights of another model.
@@ -105,6 +109,7 @@ def minilm(folder: str | Path | None = None, dropout: float = 0.0) -> SentenceEn
     encoder = transformers.AutoModel.from_config(config, add_pooling_layer=False)
     if folder is not None:
         _load_encoder(encoder, Path(folder) / "model.safetensors")
+    encoder.embeddings.requires_grad_(not freeze_embeddings)
     return SentenceEncoder(encoder)
 
 

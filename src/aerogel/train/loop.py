@@ -183,7 +183,7 @@ class _Loop:
         losses: list[float] = []
         while run.step < run.total_steps:
             run.epoch, first = divmod(run.step, self.per_epoch)
-            order = epoch_order(len(self.dataset.train), self.config.seed, run.epoch)
+            order = self._order(run.epoch)
             last = min(self.per_epoch, first + run.total_steps - run.step)
             for step in range(first, last):
                 with clock.timed(run.history):
@@ -198,6 +198,11 @@ class _Loop:
             self._save(losses)
         self._call("on_train_end")
         return run.history
+
+    def _order(self, epoch: int) -> Tensor:
+        split, config = self.dataset.train, self.config
+        lengths = getattr(split, "lengths", None)
+        return epoch_order(len(split), config.seed, epoch, config.batch_size, lengths)
 
     def _train_step(self, order: Tensor, step: int) -> float:
         run, config = self.state, self.config
