@@ -262,10 +262,14 @@ def mobilenetv2_laptop(img_size: int = 28, **kwargs: Any) -> MobileNetV2:
 
 
 @register_model(
-    input_size=(1, 28, 28), num_classes=10, params=455_562, gmacs=0.0222, paper="1704.04861"
+    input_size=(1, 28, 28), num_classes=10, params=455_562, gmacs=0.0090, paper="1704.04861"
 )
 def mobilenet_v1_laptop(img_size: int = 28, **kwargs: Any) -> MobileNetV1:
-    """MobileNet v1 for Fashion-MNIST: few, wide blocks at 7x7, where 1x1 convolutions dominate."""
-    blocks = ((64, 1), (128, 2), (256, 1), (512, 1), (512, 1))
+    """MobileNet v1 for Fashion-MNIST: 0.46 M parameters, 9.0 M MACs, 96 % in 1x1 convolutions.
+
+    Widths grow as maps shrink (14, 7, 4 pixels): of the nets that two cores train for five epochs
+    in four minutes it has the most weights, nearly all where pruning may touch them.
+    """
+    blocks = ((64, 1), (128, 2), (256, 1), (512, 2), (512, 1))
     defaults = {"in_chans": 1, "num_classes": 10, "blocks": blocks, "stem_chs": 32}
     return MobileNetV1(img_size, **{**defaults, **kwargs})
