@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 
 from aerogel.train.allocator import keep_freed_memory
 from aerogel.train.batches import epoch_order, shares, take
+from aerogel.train.clock import Clock
 from aerogel.train.config import TrainConfig
 from aerogel.train.evaluate import evaluate
-from aerogel.train.history import Callback, History, OnProgress, Progress, zero_fraction
+from aerogel.train.history import Callback, History, OnProgress, zero_fraction
 from aerogel.train.losses import training_loss
 from aerogel.train.state import load_state, save_state, seed_step
 from aerogel.train.sync_batchnorm import synchronized_batch_norm
 
 _CURVE_POINTS = 200
-_PROGRESS_SECONDS = 0.25
 _ALL_RANKS = -1
 
 
@@ -179,7 +178,7 @@ class _Loop:
         if run.step >= run.total_steps:
             return run.history
         self._call("on_train_begin")
-        clock = _Clock(run.step, save_seconds)
+        clock = Clock(run.step, save_seconds)
         losses: list[float] = []
         while run.step < run.total_steps:
             run.epoch, first = divmod(run.step, self.per_epoch)
@@ -339,49 +338,6 @@ class _Loop:
         names = {"callbacks": [type(callback).__name__ for callback in self.callbacks]}
         stepper = type(self.state.stepper).__name__
         return {**self.config.fingerprint(), **data, **names, "optimizer_wrapper": stepper}
-
-
-class _Clock:
-    """Time of the steps alone, the rate, and when to save next."""
-
-    def __init__(self, first_step: int, save_seconds: float) -> None:
-        self.first_step, self.save_seconds = first_step, save_seconds
-        self.start = self.saved = time.monotonic()
-        self.reported = -math.inf
-
-    @contextlib.contextmanager
-    def timed(self, history: History) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        history.seconds += time.monotonic() - start
-
-    def is_time_to_save(self) -> bool:
-        if time.monotonic() - self.saved < self.save_seconds:
-            return False
-        self.saved = time.monotonic()
-        return True
-
-    def report(
-        self, run: Run, losses: list[float], on_progress: OnProgress, config: TrainConfig
-    ) -> None:
-        now = time.monotonic()
-        if now - self.reported < _PROGRESS_SECONDS and run.step < run.total_steps:
-            return
-        self.reported = now
-        rate = (run.step - self.first_step) / max(now - self.start, 1e-9)
-        curve = run.history.steps[-1] if run.history.steps else {}
-        on_progress(
-            Progress(
-                step=run.step,
-                total=run.total_steps,
-                epoch=run.epoch,
-                loss=losses[-1] if losses else curve.get("loss", math.nan),
-                lr=config.lr_at(run.step - 1, run.total_steps),
-                sparsity=curve.get("sparsity", 0.0),
-                samples_per_second=rate * config.batch_size,
-                seconds_left=(run.total_steps - run.step) / max(rate, 1e-9),
-            )
-        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
