@@ -4,12 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # CMake ignores relative ones
 shift || true
 build=build/sanitize
 
 generator=()
 if command -v ninja >/dev/null; then generator=(-G Ninja); fi
-cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DAEROGEL_SANITIZE=ON \
+cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=None -DAEROGEL_SANITIZE=ON \
   -DPython_EXECUTABLE="$python" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" --parallel 2 >>"$build.log" 2>&1 || { tail -50 "$build.log"; exit 1; }
 
