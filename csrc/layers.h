@@ -31,7 +31,7 @@ struct TapRange {
 // Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
 struct DenseTile {
   int64_t rows, vectors, lanes;
-  constexpr int64_t width() const { return vectors * lanes; }
+  __attribute__((always_inline)) constexpr int64_t width() const { return vectors * lanes; }
 };
 
 // Weights packed as [group][depth block][row block][depth in block][tile.rows], bias as
@@ -55,13 +55,20 @@ struct ConvArgs {
   int64_t ldy;
   const float* residual;  // padded, or null
   int64_t ldr;
+  int64_t columns;  // out_h * out_w; of a pointwise layer any number
   Activation activation;
 };
 
-// A piece of a convolution: output columns [column, column + count), count <= tile.width(), and
-// row blocks [first_block, last_block) of one group.
+// The columns are cut into panels of whole vectors and nearly equal width, at most a tile's. The
+// cut depends on nothing else, because it decides the order of some sums.
+__attribute__((always_inline)) constexpr int64_t conv_panels(int64_t columns,
+                                                             const DenseTile& tile) {
+  return (columns + tile.width() - 1) / tile.width();
+}
+
+// A piece of a convolution: panels [first_panel, last_panel) x row blocks of one group.
 struct ConvSlice {
-  int64_t column, count, group, first_block, last_block;
+  int64_t first_panel, last_panel, group, first_block, last_block;
 };
 
 struct DepthwiseTile {
@@ -119,15 +126,18 @@ struct BinaryArgs {
   int64_t columns;
 };
 
-// y[n] = act(weight[n, :] . x + bias[n] (+ residual[n])).
+// y[n] = act(weight[n, :] . x + bias[n] (+ residual[n])). The weights lie in the order in which they
+// are read: [outputs / kGemvRows][depth / kGemvChunk][kGemvRows][kGemvChunk], padded with zeros.
+constexpr int64_t kGemvRows = 4, kGemvChunk = 16;
+
 struct GemvArgs {
-  const float* weight;  // [outputs][ldw], rows padded with zeros to whole cache lines
-  int64_t ldw;
+  const float* weight;
   const float* bias;
   const float* x;
   int64_t depth;
   const float* residual;  // or null
   float* y;
+  int64_t outputs;
   Activation activation;
 };
 
@@ -135,13 +145,14 @@ struct LayerKernels {
   DenseTile tile;
   // `scratch`: kConvDepthBlock * tile.width() floats and one more cache line, aligned.
   void (*conv)(const ConvArgs& args, const ConvSlice& slice, float* scratch);
-  // All of the following handle channels (outputs) [first, last).
+  // Blocks of kGemvRows outputs [first, last); the last one may be incomplete.
+  void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);
+  // All of the following handle channels [first, last).
   void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last);
   void (*pool)(const PoolArgs& args, int64_t first, int64_t last);
   void (*binary)(const BinaryArgs& args, int64_t first, int64_t last);
   void (*channel_mean)(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,
                        int64_t first, int64_t last);
-  void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);
   void (*activate)(Activation activation, const float* x, float* y, int64_t count);
   // y[c * ldy + r] = x[r * ldx + c] for r < rows, c < columns.
   void (*transpose)(const float* x, int64_t ldx, float* y, int64_t ldy, int64_t rows,

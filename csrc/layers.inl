@@ -13,7 +13,7 @@
 namespace aerogel::AEROGEL_ISA {
 
 constexpr LayerKernels kLayerKernels = {
-    kDenseTile, &conv_slice,   &depthwise_channels, &pool_channels,   &binary_channels,
-    &mean_channels, &gemv_rows, &activate_span,      &transpose};
+    kDenseTile,       &conv_slice,    &gemv_blocks,   &depthwise_channels, &pool_channels,
+    &binary_channels, &mean_channels, &activate_span, &transpose};
 
 }  // namespace aerogel::AEROGEL_ISA

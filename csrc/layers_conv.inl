@@ -39,21 +39,27 @@ AEROGEL_INLINE void fill_strided(const float* from, int64_t stride, const float*
   for (; i < count; ++i) to[i] = from[i * stride];
 }
 
-// Panel rows [k0, k1) of `width` floats: the input under each tap, zero in the padding.
-void gather_panel(const ConvArgs& a, const ConvSlice& slice, int64_t k0, int64_t k1, int64_t width,
-                  float* panel) {
+// What of the input one panel needs: columns [column, column + count), rows of depth [k0, k1).
+struct PanelPart {
+  int64_t column, count, group, k0, k1;
+  int64_t width;  // floats of a panel row
+};
+
+// The input under each tap, zero in the padding.
+AEROGEL_NOINLINE void gather_panel(const ConvArgs& a, const PanelPart& part, float* panel) {
   const ConvLayer& layer = *a.layer;
   const Window& w = layer.window;
+  const int64_t k0 = part.k0, k1 = part.k1, width = part.width;
   Segment segments[kDenseTile.width()];
   int count = 0;
-  for (int64_t c = slice.column, end = slice.column + slice.count; c < end; ++count) {
+  for (int64_t c = part.column, end = part.column + part.count; c < end; ++count) {
     const int64_t ox = c % w.out_w;
     segments[count] = {c / w.out_w, ox, smaller(w.out_w - ox, end - c)};
     c += segments[count].count;
   }
   int64_t kx = k0 % w.kernel_w;
   int64_t ky = k0 / w.kernel_w % w.kernel_h;
-  const int64_t channel = slice.group * layer.group_inputs + k0 / (w.kernel_w * w.kernel_h);
+  const int64_t channel = part.group * layer.group_inputs + k0 / (w.kernel_w * w.kernel_h);
   const float* plane = a.x + channel * a.ldx;
   for (int64_t k = k0; k < k1; ++k, panel += width) {
     const TapRange rx = layer.taps_x[kx], ry = layer.taps_y[ky];
@@ -82,11 +88,10 @@ void gather_panel(const ConvArgs& a, const ConvSlice& slice, int64_t k0, int64_t
   }
 }
 
-void gather_pointwise(const ConvArgs& a, const ConvSlice& slice, int64_t k0, int64_t k1,
-                      int64_t width, float* panel) {
-  const float* from = a.x + (slice.group * a.layer->group_inputs + k0) * a.ldx + slice.column;
-  for (int64_t k = k0; k < k1; ++k, from += a.ldx, panel += width) {
-    fill_copy(from, a.x_end, panel, slice.count);
+AEROGEL_NOINLINE void gather_pointwise(const ConvArgs& a, const PanelPart& part, float* panel) {
+  const float* from = a.x + (part.group * a.layer->group_inputs + part.k0) * a.ldx + part.column;
+  for (int64_t k = part.k0; k < part.k1; ++k, from += a.ldx, panel += part.width) {
+    fill_copy(from, a.x_end, panel, part.count);
   }
 }
 
@@ -147,46 +152,71 @@ AEROGEL_INLINE void conv_tile(const TileArgs& t) {
   }
 }
 
+struct ConvPanel {
+  int64_t column, count;
+  const float* data;  // gathered
+};
+
+// Row blocks of one panel and one block of depth.
 template <int kWide>
-AEROGEL_NOINLINE void conv_panel(const ConvArgs& a, const ConvSlice& slice, float* panel) {
+AEROGEL_NOINLINE void multiply_panel(const ConvArgs& a, const ConvSlice& slice, int64_t k0,
+                                     int64_t k1, int64_t block, const ConvPanel& panel) {
   const ConvLayer& layer = *a.layer;
-  const int64_t width = kWide * kLanes;
-  const int64_t group_size = layer.row_blocks * kRows;
-  for (int64_t k0 = 0; k0 < layer.depth; k0 += kConvDepthBlock) {
-    const int64_t k1 = smaller(k0 + kConvDepthBlock, layer.depth);
-    (layer.pointwise ? gather_pointwise : gather_panel)(a, slice, k0, k1, width, panel);
-    const bool last = k1 == layer.depth;
-    const bool in_registers = last && is_cheap(a.activation);
-    for (int64_t block = slice.first_block; block < slice.last_block; ++block) {
-      const int64_t row = slice.group * layer.group_outputs + block * kRows;
-      TileArgs t;
-      t.weight = layer.weight + slice.group * group_size * layer.depth + k0 * group_size +
-                 block * kRows * (k1 - k0);
-      t.panel = panel;
-      t.depth = k1 - k0;
-      t.bias = k0 == 0 ? layer.bias + slice.group * group_size + block * kRows : nullptr;
-      t.residual = last && a.residual ? a.residual + row * a.ldr + slice.column : nullptr;
-      t.ldr = a.ldr;
-      t.y = a.y + row * a.ldy + slice.column;
-      t.ldy = a.ldy;
-      t.rows = smaller(kRows, layer.group_outputs - block * kRows);
-      t.activation = in_registers ? a.activation : Activation::kNone;
-      conv_tile<kWide>(t);
-      if (!last || in_registers) continue;
-      for (int64_t r = 0; r < t.rows; ++r) {
-        activate_span(a.activation, t.y + r * a.ldy, t.y + r * a.ldy, slice.count);
-      }
-    }
+  const int64_t group_rows = layer.row_blocks * kRows;
+  const bool last = k1 == layer.depth;
+  const bool in_registers = last && is_cheap(a.activation);
+  const int64_t row = slice.group * layer.group_outputs + block * kRows;
+  TileArgs t;
+  t.weight = layer.weight + slice.group * group_rows * layer.depth + k0 * group_rows +
+             block * kRows * (k1 - k0);
+  t.panel = panel.data;
+  t.depth = k1 - k0;
+  t.bias = k0 == 0 ? layer.bias + slice.group * group_rows + block * kRows : nullptr;
+  t.residual = last && a.residual ? a.residual + row * a.ldr + panel.column : nullptr;
+  t.ldr = a.ldr;
+  t.y = a.y + row * a.ldy + panel.column;
+  t.ldy = a.ldy;
+  t.rows = smaller(kRows, layer.group_outputs - block * kRows);
+  t.activation = in_registers ? a.activation : Activation::kNone;
+  conv_tile<kWide>(t);
+  if (!last || in_registers) return;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    activate_span(a.activation, t.y + r * a.ldy, t.y + r * a.ldy, panel.count);
   }
 }
 
-void conv_slice(const ConvArgs& args, const ConvSlice& slice, float* scratch) {
-  if (slice.count > 2 * kLanes) {
-    conv_panel<3>(args, slice, scratch);
-  } else if (slice.count > kLanes) {
-    conv_panel<2>(args, slice, scratch);
-  } else {
-    conv_panel<1>(args, slice, scratch);
+// A strip of panels is gathered together as far as it fits into the scratch, so that shallow
+// products write long runs of each output row instead of a line here and a line there.
+constexpr int64_t kStripPanels = 8;
+
+void conv_slice(const ConvArgs& a, const ConvSlice& slice, float* scratch) {
+  const ConvLayer& layer = *a.layer;
+  const int64_t vectors = (a.columns + kLanes - 1) / kLanes;
+  const int64_t panels = conv_panels(a.columns, kDenseTile);
+  const int64_t strip = larger(1, smaller(kStripPanels, kConvDepthBlock / layer.depth));
+  for (int64_t begin = slice.first_panel; begin < slice.last_panel; begin += strip) {
+    const int64_t count = smaller(strip, slice.last_panel - begin);
+    for (int64_t k0 = 0; k0 < layer.depth; k0 += kConvDepthBlock) {
+      const int64_t k1 = smaller(k0 + kConvDepthBlock, layer.depth);
+      ConvPanel strips[kStripPanels];
+      float* to = scratch;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = vectors * (begin + i) / panels * kLanes;
+        const int64_t last = vectors * (begin + i + 1) / panels * kLanes;
+        strips[i] = {first, smaller(last, a.columns) - first, to};
+        const PanelPart part = {first, strips[i].count, slice.group, k0, k1, last - first};
+        layer.pointwise ? gather_pointwise(a, part, to) : gather_panel(a, part, to);
+        to += (k1 - k0) * (last - first);
+      }
+      for (int64_t block = slice.first_block; block < slice.last_block; ++block) {
+        for (int64_t i = 0; i < count; ++i) {
+          const auto multiply = strips[i].count > 2 * kLanes ? &multiply_panel<3>
+                                : strips[i].count > kLanes   ? &multiply_panel<2>
+                                                             : &multiply_panel<1>;
+          multiply(a, slice, k0, k1, block, strips[i]);
+        }
+      }
+    }
   }
 }
 

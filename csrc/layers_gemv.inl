@@ -1,39 +1,45 @@
-// Dense matrix times one vector: bound by the weights' way from memory, so four rows stream at once.
+// Dense matrix times one vector: bound by the weights' way from memory, so they are one stream.
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-template <int kRowCount>
-AEROGEL_INLINE void gemv_block(const GemvArgs& a, int64_t row) {
-  Vec even[kRowCount], odd[kRowCount];
-  for (int r = 0; r < kRowCount; ++r) even[r] = odd[r] = zero();
-  const float* weight = a.weight + row * a.ldw;
-  int64_t k = 0;
-  for (; k + 2 * kLanes <= a.depth; k += 2 * kLanes) {
-    const Vec x0 = load(a.x + k), x1 = load(a.x + k + kLanes);
-    for (int r = 0; r < kRowCount; ++r) {
-      even[r] = fma(load(weight + r * a.ldw + k), x0, even[r]);
-      odd[r] = fma(load(weight + r * a.ldw + k + kLanes), x1, odd[r]);
+constexpr int kChunkVectors = kGemvChunk / kLanes;
+
+AEROGEL_INLINE void gemv_block(const GemvArgs& a, int64_t block) {
+  constexpr int64_t kStep = kGemvRows * kGemvChunk;
+  constexpr int64_t kAhead = 16 * kStep;  // 4 KiB: about the way from the last cache
+  const int64_t chunks = (a.depth + kGemvChunk - 1) / kGemvChunk;
+  const float* weight = a.weight + block * chunks * kStep;
+  Vec sums[kGemvRows][kChunkVectors];
+  for (auto& row : sums) {
+    for (Vec& sum : row) sum = zero();
+  }
+  for (int64_t k = 0; k < a.depth; k += kGemvChunk, weight += kStep) {
+    Vec x[kChunkVectors];
+    for (int v = 0; v < kChunkVectors; ++v) {
+      const int64_t left = a.depth - k - v * kLanes;
+      x[v] = left > 0 ? load_upto(a.x + k + v * kLanes, left) : zero();
+    }
+    for (int r = 0; r < kGemvRows; ++r) {
+      __builtin_prefetch(weight + kAhead + r * kGemvChunk);
+      for (int v = 0; v < kChunkVectors; ++v) {
+        sums[r][v] = fma(load(weight + r * kGemvChunk + v * kLanes), x[v], sums[r][v]);
+      }
     }
   }
-  for (; k < a.depth; k += kLanes) {
-    const Vec x = load_upto(a.x + k, a.depth - k);
-    for (int r = 0; r < kRowCount; ++r) {
-      even[r] = fma(load(weight + r * a.ldw + k), x, even[r]);
-    }
-  }
-  for (int r = 0; r < kRowCount; ++r) {
-    float sum = sum_lanes(add(even[r], odd[r])) + a.bias[row + r];
-    if (a.residual) sum += a.residual[row + r];
-    a.y[row + r] = sum;
+  const int64_t row = block * kGemvRows;
+  for (int r = 0; r < kGemvRows && row + r < a.outputs; ++r) {
+    Vec sum = sums[r][0];
+    for (int v = 1; v < kChunkVectors; ++v) sum = add(sum, sums[r][v]);
+    const float dot = sum_lanes(sum) + a.bias[row + r];
+    a.y[row + r] = a.residual ? dot + a.residual[row + r] : dot;
   }
 }
 
-void gemv_rows(const GemvArgs& args, int64_t first, int64_t last) {
-  int64_t row = first;
-  for (; row + 4 <= last; row += 4) gemv_block<4>(args, row);
-  for (; row < last; ++row) gemv_block<1>(args, row);
-  activate_span(args.activation, args.y + first, args.y + first, last - first);
+void gemv_blocks(const GemvArgs& args, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) gemv_block(args, block);
+  float* y = args.y + first * kGemvRows;
+  activate_span(args.activation, y, y, smaller(last * kGemvRows, args.outputs) - first * kGemvRows);
 }
 
 }  // namespace

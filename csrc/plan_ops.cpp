@@ -51,28 +51,17 @@ int64_t ConvOp::scratch_floats() const {
 
 namespace {
 
-// The output cut into panels of almost equal width x groups x shares of the row blocks. The panels
-// never depend on the number of threads: their width decides the order of some sums.
+// Panels of columns x groups x shares of the row blocks; a task takes a run of units.
 struct ConvGrid {
-  int64_t columns, vectors, panels, groups, shares;
+  int64_t panels, groups, shares;
 
   int64_t units() const { return panels * groups * shares; }
-  ConvSlice slice(int64_t unit, const ConvLayer& layer, const DenseTile& tile) const {
-    const int64_t part = unit % shares, group = unit / shares % groups;
-    const int64_t panel = unit / shares / groups;
-    const Range v = share(vectors, panel, panels);
-    const Range blocks = share(layer.row_blocks, part, shares);
-    const int64_t first = v.first * tile.lanes;
-    return {first, std::min(v.last * tile.lanes, columns) - first, group, blocks.first,
-            blocks.last};
-  }
 };
 
 ConvGrid conv_grid(const ConvLayer& layer, const DenseTile& tile, int64_t columns, int threads) {
-  ConvGrid grid{columns, (columns + tile.lanes - 1) / tile.lanes, 0, layer.groups, 1};
-  grid.panels = (grid.vectors + tile.vectors - 1) / tile.vectors;
+  ConvGrid grid{conv_panels(columns, tile), layer.groups, 1};
   const int64_t wanted = threads > 1 ? 3 * threads : 1;
-  const int64_t units = grid.panels * grid.groups;
+  const int64_t units = grid.units();
   if (units < wanted) {
     constexpr int64_t kLeastBlocks = 4;  // fewer would gather a panel for too little work
     grid.shares = std::max<int64_t>(
@@ -107,10 +96,16 @@ void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
     args.ldr = residual.ld;
   }
   args.activation = epilogue.activation;
+  args.columns = y.columns;
   const ConvGrid grid = conv_grid(*args.layer, kernels->tile, y.columns, frame.threads);
   const Range units = share(grid.units(), task, tasks);
-  for (int64_t unit = units.first; unit < units.last; ++unit) {
-    kernels->conv(args, grid.slice(unit, *args.layer, kernels->tile), scratch);
+  for (int64_t unit = units.first; unit < units.last;) {  // panels vary fastest
+    const int64_t panel = unit % grid.panels, part = unit / grid.panels;
+    const int64_t count = std::min(grid.panels - panel, units.last - unit);
+    const Range blocks = share(args.layer->row_blocks, part % grid.shares, grid.shares);
+    kernels->conv(args, {panel, panel + count, part / grid.shares, blocks.first, blocks.last},
+                  scratch);
+    unit += count;
   }
 }
 
@@ -138,29 +133,39 @@ void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) c
 void LinearOp::prepare(const std::vector<Value>& values, const KernelTable& table) {
   if (values[output].place == Place::kJoint) return ConvOp::prepare(values, table);
   kernels = &layer_kernels(table);
-  constexpr int64_t kLine = 16;
-  ldw = (source.in_channels + kLine - 1) / kLine * kLine;
-  rows = FloatBuffer(source.out_channels * ldw);
-  bias = FloatBuffer(source.out_channels);
-  for (int64_t n = 0; n < source.out_channels; ++n) {
-    std::copy_n(source.weight + n * source.in_channels, source.in_channels, rows.data() + n * ldw);
+  const int64_t depth = source.in_channels, outputs = source.out_channels;
+  blocks = (outputs + kGemvRows - 1) / kGemvRows;
+  const int64_t chunks = (depth + kGemvChunk - 1) / kGemvChunk;
+  rows = FloatBuffer(blocks * chunks * kGemvRows * kGemvChunk);
+  bias = FloatBuffer(outputs);
+  for (int64_t n = 0; n < outputs; ++n) {
+    float* to = rows.data() + (n / kGemvRows * chunks * kGemvRows + n % kGemvRows) * kGemvChunk;
+    for (int64_t k = 0; k < depth; k += kGemvChunk, to += kGemvRows * kGemvChunk) {
+      std::copy_n(source.weight + n * depth + k, std::min(kGemvChunk, depth - k), to);
+    }
   }
-  if (source.bias) std::copy_n(source.bias, source.out_channels, bias.data());
+  if (source.bias) std::copy_n(source.bias, outputs, bias.data());
 }
 
 int64_t LinearOp::scratch_floats() const { return weight ? ConvOp::scratch_floats() : 0; }
 
 int64_t LinearOp::tasks(const Frame& frame) const {
   if (weight) return ConvOp::tasks(frame);
-  return worthwhile_tasks(source.out_channels, source.out_channels * ldw, frame.threads);
+  return worthwhile_tasks(blocks, rows.size(), frame.threads);
 }
 
 void LinearOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
   if (weight) return ConvOp::run(frame, task, tasks, scratch);
-  GemvArgs args{rows.data(), ldw,     bias.data(), frame.operand(inputs[0]).data,
-                source.in_channels, nullptr, frame.operand(output).data, epilogue.activation};
-  if (epilogue.residual) args.residual = frame.operand(inputs[1]).data;
-  const Range n = share(source.out_channels, task, tasks);
+  GemvArgs args{};
+  args.weight = rows.data();
+  args.bias = bias.data();
+  args.x = frame.operand(inputs[0]).data;
+  args.depth = source.in_channels;
+  args.residual = epilogue.residual ? frame.operand(inputs[1]).data : nullptr;
+  args.y = frame.operand(output).data;
+  args.outputs = source.out_channels;
+  args.activation = epilogue.activation;
+  const Range n = share(blocks, task, tasks);
   kernels->gemv(args, n.first, n.last);
 }
 

@@ -57,7 +57,7 @@ struct LinearOp : ConvOp {
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
-  int64_t ldw = 0;
+  int64_t blocks = 0;  // of kGemvRows outputs
   FloatBuffer rows, bias;
 };
 
