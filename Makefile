@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 
-.PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench clean \
+.PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize
 
 help:
@@ -67,7 +67,11 @@ dist: setup
 	bash tests/wheel_smoke.sh $(BIN)/python dist
 
 reproduce: setup
-	$(BIN)/aerogel reproduce --all
+	$(BIN)/aerogel reproduce --all --save
+
+# README's table of systems, from the manifest. (docs/evidence.md comes with `make reproduce`.)
+docs: setup
+	$(BIN)/aerogel systems --into README.md
 
 bench: setup
 	$(BIN)/python benchmarks/spmm.py
