@@ -9,6 +9,7 @@ from networks import mobile_network, perceptron
 
 from aerogel.runtime.compiler import Settings
 from aerogel.runtime.layer import Layer
+from aerogel.runtime.native import PlanModule
 from aerogel.runtime.strategies import CALLS, EAGER, PLANS, TORCH, deviation, fastest
 from aerogel.runtime.timing import MIN_ROUNDS, measure, race
 from aerogel.runtime.tuner import Tuner
@@ -49,6 +50,16 @@ def test_what_deviates_is_rejected_and_said() -> None:
     compiled = build_with(perceptron(), torch.randn(4, 24), tolerance=1e-12)
     assert compiled.explain().chosen == EAGER
     assert any("rejected" in note for note in compiled.explain().notes)
+
+
+def test_what_fails_is_rejected_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(PlanModule, "forward", broken)
+    compiled = build_with(perceptron(), torch.randn(4, 24))
+    assert compiled.explain().chosen == EAGER
+    assert any("no such instruction" in note for note in compiled.explain().notes)
 
 
 def test_dense_torch_is_always_measured() -> None:
@@ -110,6 +121,9 @@ def test_deviation_is_relative_and_strict_about_nan() -> None:
     assert deviation([torch.zeros(3)], [theirs]) == float("inf")
     assert deviation([theirs[:2]], [theirs]) == float("inf")
     assert deviation([theirs, 1], [theirs, 1]) == 0.0
+    assert deviation([theirs[:1].nan_to_num()], [theirs[:1]]) == float("inf")
+    assert deviation([torch.zeros(0)], [torch.zeros(0)]) == 0.0
+    assert deviation([torch.full((2,), float("nan"))], [torch.ones(2)]) == float("inf")
     assert deviation([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == float("inf")
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from aerogel.runtime.compiled import CompiledModule, Program
 from aerogel.runtime.explain import Explanation, LayerRow
 from aerogel.runtime.layer import is_layer, read_layer
 from aerogel.runtime.passes import simplify
-from aerogel.runtime.strategies import EAGER, Contender, Strategist, deviation, fastest
+from aerogel.runtime.strategies import EAGER, Contender, Strategist, fastest, flaw_of
 from aerogel.runtime.timing import Measure, Race, measure, race
 from aerogel.runtime.tuner import Progress, Tuned, Tuner
 from aerogel.runtime.tuning_cache import TuningCache, default_path, environment
@@ -197,7 +198,7 @@ def _plan_by_graph(
     notes = tuner.notes + strategist.notes
     runs = {EAGER: lambda: original(*args, **kwargs)}
     runs |= {
-        each.name: _bound(each.run, leaves)
+        each.name: partial(each.run, *leaves)
         for each in _accepted(contenders, leaves, expected, settings, notes)
     }
     seconds, winner = _choose(runs, settings)
@@ -232,11 +233,11 @@ def _accepted(
     """Those whose outputs agree with the original's."""
     wanted = pytree.tree_leaves(expected)
     for each in contenders:
-        off = deviation(list(each.run(*leaves)), wanted)
-        if off <= settings.tolerance:
+        flaw = flaw_of(partial(each.run, *leaves), wanted, settings.tolerance)
+        if flaw is None:
             yield each
         else:
-            notes.append(f"{each.name} rejected: outputs differ by {off:.1e} on the example")
+            notes.append(f"{each.name} rejected: {flaw}")
 
 
 def _choose(runs: dict[str, Callable[[], Any]], settings: Settings) -> tuple[dict[str, float], str]:
@@ -298,11 +299,11 @@ def _plan_by_module(
     swapped, swaps = module_calls.swap(original, args, kwargs, tuner, settings.on_progress)
     notes = [reason, "compiled module by module", *tuner.notes]
     runs: dict[str, Callable[[], Any]] = {EAGER: lambda: original(*args, **kwargs)}
-    off = deviation(swapped(*args, **kwargs), expected)
-    if off <= settings.tolerance:
+    flaw = flaw_of(lambda: swapped(*args, **kwargs), expected, settings.tolerance)
+    if flaw is None:
         runs[module_calls.STRATEGY] = lambda: swapped(*args, **kwargs)
     else:
-        notes.append(f"{module_calls.STRATEGY} rejected: outputs differ by {off:.1e}")
+        notes.append(f"{module_calls.STRATEGY} rejected: {flaw}")
     seconds, winner = _choose(runs, settings)
     used = winner != EAGER
     rows = []
@@ -319,7 +320,3 @@ def _plan_by_module(
         notes=notes,
     )
     return Program(swapped if used else original, None, explanation)
-
-
-def _bound(run: Callable[..., Any], leaves: list[Any]) -> Callable[[], Any]:
-    return lambda: run(*leaves)

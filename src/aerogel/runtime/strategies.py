@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +75,11 @@ def _leaf_deviation(ours: Any, theirs: Any) -> float:
         return float("inf")
     if not ours.is_floating_point():
         return 0.0 if torch.equal(ours, theirs) else float("inf")
+    if theirs.numel() == 0:
+        return 0.0
+    difference, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if math.isfinite(difference) and math.isfinite(scale):
+        return difference / max(scale, 1e-30)
     finite = theirs.isfinite()
     same_elsewhere = torch.equal(
         ours[~finite].nan_to_num(nan=0.5), theirs[~finite].nan_to_num(nan=0.5)
@@ -81,8 +88,17 @@ def _leaf_deviation(ours: Any, theirs: Any) -> float:
         return float("inf")
     if not bool(finite.any()):
         return 0.0
-    scale = float(theirs[finite].abs().max())
+    scale = float(theirs[finite].abs().max())  # NaN or infinity where they belong: the rest counts
     return float((ours[finite] - theirs[finite]).abs().max()) / max(scale, 1e-30)
+
+
+def flaw_of(run: Callable[[], Any], expected: Any, tolerance: float) -> str | None:
+    """Why a contender must not be used, or None if it gives what is expected."""
+    try:
+        off = deviation(run(), expected)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"fails on the example: {error}"
+    return None if off <= tolerance else f"outputs differ by {off:.1e} on the example"
 
 
 class Strategist:
@@ -161,16 +177,16 @@ class Strategist:
         except (ValueError, NotImplementedError) as error:
             self._note(segment, f"no native plan: {error}")
             return call_pieces(segment.layers, self._tuned)
-        expected = _as_tuple(ways["torch"][0](*inputs))
+        expected = ways["torch"][0](*inputs)
         for name in [name for name in ways if name != "torch"]:
-            off = deviation(_as_tuple(ways[name][0](*inputs)), expected)
-            if off > self._tolerance:
-                self._note(segment, f"{name} rejected, outputs differ by {off:.1e}")
+            flaw = flaw_of(partial(ways[name][0], *inputs), expected, self._tolerance)
+            if flaw is not None:
+                self._note(segment, f"{name} rejected: {flaw}")
                 del ways[name]
         key = self._cache.key("segment", segment.family, self._signature(segment))
         seconds = self._cache.get(key, ways)
         if seconds is None:
-            runs = {name: _bound(module, inputs) for name, (module, _) in ways.items()}
+            runs = {name: partial(module, *inputs) for name, (module, _) in ways.items()}
             seconds = self._measure(runs, _SECONDS_PER_SEGMENT)
             self._cache.put(key, seconds)
         return ways[min(seconds, key=lambda name: seconds[name])][1]
@@ -220,11 +236,3 @@ class _Recorder(fx.Interpreter):
         if n in self._wanted:
             self.kept[n] = result
         return result
-
-
-def _bound(module: Callable[..., Any], inputs: list[Any]) -> Callable[[], object]:
-    return lambda: module(*inputs)
-
-
-def _as_tuple(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
