@@ -121,7 +121,7 @@ def test_deviation_is_relative_and_strict_about_nan() -> None:
     assert deviation([torch.zeros(3)], [theirs]) == float("inf")
     assert deviation([theirs[:2]], [theirs]) == float("inf")
     assert deviation([theirs, 1], [theirs, 1]) == 0.0
-    assert deviation([theirs[:1].nan_to_num()], [theirs[:1]]) == float("inf")
+    assert deviation([theirs[1:2].nan_to_num()], [theirs[1:2]]) == float("inf")
     assert deviation([torch.zeros(0)], [torch.zeros(0)]) == 0.0
     assert deviation([torch.full((2,), float("nan"))], [torch.ones(2)]) == float("inf")
     assert deviation([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == float("inf")
