@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxVectors = 12;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
 
 constexpr int register_tile_vectors(int groups, int block) {
   return kAccumulators / (groups * block) < kMaxVectors ? kAccumulators / (groups * block)
@@ -234,11 +236,49 @@ AEROGEL_NOINLINE void finish_rows(const SpmmPanel& p, int64_t row_begin, int64_t
   }
 }
 
+// Brings the activations of the next panel from memory while this one is computed. Their rows are
+// too far apart for the hardware to guess.
+struct PanelPrefetch {
+  const char* next = nullptr;
+  int64_t row_bytes = 0;  // from row to row
+  int64_t rows = 0;
+  int64_t width = 0;     // bytes wanted of each row
+  int64_t per_run = 0;   // rows a run
+
+  AEROGEL_INLINE void advance() {
+    const int64_t n = rows < per_run ? rows : per_run;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < width; j += kLineBytes) __builtin_prefetch(next + j, 0, 2);
+      next += row_bytes;
+    }
+    rows -= n;
+  }
+};
+
+PanelPrefetch next_panel(const SpmmPanel& p) {
+  const SpmmStream& s = *p.stream;
+  const SpmmArgs& a = *p.args;
+  PanelPrefetch f;
+  const int64_t row_bytes = a.ldx * static_cast<int64_t>(sizeof(float));
+  if (a.tokens || s.cols_total * row_bytes < kPrefetchBytes) return f;
+  const int64_t left = a.columns - p.column - p.width;
+  if (left <= 0) return f;
+  f.next = reinterpret_cast<const char*>(p.x + p.column + p.width);
+  f.row_bytes = row_bytes;
+  f.rows = s.cols_total;
+  f.width = (left < p.width ? left : p.width) * static_cast<int64_t>(sizeof(float));
+  const int64_t runs =
+      s.segments[p.tile_end * s.slabs].run - s.segments[p.tile_begin * s.slabs].run;
+  f.per_run = (s.cols_total + runs - 1) / (runs > 0 ? runs : 1);
+  return f;
+}
+
 AEROGEL_NOINLINE void run_segment(const RunContext& c, const SpmmStream& s, int64_t segment,
-                                  int vectors, bool masked) {
+                                  int vectors, bool masked, PanelPrefetch& ahead) {
   SpmmSegment at = s.segments[segment];
   const int64_t end = s.segments[segment + 1].run;
   for (; at.run < end; ++at.run) {
+    ahead.advance();
     const SpmmRun& run = s.runs[at.run];
     const RunFunction function = kRunTables[run.width >> 1][run.block >> 1].function[masked]
                                                                                     [vectors - 1];
@@ -260,6 +300,7 @@ void run_panel(const SpmmPanel& p) {
   float* const slab_scratch = p.scratch;
   float* const tile_scratch = p.scratch + s.cols_total * stride;
 
+  PanelPrefetch ahead = next_panel(p);
   RunContext c{};
   c.bias = a.bias;
   c.tail = a.padded || a.tokens ? kLanes : tail;
@@ -284,7 +325,7 @@ void run_panel(const SpmmPanel& p) {
                  : reinterpret_cast<const char*>(p.x + p.column);
       c.first = slab == 0;
       c.last = slab == s.slabs - 1;
-      run_segment(c, s, tile * s.slabs + slab, vectors, masked);
+      run_segment(c, s, tile * s.slabs + slab, vectors, masked, ahead);
     }
     if (a.tokens) {
       unpack_tile(p, row_begin, row_end, stride, tile_scratch);
