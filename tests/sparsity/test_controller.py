@@ -424,10 +424,10 @@ def test_recurrent_masked_values_are_kept_and_saved():
     )
     model(torch.randn(4, 3, 5))[0].sum().backward()
     controller.step()
-    stored = controller.state_dict()["stored"]
+    held = controller.state_dict()["held"]
     for name, value in controller.stored_weights().items():
         assert torch.equal(value, start[name])
-        assert torch.equal(stored[name], start[name])
+        assert torch.equal(held[name], start[name] * ~controller.masks[name])
         assert not torch.equal(model.get_parameter(name), start[name])
 
 

@@ -25,6 +25,7 @@ from aerogel.sparsity import (
 )
 from aerogel.sparsity.bidirectional import bidirectional_conv, bidirectional_linear
 from aerogel.sparsity.coupling import COUPLINGS, make_coupling
+from aerogel.sparsity.keep import Keep
 from aerogel.sparsity.parametrizations import (
     attach_parametrization,
     detach_parametrization,
@@ -55,10 +56,25 @@ def test_masked_forward_and_gradient(case):
     assert torch.autograd.gradcheck(lambda w: masked(w, mask), weight)
 
 
-def test_masked_weights_are_exactly_zero_even_where_the_stored_value_is_not_finite(case):
-    weight, mask, _ = case
-    bad = torch.where(mask, weight.detach(), torch.inf)
-    assert bool((masked(bad, mask)[~mask] == 0).all())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeroing_by_bits_is_exact_in_every_type(dtype):
+    torch.manual_seed(0)
+    mask = torch.rand(7, 9) < 0.5
+    values = torch.randn(7, 9).to(dtype)
+    values[~mask] = torch.inf
+    keep = Keep(mask, values)
+    pruned = keep.pruned_part(values)
+    assert bool((pruned[~mask] == torch.inf).all())
+    assert bool((pruned[mask] == 0).all())
+    zeroed = values.clone()
+    keep.zero_(zeroed)
+    assert torch.equal(zeroed, torch.where(mask, values, 0.0))
+    assert not bool(zeroed.signbit()[~mask].any())
+    keep.join_(zeroed, pruned)
+    assert torch.equal(zeroed, values)
+    for other in (torch.ones(7, 9, dtype=torch.float64), torch.ones(7, 9, dtype=torch.float16)):
+        keep.zero_(other)
+        assert torch.equal(other, mask.to(other.dtype))
 
 
 def test_straight_through_passes_the_whole_gradient(case):
@@ -284,7 +300,7 @@ def test_shrink_multiplies_masked_weights_only():
 def test_shrunken_weights_become_zero_before_they_become_denormal():
     leaf = nn.Parameter(torch.tensor([1e-19, 1e-25, 1.0]))
     with torch.no_grad():
-        Shrink(0.5).after_step(leaf, torch.tensor([False, False, True]), 0.0)
+        Shrink(0.5).after_step(leaf, Keep(torch.tensor([False, False, True]), leaf), 0.0)
     assert leaf.tolist() == [pytest.approx(5e-20), 0.0, 1.0]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.select import ParamRef
 
 
@@ -16,7 +17,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None
     ) -> Tensor:
-        return F.linear(x, torch.where(forward, weight, 0.0), bias)
+        return F.linear(x, weight * keep_factor(forward, weight.dtype), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -30,7 +31,10 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
         inputs = x.flatten(0, -2) if x.dim() > 1 else x[None]
         # Under autocast the product ran in a lower precision than what was saved.
-        inputs, kept = inputs.to(rows.dtype), torch.where(backward, weight, 0.0).to(rows.dtype)
+        inputs, kept = (
+            inputs.to(rows.dtype),
+            (weight * keep_factor(backward, weight.dtype)).to(rows.dtype),
+        )
         to_x = (rows @ kept).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         to_weight = (rows.t() @ inputs).to(weight.dtype) if ctx.needs_input_grad[1] else None
         to_bias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
@@ -49,7 +53,7 @@ class _Conv(torch.autograd.Function):
         padding: Sequence[int],
         dilation: Sequence[int],
     ) -> Tensor:
-        kept = torch.where(forward, weight, 0.0)
+        kept = weight * keep_factor(forward, weight.dtype)
         zeros = [0] * len(stride)
         return torch.convolution(x, kept, bias, stride, padding, dilation, False, zeros, 1)
 
@@ -64,7 +68,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight, backward = ctx.saved_tensors
         inputs = x.to(gradient.dtype)
-        kept = torch.where(backward, weight, 0.0).to(gradient.dtype)
+        kept = (weight * keep_factor(backward, weight.dtype)).to(gradient.dtype)
         stride, padding, dilation = ctx.geometry
         zeros = [0] * len(stride)
         bias_sizes = [weight.shape[0]] if ctx.has_bias else None

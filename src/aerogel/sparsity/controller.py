@@ -10,18 +10,18 @@ all ranks, and random choices from a generator seeded equally. So are the masks.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.sparsity.coupling import Coupling, make_coupling, mask_optimizer_state
+from aerogel.sparsity.coupling import Coupling, make_coupling
+from aerogel.sparsity.masked_parameters import MaskedParameters
 from aerogel.sparsity.masks import MaskSet
-from aerogel.sparsity.ownership import claim, fitted_masks, release
+from aerogel.sparsity.ownership import fitted_masks
 from aerogel.sparsity.schedules import Schedule
-from aerogel.sparsity.select import ParamRef, ParamSelection
+from aerogel.sparsity.select import ParamSelection
 from aerogel.sparsity.topk import kept_count
 from aerogel.sparsity.updates import Allocation, UpdateContext, UpdateRule
 
@@ -83,23 +83,13 @@ class MaskController:
         self.t = 0
         self.finalized = False
         self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._parameters = selection.parameters()
         self._hooks: list[Any] = []
-        self._gradient_hooks: list[Any] = []
         self._check(schedule, update_rule)
         start = MaskSet.ones(selection) if masks is None else fitted_masks(masks, selection)
-        self._holders: dict[str, tuple[nn.Module, str]] = {}
-        self._masks = start
-        claim(self._parameters, self)
-        self._attach_all()
-        self._sparse = self._names_with_zeros()
+        self._masked = MaskedParameters(selection, self.coupling, start, self)
         self._target = self._allocated(masks)
-        self._fired = self._masks.clone() if self.rule.tracks_fired else MaskSet()
+        self._fired = start.clone() if self.rule.tracks_fired else MaskSet()
         self._captured: dict[str, Tensor] = {}
-        # What masked entries held when they were masked: `Frozen` puts it back after each step.
-        self._frozen: dict[str, Tensor] = {}
-        self._stored: dict[str, Tensor] = {}
-        self._begin()
 
     # ------------------------------------------------------------------------------------ stepping
 
@@ -165,29 +155,25 @@ class MaskController:
         self._alive()
         if self.rule.needs_gradient and self._in_window():
             self._capture()
-        for name in self._sparse:
-            leaf, mask = self._parameters[name], self._mask(name)
-            if self.coupling.freezes and name not in self._frozen:
-                self._freeze(name)
-            self.coupling.before_step(leaf, mask)
+        self._masked.hold_new()
+        for name, keep in self._masked.acting():
+            self.coupling.before_step(self._masked.parameters[name], keep)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Points 4 to 6: decide masks if due, let them act, advance ``t``."""
         self._alive()
-        self._restore_frozen()
+        self._masked.restore_held()
         # State is masked by the old masks first: what weight decay put into the state of a masked
         # entry must be gone before the entry may return.
-        self._mask_state()
+        self._masked.mask_state(self._inner)
         if self.due:
             self._update()
-            self._mask_state()
+            self._masked.mask_state(self._inner)
         rates = self._learning_rates()
-        for name in self._sparse:
-            leaf, mask = self._parameters[name], self._mask(name)
-            if name in self._stored:
-                leaf.masked_fill_(~mask, 0.0)
-            self.coupling.after_step(leaf, mask, rates.get(id(leaf), 0.0))
+        for name, keep in self._masked.acting():
+            leaf = self._masked.parameters[name]
+            self.coupling.after_step(leaf, keep, rates.get(id(leaf), 0.0))
         self.t += 1
         for ref in self.selection.values():
             self.coupling.set_step(ref, self.t)
@@ -202,7 +188,7 @@ class MaskController:
     @property
     def masks(self) -> MaskSet:
         """The masks in force (the tensors themselves, not copies)."""
-        return MaskSet({name: self._mask(name) for name in self.selection})
+        return self._masked.masks
 
     @property
     def fired(self) -> MaskSet:
@@ -215,20 +201,14 @@ class MaskController:
 
     def stored_weights(self) -> dict[str, Tensor]:
         """What every weight holds, masked entries included where the coupling keeps them."""
-        return {name: self._weight(name) for name in self.selection}
+        return self._masked.weights()
 
     def finalize(self) -> MaskSet:
         """Bake W * m into the parameters, remove every trace, and return the final masks."""
         self._alive()
         final = self.masks.clone()
         self.unfollow_optimizer()
-        for name, ref in self.selection.items():
-            self.coupling.detach(ref, final[name])
-        for handle in self._gradient_hooks:
-            handle.remove()
-        release(self._parameters)
-        self._stored.clear()
-        self._frozen.clear()
+        self._masked.release(final)
         self.finalized = True
         return final
 
@@ -241,7 +221,7 @@ class MaskController:
             "masks": self.masks.state_dict(),
             "fired": self._fired.state_dict(),
             "target": dict(self._target),
-            "stored": {name: value.clone() for name, value in self._stored.items()},
+            "held": self._masked.held_in_place(),
             "captured": {name: value.clone() for name, value in self._captured.items()},
             "generator": self.generator.get_state(),
             "rule": self.rule.state_dict(),
@@ -256,20 +236,15 @@ class MaskController:
         """
         self._alive()
         loaded = fitted_masks(MaskSet.from_state_dict(state["masks"]), self.selection)
-        for name, mask in self._masks.items():
-            mask.copy_(loaded[name])
         if self.rule.tracks_fired:
             self._fired = fitted_masks(MaskSet.from_state_dict(state["fired"]), self.selection)
         self.t = int(state["t"])
         self._target = {name: int(count) for name, count in state["target"].items()}
-        self._stored = {name: self._like(name, value) for name, value in state["stored"].items()}
-        self._captured = {n: self._like(n, value) for n, value in state["captured"].items()}
+        self._masked.load(loaded, state["held"])
+        self._captured = {n: self._masked.like(n, value) for n, value in state["captured"].items()}
         self.generator.set_state(state["generator"].cpu())
         self.rule.load_state_dict(state["rule"])
-        self._sparse = self._names_with_zeros()
-        self._frozen.clear()
-        for name, ref in self.selection.items():
-            self.coupling.masks_changed(ref, self._weight(name))
+        for ref in self.selection.values():
             self.coupling.set_step(ref, self.t)
 
     # ------------------------------------------------------------------------------------- pieces
@@ -283,56 +258,16 @@ class MaskController:
                 f"masks; use 'hard'"
             )
         known = {id(p) for group in self._inner.param_groups for p in group["params"]}
-        missing = [name for name, p in self._parameters.items() if id(p) not in known]
+        missing = [name for name, p in self.selection.parameters().items() if id(p) not in known]
         if missing and known:
             raise ValueError(f"the optimizer does not train {missing}")
-
-    def _attach_all(self) -> None:
-        attached: list[ParamRef] = []
-        try:
-            for name, ref in self.selection.items():
-                if not self.coupling.works_in_place(ref):
-                    self.coupling.attach(ref, self._masks[name])
-                    attached.append(ref)
-                    holder = self.coupling.mask_holder(ref)
-                    if holder is not None:
-                        self._holders[name] = holder
-        except ValueError:
-            for ref in attached:
-                self.coupling.detach(ref, torch.ones_like(self._masks[ref.name]))
-            release(self._parameters)
-            raise
-
-    @torch.no_grad()
-    def _begin(self) -> None:
-        """Let the starting masks act before the first forward pass."""
-        for name, ref in self.selection.items():
-            leaf, mask = self._parameters[name], self._mask(name)
-            if self.coupling.works_in_place(ref):
-                self._stored[name] = leaf.detach().clone()
-                self._hook_gradient(name, leaf)
-                leaf.masked_fill_(~mask, 0.0)
-            elif self.coupling.state_mask != "none" and not self.coupling.freezes:
-                leaf.masked_fill_(~mask, 0.0)
-            self.coupling.masks_changed(ref, self._weight(name))
-
-    def _hook_gradient(self, name: str, leaf: nn.Parameter) -> None:
-        owner = weakref.ref(self)
-
-        def mask_gradient(gradient: Tensor) -> Tensor:
-            controller = owner()
-            if controller is None:
-                return gradient
-            return torch.where(controller._mask(name), gradient, 0.0)
-
-        self._gradient_hooks.append(leaf.register_hook(mask_gradient))
 
     def _allocated(self, masks: MaskSet | None) -> dict[str, int]:
         """Counts to hold: the allocated ones, so that masks drawn at random are repaired."""
         if masks is not None and isinstance(self.allocation, Mapping):
             densities = self.allocation
-            return {n: kept_count(m.numel(), densities[n]) for n, m in self._masks.items()}
-        return {name: int(mask.sum()) for name, mask in self._masks.items()}
+            return {n: kept_count(m.numel(), densities[n]) for n, m in self.masks.items()}
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def _update(self) -> None:
         assert self.schedule is not None
@@ -350,48 +285,13 @@ class MaskController:
             allocation=self.allocation,
         )
         new = self.rule.update(ctx)
-        for name, ref in self.selection.items():
-            self._replace(name, ref, new[name])
-        self._captured = {}
-        self._sparse = self._names_with_zeros()
-        self._frozen.clear()
-        for name in self._sparse if self.coupling.freezes else ():
-            self._freeze(name)
-
-    def _replace(self, name: str, ref: ParamRef, new: Tensor) -> None:
-        mask, leaf = self._mask(name), self._parameters[name]
-        if self.rule.init_value == "zero":
-            grown = new & ~mask
-            leaf.masked_fill_(grown, 0.0)
-            if name in self._stored:
-                self._stored[name].masked_fill_(grown, 0.0)
-        if name in self._stored:
-            leaf.copy_(self._stored[name])
-        mask.copy_(new)
+        self._masked.replace(new, ctx.weights, zero_grown=self.rule.init_value == "zero")
         if self.rule.tracks_fired:
-            self._fired[name] |= new
-        self.coupling.masks_changed(ref, self._weight(name))
-
-    def _restore_frozen(self) -> None:
-        """Undo what momentum and weight decay did to masked entries in the optimizer step."""
-        for name, frozen in self._frozen.items():
-            leaf = self._parameters[name].data
-            torch.where(self._mask(name), leaf, frozen, out=leaf)
-        for name, stored in self._stored.items():
-            torch.where(self._mask(name), self._parameters[name].data, stored, out=stored)
-
-    def _mask_state(self) -> None:
-        for name in self._sparse:
-            leaf = self._parameters[name]
-            state = self._inner.state.get(leaf, {})
-            mask_optimizer_state(state, leaf, self._mask(name), self.coupling.state_mask)
-
-    def _freeze(self, name: str) -> None:
-        if name not in self._stored:
-            self._frozen[name] = self._parameters[name].detach().clone()
+            self._fired = self._fired | new
+        self._captured = {}
 
     def _capture(self) -> None:
-        for name, leaf in self._parameters.items():
+        for name, leaf in self._masked.parameters.items():
             if leaf.grad is None:
                 raise ValueError(f"{name!r} has no gradient to grow by at step {self.t}")
             if leaf.grad.is_sparse:
@@ -406,28 +306,6 @@ class MaskController:
 
     def _finite(self) -> bool:
         return all(bool(torch.isfinite(g).all()) for g in self._captured.values())
-
-    def _weight(self, name: str) -> Tensor:
-        return self._stored[name] if name in self._stored else self._parameters[name].detach()
-
-    def _mask(self, name: str) -> Tensor:
-        """The mask that acts: module buffers move with the model, so they are asked."""
-        holder = self._holders.get(name)
-        mask = self._masks[name] if holder is None else holder[0].get_buffer(holder[1])
-        device = self._parameters[name].device
-        if mask.device != device:
-            mask = mask.to(device)
-        self._masks[name] = mask
-        return mask
-
-    def _like(self, name: str, value: Tensor) -> Tensor:
-        leaf = self._parameters.get(name)
-        if leaf is None or leaf.shape != value.shape:
-            raise ValueError(f"saved state of {name!r} does not fit this model")
-        return value.to(leaf.device, copy=True)
-
-    def _names_with_zeros(self) -> list[str]:
-        return [name for name in self.selection if not bool(self._mask(name).all())]
 
     def _learning_rates(self) -> dict[int, float]:
         return {

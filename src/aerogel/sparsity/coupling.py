@@ -20,14 +20,15 @@ What happens in the forward pass is a `torch.nn.utils.parametrize` parametrizati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.sparsity.bidirectional import attach_bidirectional, detach_bidirectional
+from aerogel.sparsity.keep import Keep, StateMask
 from aerogel.sparsity.parametrizations import (
     MaskedWeight,
     SoftMaskedWeight,
@@ -44,8 +45,6 @@ SR_STE_LAMBDA = 2e-4
 
 # Smaller than this a shrunken weight is on its way to a denormal, which CPUs multiply very slowly.
 _FLUSH = 1e-20
-
-StateMask = Literal["all", "momentum", "none"]
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,10 @@ class Coupling:
     def masks_changed(self, ref: ParamRef, weight: Tensor) -> None:
         """Called after the mask of a parameter was decided anew."""
 
-    def before_step(self, leaf: nn.Parameter, mask: Tensor) -> None:
+    def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         """Change the gradient before the optimizer sees it."""
 
-    def after_step(self, leaf: nn.Parameter, mask: Tensor, lr: float) -> None:
+    def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
         """Change the stored weight after the optimizer step and the mask update."""
 
     def set_step(self, ref: ParamRef, t: int) -> None:
@@ -112,12 +111,12 @@ class Hard(Coupling):
     name: ClassVar[str] = "hard"
     state_mask: ClassVar[StateMask] = "all"
 
-    def before_step(self, leaf: nn.Parameter, mask: Tensor) -> None:
+    def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         if leaf.grad is not None:
-            leaf.grad.masked_fill_(~mask, 0.0)
+            keep.zero_(leaf.grad)
 
-    def after_step(self, leaf: nn.Parameter, mask: Tensor, lr: float) -> None:
-        leaf.masked_fill_(~mask, 0.0)
+    def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
+        keep.zero_(leaf)
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ class HardDenseGrad(Coupling):
     def state_mask(self) -> StateMask:  # type: ignore[override]
         return "all" if self.reset_state else "momentum"
 
-    def after_step(self, leaf: nn.Parameter, mask: Tensor, lr: float) -> None:
-        leaf.masked_fill_(~mask, 0.0)
+    def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
+        keep.zero_(leaf)
 
 
 @dataclass(frozen=True)
@@ -191,13 +190,13 @@ class SRSTE(Coupling):
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask, straight=True)
 
-    def before_step(self, leaf: nn.Parameter, mask: Tensor) -> None:
+    def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         if leaf.grad is not None and not self.decoupled:
-            leaf.grad.add_(torch.where(mask, 0.0, leaf.detach()), alpha=self.lam)
+            leaf.grad.add_(keep.pruned_part(leaf), alpha=self.lam)
 
-    def after_step(self, leaf: nn.Parameter, mask: Tensor, lr: float) -> None:
+    def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
         if self.decoupled:
-            leaf.sub_(torch.where(mask, 0.0, leaf), alpha=lr * self.lam)
+            leaf.sub_(keep.pruned_part(leaf), alpha=lr * self.lam)
 
 
 @dataclass(frozen=True)
@@ -247,10 +246,9 @@ class Shrink(Coupling):
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
 
-    def after_step(self, leaf: nn.Parameter, mask: Tensor, lr: float) -> None:
-        shrunk = leaf * self.alpha
-        shrunk.masked_fill_(shrunk.abs() < _FLUSH, 0.0)
-        leaf.copy_(torch.where(mask, leaf, shrunk))
+    def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
+        shrunk = keep.pruned_part(leaf).mul_(self.alpha)
+        keep.join_(leaf, F.hardshrink(shrunk, _FLUSH))
 
 
 @dataclass(frozen=True)
@@ -301,16 +299,3 @@ def make_coupling(kind: str | Coupling) -> Coupling:
     if kind not in COUPLINGS:
         raise ValueError(unknown_name("coupling", kind, COUPLINGS))
     return COUPLINGS[kind]()
-
-
-def mask_optimizer_state(
-    state: Mapping[str, object], leaf: Tensor, mask: Tensor, which: StateMask
-) -> None:
-    """Zero the masked entries of every per-element state tensor (or of the momentum alone)."""
-    if which == "none":
-        return
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != leaf.shape or value.dim() == 0:
-            continue
-        if which == "all" or key == "momentum_buffer":
-            value.masked_fill_(~mask.to(value.device), 0.0)

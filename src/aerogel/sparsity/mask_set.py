@@ -102,7 +102,7 @@ class MaskSet(MutableMapping[str, Tensor]):
     @property
     def nnz(self) -> int:
         """Weights kept, over all masks."""
-        return sum(int(mask.sum()) for mask in self._masks.values())
+        return sum(int(torch.count_nonzero(mask)) for mask in self._masks.values())
 
     @property
     def numel(self) -> int:
@@ -119,7 +119,7 @@ class MaskSet(MutableMapping[str, Tensor]):
 
     def layer_density(self) -> dict[str, float]:
         """Fraction kept, per mask."""
-        return {name: int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+        return {n: int(torch.count_nonzero(m)) / m.numel() for n, m in self._masks.items()}
 
     def clone(self) -> MaskSet:
         """An independent copy."""

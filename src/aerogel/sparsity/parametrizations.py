@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.patterns import GroupPattern
 from aerogel.sparsity.select import ParamRef
 from aerogel.sparsity.topk import topk_mask
@@ -34,7 +35,7 @@ class _LearnedTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
+        return weight * keep_factor(mask, weight.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -43,17 +44,18 @@ class _LearnedTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         weight, scores, mask = ctx.saved_tensors
-        return torch.where(mask, gradient, 0.0), scores.sign() * (gradient * weight), None
+        kept = keep_factor(mask, gradient.dtype)
+        return gradient * kept, scores.sign() * (gradient * weight), None
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """W * m; the gradient is g * m."""
-    return torch.where(mask, weight, 0.0)
+    return weight * keep_factor(mask, weight.dtype)
 
 
 def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
     """W * m; the gradient is g, everywhere."""
-    return _StraightThrough.apply(weight, mask)
+    return _StraightThrough.apply(weight, keep_factor(mask, weight.dtype))
 
 
 def soft(
@@ -67,7 +69,8 @@ def soft(
         beta: 0-dim, the part that pruned weights still play.
         grad: see above.
     """
-    factor = torch.where(mask, torch.ones_like(beta), beta)
+    # lerp is exact at both ends: 1 where kept, beta where not.
+    factor = torch.lerp(beta, torch.ones_like(beta), keep_factor(mask, beta.dtype))
     return weight * factor if grad == "chain" else _StraightThrough.apply(weight, factor)
 
 

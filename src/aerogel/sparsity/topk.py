@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,10 @@ def kth_largest(score: Tensor, k: int) -> Tensor:
     flat = _comparable(score).flatten()
     if not 1 <= k <= flat.numel():
         raise ValueError(f"k must be in [1, {flat.numel()}], got {k}")
+    if flat.device.type == "cpu":
+        # torch.kthvalue also permutes an int64 index per entry, three times the memory traffic.
+        place = flat.numel() - k
+        return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1].copy())[0]
     return torch.kthvalue(flat, flat.numel() - k + 1).values
 
 
@@ -127,7 +132,7 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
     flat = _comparable(score).flatten()
     threshold = kth_largest(flat, k)
     kept = flat > threshold
-    _fill_ties(kept, flat, threshold, k - int(kept.sum()))
+    _fill_ties(kept, flat, threshold, k - int(torch.count_nonzero(kept)))
     return kept.view(score.shape)
 
 
@@ -136,7 +141,7 @@ def _fill_ties(kept: Tensor, flat: Tensor, threshold: Tensor, missing: int) -> N
     # In chunks, because a tensor of equal scores would need an index for each of its entries.
     for start in range(0, flat.numel(), _TIE_CHUNK):
         ties = flat[start : start + _TIE_CHUNK] == threshold
-        found = int(ties.sum())
+        found = int(torch.count_nonzero(ties))
         if found > missing:
             ties[ties.nonzero().flatten()[missing:]] = False
         kept[start : start + _TIE_CHUNK] |= ties

@@ -1,0 +1,234 @@
+"""Parameters under masks: which mask acts on which, and what pruned entries hold meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.sparsity.coupling import Coupling
+from aerogel.sparsity.keep import Keep, keep_factor, mask_optimizer_state
+from aerogel.sparsity.masks import MaskSet
+from aerogel.sparsity.ownership import claim, release
+from aerogel.sparsity.select import ParamRef, ParamSelection
+
+
+class MaskedParameters:
+    """The parameters of one controller, with their masks attached as the coupling says.
+
+    Args:
+        selection: the parameters; claimed for ``owner``.
+        coupling: how masks act.
+        masks: masks that fit the selection; from now on these tensors act.
+        owner: who holds them.
+
+    Raises:
+        ValueError: a parameter is claimed or parametrized already. Nothing is left attached.
+    """
+
+    def __init__(
+        self, selection: ParamSelection, coupling: Coupling, masks: MaskSet, owner: object
+    ) -> None:
+        self.selection = selection
+        self.coupling = coupling
+        self.parameters = selection.parameters()
+        self._masks = masks
+        self._holders: dict[str, tuple[nn.Module, str]] = {}
+        self._in_place: set[str] = set()
+        self._gradient_hooks: list[Any] = []
+        # Only of parameters that have zeros; the others need nothing between updates.
+        self._keeps: dict[str, Keep] = {}
+        # What pruned entries hold under a coupling that freezes them (0 where kept).
+        self._held: dict[str, Tensor] = {}
+        claim(self.parameters, owner)
+        self._attach_all()
+        self._begin()
+
+    # ------------------------------------------------------------------------------ what acts now
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force (the tensors themselves)."""
+        return MaskSet({name: self.mask(name) for name in self.selection})
+
+    def mask(self, name: str) -> Tensor:
+        """The mask that acts: module buffers move with the model, so they are asked."""
+        holder = self._holders.get(name)
+        mask = self._masks[name] if holder is None else holder[0].get_buffer(holder[1])
+        device = self.parameters[name].device
+        if mask.device != device:
+            mask = mask.to(device)
+        self._masks[name] = mask
+        return mask
+
+    def weight(self, name: str) -> Tensor:
+        """The stored weight, with what pruned entries hold."""
+        leaf = self.parameters[name].detach()
+        if name not in self._in_place or name not in self._held:
+            return leaf
+        whole = leaf.clone()
+        self.keep(name).join_(whole, self._held[name])
+        return whole
+
+    def weights(self) -> dict[str, Tensor]:
+        """All stored weights."""
+        return {name: self.weight(name) for name in self.selection}
+
+    def acting(self) -> list[tuple[str, Keep]]:
+        """Name and mask of every parameter that has zeros."""
+        return [(name, self.keep(name)) for name in self._keeps]
+
+    def keep(self, name: str) -> Keep:
+        """The mask of a parameter that has zeros, fit for zeroing."""
+        keep, leaf = self._keeps[name], self.parameters[name]
+        if not keep.fits(leaf):  # the model was moved or converted since
+            keep = self._keeps[name] = Keep(self.mask(name), leaf)
+            if name in self._held:
+                self._held[name] = self._held[name].to(leaf)
+        return keep
+
+    # ---------------------------------------------------------------------------- around a step
+
+    def hold_new(self) -> None:
+        """Note what pruned entries hold, where that is not known yet (after loading)."""
+        for name, keep in self.acting() if self.coupling.freezes else ():
+            if name not in self._held:
+                self._held[name] = keep.pruned_part(self.parameters[name])
+
+    def restore_held(self) -> None:
+        """Undo what momentum and weight decay did to frozen entries in the optimizer step."""
+        for name, held in self._held.items():
+            leaf, keep = self.parameters[name], self.keep(name)
+            if name in self._in_place:
+                keep.zero_(leaf)
+            else:
+                keep.join_(leaf, held)
+
+    def mask_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimizer state of pruned entries, as far as the coupling says."""
+        for name, keep in self.acting():
+            leaf = self.parameters[name]
+            state = optimizer.state.get(leaf, {})
+            mask_optimizer_state(state, leaf, keep, self.coupling.state_mask)
+
+    def replace(
+        self, new: Mapping[str, Tensor], weights: Mapping[str, Tensor], zero_grown: bool
+    ) -> None:
+        """Let other masks act.
+
+        Args:
+            new: a mask for every parameter.
+            weights: stored weights of this moment (of `weights`).
+            zero_grown: entries that come back start at 0 instead of what they hold.
+        """
+        for name, weight in weights.items():
+            mask = self.mask(name)
+            if zero_grown:
+                weight.masked_fill_(new[name] & ~mask, 0.0)
+            if name in self._in_place:
+                self.parameters[name].copy_(weight)
+            mask.copy_(new[name])
+            self.coupling.masks_changed(self.selection[name], weight)
+        self._held.clear()
+        self._find_zeros()
+        for name, keep in self.acting() if self.coupling.freezes else ():
+            self._hold(name, keep)
+
+    def release(self, final: MaskSet) -> None:
+        """Bake ``W * final`` into the parameters and take everything off them."""
+        for name, ref in self.selection.items():
+            self.coupling.detach(ref, final[name])
+        for handle in self._gradient_hooks:
+            handle.remove()
+        release(self.parameters)
+        self._keeps.clear()
+        self._held.clear()
+
+    # -------------------------------------------------------------------------------- persistence
+
+    def held_in_place(self) -> dict[str, Tensor]:
+        """What pruned entries hold, of the parameters that hold zeros instead."""
+        return {n: value.clone() for n, value in self._held.items() if n in self._in_place}
+
+    def load(self, masks: MaskSet, held: Mapping[str, Tensor]) -> None:
+        """Take masks and held values that were saved; the parameters are loaded already."""
+        for name in self.selection:
+            self.mask(name).copy_(masks[name])
+        self._held = {name: self.like(name, value) for name, value in held.items()}
+        self._find_zeros()
+        for name, ref in self.selection.items():
+            self.coupling.masks_changed(ref, self.weight(name))
+
+    def like(self, name: str, value: Tensor) -> Tensor:
+        """A copy of a saved tensor on its parameter's device.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        leaf = self.parameters.get(name)
+        if leaf is None or leaf.shape != value.shape:
+            raise ValueError(f"saved state of {name!r} does not fit this model")
+        return value.to(leaf.device, copy=True)
+
+    # ------------------------------------------------------------------------------------- pieces
+
+    def _attach_all(self) -> None:
+        attached: list[ParamRef] = []
+        try:
+            for name, ref in self.selection.items():
+                if self.coupling.works_in_place(ref):
+                    self._in_place.add(name)
+                else:
+                    self.coupling.attach(ref, self._masks[name])
+                    attached.append(ref)
+                    holder = self.coupling.mask_holder(ref)
+                    if holder is not None:
+                        self._holders[name] = holder
+        except ValueError:
+            for ref in attached:
+                self.coupling.detach(ref, torch.ones_like(self._masks[ref.name]))
+            release(self.parameters)
+            raise
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Let the starting masks act before the first forward pass."""
+        self._find_zeros()
+        for name in self._in_place:
+            self._hook_gradient(name, self.parameters[name])
+        for name, keep in self.acting():
+            if self.coupling.freezes:
+                self._hold(name, keep)
+            elif self.coupling.state_mask != "none":
+                keep.zero_(self.parameters[name])
+        for name, ref in self.selection.items():
+            self.coupling.masks_changed(ref, self.weight(name))
+
+    def _hook_gradient(self, name: str, leaf: nn.Parameter) -> None:
+        owner = weakref.ref(self)
+
+        def mask_gradient(gradient: Tensor) -> Tensor:
+            masked = owner()
+            if masked is None or name not in masked._keeps:
+                return gradient
+            return gradient * keep_factor(masked.mask(name), gradient.dtype)
+
+        self._gradient_hooks.append(leaf.register_hook(mask_gradient))
+
+    def _hold(self, name: str, keep: Keep) -> None:
+        """Note what pruned entries hold; where zeros are kept in place, make them so."""
+        leaf = self.parameters[name]
+        self._held[name] = keep.pruned_part(leaf)
+        if name in self._in_place:
+            keep.zero_(leaf)
+
+    def _find_zeros(self) -> None:
+        """Spread the bits of every mask that has zeros."""
+        self._keeps = {
+            name: Keep(self.mask(name), parameter)
+            for name, parameter in self.parameters.items()
+            if not bool(self.mask(name).all())
+        }
