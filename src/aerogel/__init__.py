@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Resolved on first use, so that `import aerogel` and `aerogel --help` stay quick.
-_PUBLIC = {
-    name: "aerogel.runtime" for name in ("compile", "CompiledModule", "save", "load", "inspect")
-}
+_PUBLIC = dict.fromkeys(("compile", "CompiledModule", "save", "load", "inspect"), "aerogel.runtime")
 _ROOMS = ("kernels", "sparsity", "runtime", "pruning", "models", "data", "train", "bench", "report")
 
 __all__ = ["CompiledModule", "__version__", "compile", "inspect", "load", "save"]
