@@ -1,6 +1,12 @@
-"""The published pruning methods, one file each, on the parts of `aerogel.sparsity`."""
+"""The published pruning methods, one file each, on the parts of `aerogel.sparsity`.
+
+Methods that others build on live there and are shown here too: the dynamic trainers `RigL`, `SET`
+and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
+"""
 
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
+from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 
-__all__ = ["GradualPruner", "MaskSet"]
+__all__ = ["ITOP", "SET", "GradualPruner", "MaskSet", "RigL", "magnitude_", "sparsegpt_", "wanda_"]

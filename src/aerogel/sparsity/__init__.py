@@ -10,12 +10,30 @@
 | how they change | `Rebuild`, `DropGrow`, `drop`, `grow` |
 | how they act | `Hard`, `Frozen`, `STE`, `Soft`, `Bidirectional`, ... |
 | one training step | `MaskController` |
+| whole trainers | `RigL`, `SET`, `ITOP` |
+| without training | `magnitude_`, `wanda_`, `sparsegpt_`, `collect_input_stats` |
+| around training | `Snapshot` and `rewind`, `RetrainingLR`, `average_models`, penalties |
+| on paper, and in which order | `inference_flops`, `storage_bytes`; `permutation_classes` |
 
 Masks are bool, ``True`` = kept; scores are higher = keep; sparsity is the fraction of zeros.
 """
 
 from aerogel.sparsity.allocation import allocate
+from aerogel.sparsity.average import (
+    average_models,
+    greedy_soup,
+    recalibrate_batchnorm,
+    soup_distance,
+)
+from aerogel.sparsity.calibrate import collect_input_stats, sequential_stages
 from aerogel.sparsity.controller import MaskController
+from aerogel.sparsity.cost import (
+    gradual_training_flops,
+    inference_flops,
+    nm_training_flops,
+    storage_bytes,
+    training_flops,
+)
 from aerogel.sparsity.coupling import (
     COUPLINGS,
     SRSTE,
@@ -29,7 +47,10 @@ from aerogel.sparsity.coupling import (
     Soft,
     make_coupling,
 )
+from aerogel.sparsity.dynamic import ITOP, SET, DynamicSparseTrainer, RigL
+from aerogel.sparsity.input_stats import InputStats
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
+from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_, wanda_mask
 from aerogel.sparsity.parametrizations import LearnedMask, MaskedWeight, SoftMaskedWeight
 from aerogel.sparsity.patterns import (
     NM,
@@ -46,7 +67,33 @@ from aerogel.sparsity.patterns import (
     Unstructured,
     parse_pattern,
 )
+from aerogel.sparsity.penalties import (
+    AttentionLogPenalty,
+    GroupLasso,
+    WeightL1,
+    WeightLogPenalty,
+    attention_log,
+)
+from aerogel.sparsity.permute import (
+    PermutationClass,
+    apply_permutation,
+    invert,
+    permutation_classes,
+)
 from aerogel.sparsity.persist import load_state, save_state
+from aerogel.sparsity.retraining import (
+    ALLR,
+    CLR,
+    FT,
+    LLR,
+    LRW,
+    SLR,
+    RetrainingLR,
+    learning_rate_curve,
+    norm_drop,
+    retraining_curve,
+)
+from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.schedules import (
     Constant,
     Cosine,
@@ -73,11 +120,20 @@ from aerogel.sparsity.topk import kept_count, pruned_count, topk_mask, topk_rows
 from aerogel.sparsity.updates import DropGrow, Rebuild, UpdateContext, UpdateRule, drop, grow
 
 __all__ = [
+    "ALLR",
+    "CLR",
     "COUPLINGS",
+    "FT",
+    "ITOP",
+    "LLR",
+    "LRW",
     "NM",
     "SCORES",
+    "SET",
+    "SLR",
     "SRSTE",
     "STE",
+    "AttentionLogPenalty",
     "Bidirectional",
     "Block",
     "Channel",
@@ -87,14 +143,17 @@ __all__ = [
     "Coupling",
     "Cubic",
     "DropGrow",
+    "DynamicSparseTrainer",
     "Exponential",
     "Filter",
     "FixedFraction",
     "Frozen",
     "Geometric",
+    "GroupLasso",
     "GroupPattern",
     "Hard",
     "HardDenseGrad",
+    "InputStats",
     "InversePower",
     "KernelGroup",
     "KernelPattern",
@@ -109,10 +168,14 @@ __all__ = [
     "ParamRef",
     "ParamSelection",
     "Pattern",
+    "PermutationClass",
     "Rebuild",
+    "RetrainingLR",
+    "RigL",
     "Schedule",
     "ScoreContext",
     "Shrink",
+    "Snapshot",
     "Soft",
     "SoftMaskedWeight",
     "TransposableNM",
@@ -120,23 +183,50 @@ __all__ = [
     "Unstructured",
     "UpdateContext",
     "UpdateRule",
+    "WeightL1",
+    "WeightLogPenalty",
     "allocate",
+    "apply_permutation",
+    "attention_log",
+    "average_models",
     "balanced_halves",
     "build_masks",
+    "collect_input_stats",
     "compute_scores",
     "drop",
+    "gradual_training_flops",
+    "greedy_soup",
     "grow",
     "hessian_gradients",
+    "inference_flops",
+    "invert",
     "kept_count",
+    "learning_rate_curve",
     "load_state",
     "loss_gradients",
+    "magnitude_",
     "make_coupling",
+    "nm_training_flops",
+    "norm_drop",
     "parse_pattern",
+    "permutation_classes",
     "pruned_count",
     "random_masks",
+    "recalibrate_batchnorm",
+    "reinitialize",
+    "retraining_curve",
+    "rewind",
     "save_state",
     "select_parameters",
+    "sequential_stages",
+    "shuffle_masks",
+    "soup_distance",
+    "sparsegpt_",
+    "storage_bytes",
     "synflow_gradients",
     "topk_mask",
     "topk_rows",
+    "training_flops",
+    "wanda_",
+    "wanda_mask",
 ]
