@@ -155,7 +155,7 @@ def test_diverging_training_says_so(tiny_recipe: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_train_on_is_refused_before_training(tmp_path: Path) -> None:
     recipe = compress.load_recipe("digits", {"dense.batch_size": 5000})
-    with pytest.raises(ValueError, match="batch_size = 5000 is larger than the 1437"):
+    with pytest.raises(ValueError, match="batch_size = 5000 is larger than the 1438"):
         compress.run(recipe, tmp_path / "out")
 
 
