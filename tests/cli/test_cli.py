@@ -235,7 +235,14 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on_later(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "aerogel", "compress", "--recipe", recipe, "--out", str(out)]
     command += ["--threads", "1"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A runner that was started in the background ignores SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert child.stderr is not None
     said = ""
     for line in child.stderr:
