@@ -9,7 +9,8 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
 "$python" -m zipfile -e "$wheel" "$site"
-tar -tzf "$sdist" | grep -q 'csrc/spmm.h'
+tar -tzf "$sdist" >"$site/sdist.txt"
+grep -q 'csrc/spmm.h' "$site/sdist.txt"
 cd "$site"
 # -S would hide torch as well; the editable finder is disabled by putting the wheel first.
 "$python" - "$site" <<'PY'
