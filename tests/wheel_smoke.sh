@@ -12,12 +12,12 @@ trap 'rm -rf "$site"' EXIT
 tar -tzf "$sdist" >"$site/sdist.txt"
 grep -q 'csrc/spmm.h' "$site/sdist.txt"
 cd "$site"
-# -S would hide torch as well; the editable finder is disabled by putting the wheel first.
+# The finder of the editable install would win over the wheel: it is taken out.
 "$python" - "$site" <<'PY'
 import importlib.metadata, pathlib, sys
 
 site = sys.argv[1]
-sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in type(f).__name__]
+sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
 sys.path.insert(0, site)
 import torch
 
