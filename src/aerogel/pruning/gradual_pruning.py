@@ -12,10 +12,10 @@ When to use it: the default way to make a network sparse, from scratch (begin a 
 start) or from a trained network (begin at 0). It needs almost no tuning; only let the ramp end well
 before the learning rate becomes tiny.
 
-Costs and buys: the training time of the dense network plus a few per cent; one copy of the pruned
-weights. It buys unstructured, block or N:M sparsity at an accuracy that one-shot pruning does not
-reach. The zeros become time only in a runtime that skips them (`aerogel.compile`); during training
-nothing is faster.
+Costs and buys: the training time of the dense network plus a few per cent and, while it trains, two
+more numbers for each weight of a pruned layer. It buys unstructured, block or N:M sparsity at an
+accuracy that one-shot pruning does not reach. The zeros become time only in a runtime that skips
+them (`aerogel.compile`); during training nothing is faster.
 
 The claim this repository measures (``aerogel reproduce gradual-pruning``): at the same number of
 non-zero weights a large sparse network beats a small dense one trained for as many steps, and
