@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from aerogel.atomic import write_atomic
 from aerogel.compress import FolderError, load_recipe, workdir
-from aerogel.compress.workdir import RunFolder, write_atomic
+from aerogel.compress.workdir import RunFolder
 
 RECIPE = load_recipe("digits")
 

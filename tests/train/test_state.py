@@ -66,7 +66,7 @@ def test_a_failed_write_keeps_the_older_state(tmp_path: Path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("aerogel.train.state.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_state(tmp_path, {"step": 2})
     assert load_state(tmp_path) == {"step": 1}

@@ -19,8 +19,8 @@ def report(
     Example: `aerogel report runs/mobilenet`
     """
     with terminal.guarded():
+        from aerogel.atomic import write_atomic
         from aerogel.cli import screen
-        from aerogel.compress.workdir import write_atomic
         from aerogel.report import Results, render
 
         path = folder / "results.json"

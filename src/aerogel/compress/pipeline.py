@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from aerogel import data, report, runtime, train
+from aerogel.atomic import write_atomic
 from aerogel.compress import ranks
 from aerogel.compress.console import Console, Silent
 from aerogel.compress.loading import (
@@ -36,7 +37,7 @@ from aerogel.compress.outcome import assemble, data_facts
 from aerogel.compress.recipe import Recipe
 from aerogel.compress.selection import pruned_parameters, unfit_parameters
 from aerogel.compress.training import train_dense, train_sparse
-from aerogel.compress.workdir import Marker, RunFolder, key_of, write_atomic
+from aerogel.compress.workdir import Marker, RunFolder, key_of
 
 DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
 # Both networks, an optimizer's two moments and its parameters twice while a state is replaced.

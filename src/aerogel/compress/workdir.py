@@ -16,7 +16,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from aerogel.atomic import write_atomic
 from aerogel.compress.recipe import Recipe
 
 STATE = ".aerogel"
@@ -53,31 +53,6 @@ class Marker:
     files: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that at any moment either its old or its new content is there, whole."""
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def file_hash(path: Path) -> str:

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from aerogel.atomic import write_atomic
 from aerogel.data import packages
 from aerogel.data.sources import ASSETS, Asset, File, Package
 
@@ -172,18 +173,7 @@ def _store(path: Path, file: File, content: bytes) -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != file.sha256:
         raise FetchError(f"{file.name}: SHA-256 is {digest}, expected {file.sha256}")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_atomic(path, content, mode=0o644)
 
 
 @contextlib.contextmanager

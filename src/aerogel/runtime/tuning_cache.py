@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from aerogel.atomic import write_atomic
 
 FORMAT = 1
 _MAX_ENTRIES = 20_000
@@ -107,14 +108,4 @@ def _is_valid(entry: object) -> bool:
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_atomic(path, json.dumps(document), mode=0o600)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from aerogel.atomic import write_atomic
 
 _HEADER = "aerogel_state"
 _TENSOR = "__tensor__"
@@ -30,17 +31,7 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _take_tensors(state, tensors)
     data = save(tensors, metadata={_HEADER: json.dumps(plain)})
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomic(Path(path), data, mode=0o600)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from aerogel.atomic import write_atomic
 
 FILE = "state.safetensors"
 _VERSION = 1
@@ -36,17 +36,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     tree = _flatten(state, "", tensors)
     header = {"aerogel.train": json.dumps({"version": _VERSION, "state": tree})}
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{FILE}-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(save(tensors, metadata=header))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, folder / FILE)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_atomic(folder / FILE, save(tensors, metadata=header), mode=0o600)
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
