@@ -184,8 +184,9 @@ def test_unknown_kernel_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_roofline_reports_plausible_ceilings() -> None:
     found = kernels.roofline(1, seconds=0.02)
     assert found.isa == kernels.isa()
-    # No order between them: under sanitizers or on a busy machine it need not hold.
-    assert found.fma_gflops > 0.1
     assert min(found.load_gbps_l1, found.load_gbps_l2, found.load_gbps_dram) > 0.1
+    if "AEROGEL_NATIVE" not in os.environ:  # a sanitizer's checks outweigh the loads they guard
+        assert found.fma_gflops > 1
+        assert found.load_gbps_l1 > found.load_gbps_dram
     with pytest.raises(ValueError, match="threads=0"):
         kernels.roofline(0)
