@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +124,7 @@ def calls_of(
     x: Tensor, packed: kernels.BlockRowWeight, bias: Tensor, columns: int, layout: str
 ) -> dict[tuple[int, ...], Call]:
     def call(variant: kernels.SpmmVariant) -> Call:
-        # Each keeps its own packed streams.
-        own = dataclasses.replace(packed, _streams={}, _defaults={})
+        own = packed.without_cache()
         return lambda: kernels.spmm(x, own, bias, layout=layout, variant=variant)
 
     return {tuple(v): call(v) for v in kernels.spmm_variants(packed, columns, layout)}
@@ -254,55 +255,60 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def report(rows: list[Row], roof: kernels.Roofline, rounds: int) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "threads": roof.threads,
+        "rounds": rounds,
+        "roofline": dataclasses.asdict(roof),
+        "rows": [dataclasses.asdict(r) for r in rows],
+        "geometric_means": summary(rows),
+    }
+
+
+def print_head(roof: kernels.Roofline, rounds: int) -> None:
+    print(f"torch {torch.__version__}, {roof.isa}, {roof.threads} thread(s), {rounds} rounds")
+    print(
+        f"ceilings: {roof.fma_gflops:.0f} GFLOP/s; loads {roof.load_gbps_l1:.0f} GB/s L1, "
+        f"{roof.load_gbps_l2:.0f} L2, {roof.load_gbps_dram:.0f} memory\n\n{HEADER}"
+    )
+
+
+def print_means(means: list[dict[str, Any]]) -> None:
+    print("\ngeometric means")
+    for m in means:
+        floor = f"  (floors {m['floor_dense']}, {m['floor_csr']})" if "floor_dense" in m else ""
+        name = f"{m['kind']:8s} {m['sparsity']:.0%} {m['block']}x1"
+        print(f"{name}: {m['times_dense']:.2f} x dense, {m['times_csr']:.2f} x CSR{floor}")
+
+
 def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     rounds = options.rounds or (7 if options.quick else 15)
     timer = Timer(options.threads, 1e-3)
     roof = kernels.roofline(options.threads)
     if not options.json:
-        print(
-            f"torch {torch.__version__}, {roof.isa}, {options.threads} thread(s), {rounds} rounds"
-        )
-        print(
-            f"ceilings: {roof.fma_gflops:.0f} GFLOP/s; loads {roof.load_gbps_l1:.0f} GB/s L1, "
-            f"{roof.load_gbps_l2:.0f} L2, {roof.load_gbps_dram:.0f} memory\n\n{HEADER}"
-        )
+        print_head(roof, rounds)
+    layers: list[tuple[Callable[..., Case], tuple[int, int, int]]]
+    if options.quick:
+        layers = [(convolution, s) for s in QUICK_CONVOLUTIONS]
+    else:
+        layers = [(convolution, s) for s in CONVOLUTIONS] + [(linear, s) for s in LINEARS]
     rows = []
     with torch.inference_mode():
-        for sparsity, block in PATTERNS:
-            layers = [(convolution, s) for s in QUICK_CONVOLUTIONS]
-            if not options.quick:
-                layers = [(convolution, s) for s in CONVOLUTIONS] + [(linear, s) for s in LINEARS]
-            for make, shape in layers:
-                case = make(*shape, sparsity, block)
-                rows.append(measure(case, sparsity, block, timer, rounds, roof))
-                if not options.json:
-                    print(line(rows[-1]), flush=True)
+        for (sparsity, block), (make, shape) in itertools.product(PATTERNS, layers):
+            case = make(*shape, sparsity, block)
+            rows.append(measure(case, sparsity, block, timer, rounds, roof))
+            if not options.json:
+                print(line(rows[-1]), flush=True)
     means = summary(rows)
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "torch": torch.__version__,
-                    "threads": options.threads,
-                    "rounds": rounds,
-                    "roofline": dataclasses.asdict(roof),
-                    "rows": [dataclasses.asdict(r) for r in rows],
-                    "geometric_means": means,
-                },
-                indent=2,
-            )
-        )
+        print(json.dumps(report(rows, roof, rounds), indent=2))
     else:
-        print("\ngeometric means")
-        for m in means:
-            floor = f"  (floors {m['floor_dense']}, {m['floor_csr']})" if "floor_dense" in m else ""
-            print(
-                f"{m['kind']:8s} {m['sparsity']:.0%} {m['block']}x1: {m['times_dense']:.2f} x dense"
-                f", {m['times_csr']:.2f} x CSR{floor}"
-            )
+        print_means(means)
     below = misses(means) if options.threads == 1 else []
     for miss in below:
         print(f"below its floor: {miss}", file=sys.stderr)

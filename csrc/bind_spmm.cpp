@@ -22,30 +22,39 @@ SpmmWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, int64_t
   return new SpmmWeight(source, variant, ldx);
 }
 
-void run(const SpmmWeight& weight, uintptr_t x, int64_t ldx, int64_t x_stride, uintptr_t y,
-         int64_t ldy, int64_t y_stride, uintptr_t bias, uintptr_t residual, int64_t ldr,
-         int64_t residual_stride, int64_t columns, int64_t batch, int32_t activation, bool tokens,
-         bool padded, int threads) {
+// Everything about a product but the addresses; calling it is the hot path.
+struct SpmmCall {
+  SpmmArgs args;
+  int threads;
+
+  void operator()(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual) const {
+    SpmmArgs call = args;
+    call.x = pointer<const float>(x);
+    call.y = pointer<float>(y);
+    call.bias = pointer<const float>(bias);
+    call.residual = pointer<const float>(residual);
+    spmm_check(call);
+    nb::gil_scoped_release release;
+    spmm_run(call, threads);
+  }
+};
+
+void prepare(SpmmCall* self, const SpmmWeight& weight, int64_t ldx, int64_t x_stride, int64_t ldy,
+             int64_t y_stride, int64_t ldr, int64_t residual_stride, int64_t columns, int64_t batch,
+             int32_t activation, bool tokens, int threads) {
   SpmmArgs args;
   args.weight = &weight;
-  args.bias = pointer<const float>(bias);
-  args.x = pointer<const float>(x);
   args.ldx = ldx;
   args.x_stride = x_stride;
-  args.y = pointer<float>(y);
   args.ldy = ldy;
   args.y_stride = y_stride;
-  args.residual = pointer<const float>(residual);
   args.ldr = ldr;
   args.residual_stride = residual_stride;
   args.columns = columns;
   args.batch = batch;
   args.activation = static_cast<Activation>(activation);
   args.tokens = tokens;
-  args.padded = padded;
-  spmm_check(args);
-  nb::gil_scoped_release release;
-  spmm_run(args, threads);
+  new (self) SpmmCall{args, threads};
 }
 
 }  // namespace
@@ -61,7 +70,9 @@ void bind_spmm(nb::module_& m) {
            nb::arg("pack"));
   nb::class_<SpmmWeight>(m, "SpmmWeight").def_prop_ro("nbytes", &SpmmWeight::nbytes);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
-  m.def("spmm_run", &run);
+  nb::class_<SpmmCall>(m, "SpmmCall")
+      .def("__init__", &prepare, nb::keep_alive<1, 2>())
+      .def("__call__", &SpmmCall::operator());
   m.def("spmm_max_vectors", [](int32_t groups, int32_t block) {
     return active_table().spmm->max_vectors(groups, block);
   });

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from aerogel import manifest
+from aerogel.cli import terminal
 from aerogel.cli.app import app
 
 # `aerogel --help` is typed often; loading torch alone takes longer than this.
@@ -274,3 +275,15 @@ def test_broken_stdout_is_no_traceback() -> None:
         )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
+
+
+def test_progress_in_a_log_file_has_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 100.0, 110.0, 116.0, 120.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.Terminal().task("dense", "steps") as task:
+        for done in (40, 60, 72, 80):  # at 100 s (resumed at step 40), 110 s, 116 s and 120 s
+            task.update(done, 100, "loss 1.5")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["  dense 72/100 steps, 2 steps/s, 14 s left loss 1.5"]

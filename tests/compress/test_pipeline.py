@@ -129,6 +129,29 @@ def test_lost_or_damaged_output_is_made_again(
     assert _weights(copy) == _weights(folder)
 
 
+def test_a_run_whose_own_measurement_fails_can_be_finished_later(
+    finished_run: tuple[Path, Results],
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run[0], copy)
+    for marker in (copy / ".aerogel" / "stages").glob("measure-*"):
+        marker.unlink()
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("no such layer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "compile", broken)
+        with pytest.raises(RuntimeError, match=r"could not be measured.*no such layer"):
+            compress.run(compress.load_recipe(tiny_recipe), copy)
+    results = compress.run(compress.load_recipe(tiny_recipe), copy)
+    assert results is not None
+    assert [row.missing for row in results.latency[0].rows if row.engine == "aerogel"] == [None]
+
+
 def test_two_processes_train_what_one_trains(
     finished_run: tuple[Path, Results], tiny_recipe: Path, tmp_path: Path
 ) -> None:

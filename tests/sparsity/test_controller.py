@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from aerogel.nested import load_state, save_state
 from aerogel.sparsity import (
     NM,
     SRSTE,
@@ -23,9 +24,7 @@ from aerogel.sparsity import (
     Shrink,
     Soft,
     build_masks,
-    load_state,
     random_masks,
-    save_state,
     select_parameters,
 )
 from aerogel.sparsity import Exponential as ExponentialSchedule
@@ -598,8 +597,8 @@ def test_saved_state_round_trips_and_damage_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="state"):
         load_state(path)
-    with pytest.raises(TypeError, match="leaves"):
+    with pytest.raises(TypeError, match="/bad: object"):
         save_state({"bad": object()}, tmp_path / "other")
-    with pytest.raises(TypeError, match="keys"):
-        save_state({1: 2}, tmp_path / "other")
+    with pytest.raises(TypeError, match="key"):
+        save_state({(1, 2): 2}, tmp_path / "other")
     assert list(tmp_path.iterdir()) == [path]

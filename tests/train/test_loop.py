@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from train_toys import toy_dataset, toy_model
 
-from aerogel.train import Callback, TrainConfig, evaluate, fit, make_optimizer, zero_fraction
+from aerogel.train import (
+    Callback,
+    FeatureMatch,
+    TrainConfig,
+    evaluate,
+    fit,
+    make_optimizer,
+    zero_fraction,
+)
 from aerogel.train.batches import epoch_order, shares
 
 QUICK = TrainConfig(steps=6, batch_size=16, lr=0.05)
@@ -125,6 +133,43 @@ class Retrieval(Texts):
         super().__init__(count)
         self.documents = self.queries = Texts(count)
         self.relevant = torch.arange(count)
+
+
+def test_a_student_approaches_its_teachers_features():
+    dataset, teacher = toy_dataset(), toy_model().eval()
+    errors = {}
+    for weight in (0.0, 1.0):
+        student = toy_model()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        config = TrainConfig(
+            epochs=4,
+            batch_size=16,
+            optimizer="adamw",
+            lr=0.01,
+            eval_samples=0,
+            distill_alpha=1.0,
+            distill_features=("features.?",),
+            feature_weight=weight,
+        )
+        fit(student, dataset, config, teacher=teacher)
+        match = FeatureMatch(student.eval(), teacher, ["features.?"])
+        images = dataset.train.batch(torch.arange(48)).inputs
+        with torch.no_grad():
+            student(*images), teacher(*images)
+        errors[weight] = float(match.loss())
+        match.remove()
+        assert not any(module._forward_hooks for module in student.modules())
+    assert errors[1.0] < 0.7 * errors[0.0]
+
+
+def test_features_that_do_not_exist_are_named():
+    config = TrainConfig(epochs=1, batch_size=16, distill_features=("feature.?",))
+    with pytest.raises(ValueError, match=r"'feature\.\?'; nearest: .*features"):
+        fit(toy_model(), toy_dataset(), config, teacher=toy_model())
+    with pytest.raises(ValueError, match="expected a teacher"):
+        fit(toy_model(), toy_dataset(), config)
 
 
 def test_an_encoder_learns_from_embeddings_alone():

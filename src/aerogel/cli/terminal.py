@@ -116,26 +116,27 @@ class _Bar:
 
 
 class _Log:
-    """A line now and then, for a log file."""
+    """A line now and then, for a log file; rate and time left are those since the line before."""
 
     def __init__(self, console: Console, label: str, unit: str) -> None:
         self._console, self._label, self._unit = console, label, unit
-        self._begin = self._said = time.monotonic()
-        self._first: float | None = None
+        self._said = time.monotonic()
+        self._done: float | None = None
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         """Say where the work stands if nothing was said for a while."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = done
+        if self._done is None:  # what came before the first call is not this task's pace
+            self._said, self._done = now, done
         if now - self._said < LOG_INTERVAL_SECONDS:
             return
-        self._said = now
-        rate = (done - self._first) / max(now - self._begin, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if total and rate > 0 else ""
+        rate = (done - self._done) / (now - self._said)
+        self._said, self._done = now, done
         of = f"/{total:,.0f}" if total else ""
+        pace = f", {rate:,.3g} {self._unit}/s" if self._unit and rate > 0 else ""
+        left = f", {(total - done) / rate:.0f} s left" if total and rate > 0 else ""
         self._console.print(
-            f"  {self._label} {done:,.0f}{of} {self._unit}, {rate:,.3g}/s{left} {note}",
+            f"  {self._label} {done:,.0f}{of} {self._unit}{pace}{left} {note}",
             highlight=False,
             markup=False,
         )

@@ -51,6 +51,9 @@ def measure(
     Returns:
         As JSON values: `latency` (a `BenchTable`), `layers`, `notes` and `explanation` (of
         `explain()`), and `max_error` against eager torch.
+
+    Raises:
+        RuntimeError: aerogel itself failed or gave wrong outputs; the message says how.
     """
     ours = _Explained(settings.tolerance)
     engines = [e for e in bench.DENSE_ENGINES if e.name in settings.engines]
@@ -62,15 +65,22 @@ def measure(
         rounds=settings.rounds,
         on_progress=lambda what, done, total: task.update(done, total, what),
     )
-    found: dict[str, Any] = {"latency": table.to_dict(), "layers": [], "notes": []}
-    for row in found["latency"]["rows"]:
+    # A missing peer is a gap in the table; without our own row there is nothing to compare.
+    (own,) = [row for row in table.rows if row.engine == ours.name]
+    if ours.compiled is None or own.missing is not None:
+        raise RuntimeError(f"the sparse network could not be measured on aerogel: {own.missing}")
+    latency = table.to_dict()
+    for row in latency["rows"]:
         row.pop("samples", None)
-    if ours.compiled is not None:
-        explanation = ours.compiled.explain()
-        plain = explanation.to_dict()
-        found |= {"layers": plain["rows"], "notes": plain["notes"], "explanation": str(explanation)}
-        found["max_error"] = deviation(sparse, ours.compiled, example)
-    return found
+    explanation = ours.compiled.explain()
+    plain = explanation.to_dict()
+    return {
+        "latency": latency,
+        "layers": plain["rows"],
+        "notes": plain["notes"],
+        "explanation": str(explanation),
+        "max_error": deviation(sparse, ours.compiled, example),
+    }
 
 
 def settings_of(measurement: Measurement) -> Iterator[tuple[int, int]]:

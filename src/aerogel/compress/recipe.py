@@ -97,10 +97,14 @@ class Distillation(_Part):
     Args:
         weight: Share of the loss that is the dense network's, in [0, 1].
         temperature: Softens both outputs.
+        features: Patterns of module names whose outputs are learnt too, e.g. "encoder.layer.*".
+        feature_weight: What the error of those outputs is multiplied by.
     """
 
     weight: float = Field(default=0.5, ge=0.0, le=1.0)
     temperature: float = Field(default=2.0, gt=0.0)
+    features: list[str] = []
+    feature_weight: float = Field(default=1.0, ge=0.0)
 
 
 class Training(_Part):

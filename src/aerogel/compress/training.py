@@ -11,7 +11,7 @@ from torch import nn
 from aerogel import data, train
 from aerogel.compress.console import Task
 from aerogel.compress.methods import METHODS
-from aerogel.compress.recipe import Recipe, Training
+from aerogel.compress.recipe import Distillation, Recipe, Training
 
 CURVES = ("loss", "lr", "sparsity")
 
@@ -67,7 +67,7 @@ def train_sparse(
     Returns:
         Training curves, as `report.Curve` reads them.
     """
-    config = _config(recipe, recipe.prune)
+    config = _config(recipe, recipe.prune, recipe.distillation)
     steps = config.total_steps(len(dataset.train))
     pruners: list[Any] = []
 
@@ -89,13 +89,17 @@ def train_sparse(
     return _curves(history, "prune")
 
 
-def _config(recipe: Recipe, phase: Training) -> train.TrainConfig:
+def _config(
+    recipe: Recipe, phase: Training, distillation: Distillation | None = None
+) -> train.TrainConfig:
     values = phase.model_dump()
     if phase.steps is not None:
         values["epochs"] = 1.0  # ignored where steps are given
-    if recipe.distillation is not None:
-        values["distill_alpha"] = recipe.distillation.weight
-        values["temperature"] = recipe.distillation.temperature
+    if distillation is not None:
+        values["distill_alpha"] = distillation.weight
+        values["temperature"] = distillation.temperature
+        values["distill_features"] = tuple(distillation.features)
+        values["feature_weight"] = distillation.feature_weight
     return train.TrainConfig(**values, seed=recipe.seed)
 
 

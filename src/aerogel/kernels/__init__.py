@@ -18,14 +18,12 @@ from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
-    SpmmVariant,
-    default_variant,
     native_weight,
     reference_activation,
     spmm,
     spmm_reference,
-    spmm_variants,
 )
+from aerogel.kernels.variants import SpmmVariant, default_variant, spmm_variants
 
 __all__ = [
     "ACTIVATIONS",

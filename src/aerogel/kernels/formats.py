@@ -59,8 +59,9 @@ class BlockRowWeight:
     row_ptr: Tensor
     shape: tuple[int, int]
     block: int
-    # What spmm keeps: native streams, and the default variant by number of columns.
+    # What spmm keeps: native streams, prepared calls, and the default variant by columns.
     _streams: dict[object, Any] = field(default_factory=dict, repr=False)
+    _calls: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     _defaults: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -150,6 +151,10 @@ class BlockRowWeight:
         )
         weight.check()
         return weight
+
+    def without_cache(self) -> BlockRowWeight:
+        """The same tensors with native streams of their own, for comparing many variants."""
+        return BlockRowWeight(self.values, self.columns, self.row_ptr, self.shape, self.block)
 
     def check(self) -> None:
         """Raises ValueError unless the parts describe a weight matrix."""

@@ -21,12 +21,11 @@ from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
-    SpmmVariant,
     check_activation,
     reference_activation,
     spmm_reference,
-    spmm_variants,
 )
+from aerogel.kernels.variants import SpmmVariant, spmm_variants
 
 Shape = tuple[int, ...]
 Pair = tuple[int, int]

@@ -25,7 +25,8 @@ from aerogel.kernels._library import native_available
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.layers import Layer, Shape, float_tensor, pair
 from aerogel.kernels.plan import Network, Plan, Port, Step
-from aerogel.kernels.spmm import SpmmVariant, check_activation
+from aerogel.kernels.spmm import check_activation
+from aerogel.kernels.variants import SpmmVariant
 
 LAYOUTS = ("channels", "tokens")
 

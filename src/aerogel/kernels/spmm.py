@@ -10,6 +10,7 @@ Reference: Elsen, Dukhan, Gale, Simonyan, Fast Sparse ConvNets, arXiv 1911.09723
 from __future__ import annotations
 
 import difflib
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.formats import BlockRowWeight, dense_weight
+from aerogel.kernels.variants import LAYOUTS, SpmmVariant, default_variant
 
 # Codes of csrc/epilogue.h.
 ACTIVATIONS: dict[str, int] = {
@@ -32,7 +34,6 @@ ACTIVATIONS: dict[str, int] = {
     "gelu_tanh": 6,
     "sigmoid": 7,
 }
-LAYOUTS = ("channels", "tokens")
 
 _REFERENCE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -46,25 +47,8 @@ _REFERENCE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _MAX_STREAMS = 8  # packed forms kept per weight: one per variant and row stride in use
-_streams_lock = threading.Lock()
-
-
-class SpmmVariant(NamedTuple):
-    """How a weight is executed. Every variant gives the same bits; only the time differs.
-
-    Attributes:
-        vectors: widest panel of columns, in vectors of the instruction set.
-        groups: block rows walked together, 1, 2 or 4.
-        k_blocks: slabs into which the input features are cut, to keep them in the first cache.
-        row_tiles: tiles into which the outputs are cut, for reuse and for several threads.
-        pack: copy slabs to aligned scratch first (always so for tokens).
-    """
-
-    vectors: int
-    groups: int = 1
-    k_blocks: int = 1
-    row_tiles: int = 1
-    pack: bool = False
+_MAX_CALLS = 64  # prepared calls kept per weight: one per shape in use
+_cache_lock = threading.Lock()
 
 
 def reference_activation(x: Tensor, activation: str) -> Tensor:
@@ -175,31 +159,23 @@ def spmm(
     Raises:
         ValueError: shapes, activation, layout, variant, threads or out do not fit.
     """
-    operands = (x, weight.values, bias, residual)
-    if torch.compiler.is_compiling() or _needs_grad(operands):
+    if torch.compiler.is_compiling() or _needs_grad((x, weight.values, bias, residual)):
         if out is not None:
             raise ValueError("out: expected None where a gradient is needed")
-        return torch.ops.aerogel.spmm(
-            x,
-            weight.values,
-            weight.columns,
-            weight.row_ptr,
-            weight.shape[0],
-            weight.shape[1],
-            weight.block,
-            bias,
-            residual,
-            activation,
-            layout,
-        )
-    shape = check_operands(x, *weight.shape, bias, residual, layout)
-    if not _native_operands(operands) or reference_mode() or not native_available():
+        parts = (weight.values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
+        return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
+    if reference_mode() or not (
+        _is_native(x) and _is_native(bias) and _is_native(residual) and _is_native(weight.values)
+    ):
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout
         )
-        return result if out is None else _checked_out(out, x, shape).copy_(result)
-    y = x.new_empty(shape) if out is None else _checked_out(out, x, shape)
-    _run_native(x, weight, bias, activation, residual, layout, variant, threads, y)
+        return result if out is None else _checked_out(out, x, tuple(result.shape)).copy_(result)
+    call = _prepared_call(x, weight, residual, activation, layout, variant, threads)
+    if bias is not None or residual is not None:
+        check_operands(x, *weight.shape, bias, residual, layout)
+    y = x.new_empty(call.shape) if out is None else _checked_out(out, x, call.shape)
+    call.run(x, y, bias, residual)
     return y
 
 
@@ -207,8 +183,8 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _native_operands(tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors)
+def _is_native(t: Tensor | None) -> bool:
+    return t is None or (t.dtype is torch.float32 and t.is_cpu and native_available())
 
 
 def _checked_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -219,82 +195,115 @@ def _checked_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return out
 
 
-class _Planes(NamedTuple):
-    """A tensor seen as images of rows: address, floats from row to row and from image to image."""
+class _Rows(NamedTuple):
+    """How a kernel reads a tensor: floats from row to row and from image to image."""
 
-    tensor: Tensor  # keeps a copy alive
     row: int
     image: int
+    copy: bool  # its strides do not fit: only a contiguous copy does
 
 
-def _planes(x: Tensor, columns: int) -> _Planes:
-    """(batch, channels, *spatial) whose planes are contiguous; copied if they are not."""
-    if x.is_contiguous():
-        return _Planes(x, columns, x.shape[1] * columns)
+def _rows(x: Tensor, columns: int, layout: str) -> _Rows:
+    if layout == "tokens":
+        return _Rows(x.shape[-1], 0, not x.is_contiguous())
     batch, channels = x.shape[:2]
-    whole = x.dim() == 2 or x[:1, :1].is_contiguous()
-    if whole and (channels <= 1 or x.stride(1) >= columns) and (batch <= 1 or x.stride(0) >= 0):
-        return _Planes(x, max(x.stride(1), columns), x.stride(0))
-    x = x.contiguous()
-    return _Planes(x, columns, channels * columns)
+    if not x.is_contiguous():
+        whole = x.dim() == 2 or x[:1, :1].is_contiguous()
+        rows_fit = channels <= 1 or x.stride(1) >= columns
+        if whole and rows_fit and (batch <= 1 or x.stride(0) >= 0):
+            return _Rows(max(x.stride(1), columns), x.stride(0), False)
+    return _Rows(columns, channels * columns, not x.is_contiguous())
 
 
-def _run_native(
+class _Call(NamedTuple):
+    """A product prepared for one shape: what remains is addresses."""
+
+    native: Any  # None where the result is empty
+    shape: tuple[int, ...]
+    copy_x: bool
+    copy_residual: bool
+
+    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+        if self.native is None:
+            return
+        # Copies are bound to names: they live until the kernel has read them.
+        if self.copy_x:
+            x = x.contiguous()
+        if residual is not None and self.copy_residual:
+            residual = residual.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        self.native(
+            x.data_ptr(),
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+        )
+
+
+def _prepared_call(
     x: Tensor,
     weight: BlockRowWeight,
-    bias: Tensor | None,
-    activation: str,
     residual: Tensor | None,
+    activation: str,
     layout: str,
     variant: SpmmVariant | None,
     threads: int | None,
-    y: Tensor,
-) -> None:
+) -> _Call:
+    """The call for these shapes and strides; prepared once, then kept."""
+    threads = torch.get_num_threads() if threads is None else threads
+    values = weight.values
+    key = (
+        x.shape,
+        x.stride(),
+        None if residual is None else (residual.shape, residual.stride()),
+        activation,
+        layout,
+        variant,
+        threads,
+        native().isa(),
+        0 if values.is_inference() else values._version,  # training changes values in place
+    )
+    call = weight._calls.get(key)
+    if call is None:
+        call = _prepare(x, weight, residual, activation, layout, variant, threads)
+        with _cache_lock:
+            stale = [k for k in weight._calls if k[-1] != key[-1]]  # they hold old streams
+            for k in stale if len(weight._calls) < _MAX_CALLS else list(weight._calls):
+                del weight._calls[k]
+            weight._calls[key] = call
+    return call
+
+
+def _prepare(
+    x: Tensor,
+    weight: BlockRowWeight,
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+    variant: SpmmVariant | None,
+    threads: int,
+) -> _Call:
     code = check_activation(activation)
-    if threads is None:
-        threads = torch.get_num_threads()
-    elif threads < 1:
+    shape = check_operands(x, *weight.shape, None, residual, layout)
+    if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
-    rows, cols = weight.shape
-    if y.numel() == 0:
-        return
-    tokens = layout == "tokens"
-    if tokens:
-        columns, batch = y.numel() // rows, 1
-        source = _Planes(x.contiguous(), cols, 0)
-        target, extra = _Planes(y, rows, 0), _Planes(y, rows, 0)
-        if residual is not None:
-            extra = _Planes(residual.contiguous(), rows, 0)
-    else:
-        batch = x.shape[0]
-        columns = y.numel() // (batch * rows)
-        source = _planes(x, columns)
-        target, extra = _Planes(y, columns, rows * columns), _Planes(y, columns, 0)
-        if residual is not None:
-            extra = _planes(residual, columns)
-    if bias is not None:
-        bias = bias.contiguous()
+    if 0 in shape:
+        return _Call(None, shape, False, False)
+    batch = 1 if layout == "tokens" else x.shape[0]
+    columns = math.prod(shape) // (batch * weight.shape[0])
+    source = _rows(x, columns, layout)
+    contiguous = weight.shape[0] if layout == "tokens" else columns
+    target = _Rows(contiguous, weight.shape[0] * columns, False)
+    extra = target if residual is None else _rows(residual, columns, layout)
     if variant is None:
         variant = default_variant(weight, columns, layout)
-    native().spmm_run(
+    call = native().SpmmCall(
         native_weight(weight, variant, source.row, layout),
-        source.tensor.data_ptr(),
-        source.row,
-        source.image,
-        y.data_ptr(),
-        target.row,
-        target.image,
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else extra.tensor.data_ptr(),
-        extra.row,
-        extra.image,
-        columns,
-        batch,
-        code,
-        tokens,
-        False,
-        threads,
+        *(source.row, source.image, target.row, target.image, extra.row, extra.image),
+        *(columns, batch, code, layout == "tokens", threads),
     )
+    return _Call(call, shape, source.copy, extra.copy)
 
 
 def native_weight(
@@ -323,7 +332,7 @@ def native_weight(
     stream = weight._streams.get(key)
     if stream is None:
         stream = _pack_native(weight, variant, pack, ldx)
-        with _streams_lock:
+        with _cache_lock:
             while len(weight._streams) >= _MAX_STREAMS:
                 weight._streams.pop(next(iter(weight._streams)))
             weight._streams[key] = stream
@@ -348,80 +357,3 @@ def _pack_native(weight: BlockRowWeight, variant: SpmmVariant, pack: bool, ldx: 
         native_variant,
         ldx,
     )
-
-
-def default_variant(weight: BlockRowWeight, columns: int, layout: str = "channels") -> SpmmVariant:
-    """A good variant without timing: the first of `spmm_variants`, remembered."""
-    key = (columns, layout, native().isa())
-    variant = weight._defaults.get(key)
-    if variant is None:
-        variant = weight._defaults[key] = spmm_variants(weight, columns, layout)[0]
-    return variant
-
-
-# Register tiles worth trying by block, as (groups, share of the widest panel), the likeliest first:
-# a greedy cover of an exhaustive search over MobileNetV1's layers at 70 and 90 % zeros (AVX2).
-_TILES: dict[int, tuple[tuple[int, float], ...]] = {
-    1: ((2, 1.0), (2, 2 / 3), (1, 5 / 6)),
-    2: ((1, 5 / 6), (2, 1.0), (1, 1.0)),
-    4: ((1, 1.0), (1, 2 / 3)),
-}
-_SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-level cache
-_SLAB_STEPS = 25  # a shorter row per slab costs more in beginnings and ends than the cache returns
-_REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
-_TASKS = 8  # panels x tiles that keep a few threads busy
-_TILE_ROWS = 64
-
-
-def spmm_variants(
-    weight: BlockRowWeight, columns: int, layout: str = "channels"
-) -> list[SpmmVariant]:
-    """The variants worth timing for a weight and a number of columns, the likeliest first.
-
-    Args:
-        weight: packed weight.
-        columns: pixels of one image, or tokens.
-        layout: "channels" (packing and direct variants) or "tokens" (packing ones only).
-
-    Returns:
-        4 to 12 different variants.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    rows = max(weight.shape[0], 1)
-    pack_first = weight.values.numel() / max(weight.shape[1], 1) >= _REUSE_TO_PACK
-    packs = (pack_first, not pack_first) if layout == "channels" else (True,)
-    found: dict[SpmmVariant, None] = {}
-    for pack in packs:
-        for vectors, groups in _register_tiles(weight.block, columns):
-            panels = -(-columns // (vectors * native().lanes()))
-            tiles = min(-(-_TASKS // max(panels, 1)), max(rows // _TILE_ROWS, 1))
-            for k_blocks in _slab_counts(weight, vectors):
-                found[SpmmVariant(vectors, groups, k_blocks, tiles, pack)] = None
-    return list(found)
-
-
-def _register_tiles(block: int, columns: int) -> list[tuple[int, int]]:
-    """(vectors, groups) worth trying; panels of equal widths, none wider than needed."""
-    module = native()
-    needed = max(1, -(-columns // module.lanes()))
-    found: dict[tuple[int, int], None] = {}
-    widest_of_four = module.spmm_max_vectors(4, block)
-    if needed <= widest_of_four:  # few columns: independent sums come from more rows
-        found[needed, 4] = None
-    for groups, share in _TILES[block]:
-        limit = max(1, round(share * module.spmm_max_vectors(groups, block)))
-        found[-(-needed // -(-needed // limit)), groups] = None
-    return list(found)
-
-
-def _slab_counts(weight: BlockRowWeight, vectors: int) -> list[int]:
-    """Numbers of slabs worth trying: by the rule above, and half of that."""
-    if weight.block > 1:  # more multiply-adds than loads: the cache is not the limit
-        return [1]
-    steps = weight.columns.shape[0] / max(len(weight.row_ptr) - 1, 1)
-    slab_bytes = weight.shape[1] * vectors * native().lanes() * 4
-    wanted = 1
-    while steps / (2 * wanted) >= _SLAB_STEPS and slab_bytes / wanted > _SLAB_BYTES:
-        wanted *= 2
-    return sorted({wanted, max(wanted // 2, 1)}, reverse=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from aerogel.sparsity.persist import load_state, save_state
+from aerogel.nested import load_state, save_state
 
 STATE_FILE = "aerogel_pruner.safetensors"
 

@@ -80,7 +80,6 @@ from aerogel.sparsity.permute import (
     invert,
     permutation_classes,
 )
-from aerogel.sparsity.persist import load_state, save_state
 from aerogel.sparsity.retraining import (
     ALLR,
     CLR,
@@ -202,7 +201,6 @@ __all__ = [
     "invert",
     "kept_count",
     "learning_rate_curve",
-    "load_state",
     "loss_gradients",
     "magnitude_",
     "make_coupling",
@@ -216,7 +214,6 @@ __all__ = [
     "reinitialize",
     "retraining_curve",
     "rewind",
-    "save_state",
     "select_parameters",
     "sequential_stages",
     "shuffle_masks",

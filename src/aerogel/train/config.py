@@ -29,6 +29,9 @@ class TrainConfig:
         gradient_clip: largest gradient norm; None does not clip.
         distill_alpha: share of the loss that is the teacher's, if there is a teacher.
         temperature: softens both outputs in the teacher's share of a classification loss.
+        distill_features: patterns of module names; the student also learns their outputs from the
+            teacher's like-named modules (`FeatureMatch`).
+        feature_weight: what that loss is multiplied by before it is added.
         augment: "none", "flip", "standard" or "strong", as the data set understands it.
         seed: decides the order of the samples, augmentation and dropout.
         channels_last: lay out images and weights channel by channel innermost, which trains
@@ -51,6 +54,8 @@ class TrainConfig:
     gradient_clip: float | None = None
     distill_alpha: float = 0.5
     temperature: float = 2.0
+    distill_features: tuple[str, ...] = ()
+    feature_weight: float = 1.0
     augment: str = "none"
     seed: int = 0
     channels_last: bool = True
@@ -131,5 +136,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "gradient_clip": (math.ulp(0.0), math.inf),
     "distill_alpha": (0.0, 1.0),
     "temperature": (math.ulp(0.0), math.inf),
+    "feature_weight": (0.0, math.inf),
     "eval_samples": (0, math.inf),
 }

@@ -23,6 +23,7 @@ from aerogel.train.batches import epoch_order, shares, take
 from aerogel.train.clock import Clock
 from aerogel.train.config import TrainConfig
 from aerogel.train.evaluate import evaluate
+from aerogel.train.features import FeatureMatch
 from aerogel.train.history import Callback, History, OnProgress, zero_fraction
 from aerogel.train.losses import training_loss
 from aerogel.train.state import load_state, save_state, seed_step
@@ -104,7 +105,7 @@ def fit(
     torch_rng = torch.random.get_rng_state()
     try:
         loop = _Loop(model, dataset, config, optimizer_wrapper, callbacks, teacher, resume_dir)
-        with synchronized_batch_norm(model):
+        with synchronized_batch_norm(model), loop:
             return loop.run(save_seconds, on_progress)
     finally:
         torch.random.set_rng_state(torch_rng)
@@ -164,6 +165,7 @@ class _Loop:
         self.teacher = teacher
         if teacher is not None:
             _lay_out(teacher.to(self.accelerator.device).eval(), layout)
+        self.features: FeatureMatch | None = None
         optimizer = make_optimizer(model, config)
         stepper = wrapper(model, optimizer) if wrapper is not None else None
         self.per_epoch = config.steps_per_epoch(len(dataset.train))
@@ -172,6 +174,18 @@ class _Loop:
         self._resume()
         # Wrapped last: a pruner may have registered parametrizations on the model.
         self.wrapped = self.accelerator.prepare_model(model) if self.world > 1 else model
+
+    def __enter__(self) -> _Loop:
+        if self.config.distill_features:
+            if self.teacher is None:
+                raise ValueError("distill_features: expected a teacher to learn them from")
+            names = self.config.distill_features
+            self.features = FeatureMatch(self.state.model, self.teacher, names)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.features is not None:
+            self.features.remove()
 
     def run(self, save_seconds: float, on_progress: OnProgress | None) -> History:
         run = self.state
@@ -247,7 +261,10 @@ class _Loop:
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(*inputs)
-        return training_loss(self.wrapped(*inputs), target, taught, config)
+        loss = training_loss(self.wrapped(*inputs), target, taught, config)
+        if self.features is not None:
+            loss = loss + config.feature_weight * self.features.loss()
+        return loss
 
     def _last_syncs(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.world == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ def sparse_pointwise(layer: Layer, threads: int | None) -> Iterator[Candidate]:
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
         for variant in _variants(packed, layer.columns, layer.layout):
             # Each keeps its own native streams, whatever else is being compared.
-            yield _called(layer, replace(packed, _streams={}), variant, threads)
+            yield _called(layer, packed.without_cache(), variant, threads)
         for variant in _variants(packed, layer.planned_columns, "channels"):
             # A plan's rows are aligned; they are worth repacking only where each has its own pages.
             if variant is None or not variant.pack or 4 * layer.planned_columns >= _PAGE:
