@@ -4,9 +4,11 @@
 
 For every layer the dense calls of torch (conv2d and mm, or linear), torch's CSR product and the
 packed kernel take turns, round by round, each with an untimed call first; a ratio is taken in every
-round, and the median of the ratios is printed. The kernel's variant is chosen before, in rounds of
-its own. One thread is timed by its CPU time (a busy machine then costs cache, not seconds), several
-by the wall clock.
+round, and the median of the ratios is printed. The rounds are spread over several sweeps of all
+layers, because a shared machine can be slow for seconds. The kernel's variant is chosen in the
+first sweep, in rounds of its own. One thread is timed by its CPU time (a busy machine then costs
+cache, not seconds), several by the wall clock. Freed memory stays in the process, so that nobody's
+output costs page faults.
 
 The two ceilings, multiply-adds and loads from the first cache, are measured in the same process.
 Loads counted are those of activations: each stored column reads its row of the panel once.
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aerogel import kernels
+from aerogel.train.allocator import keep_freed_memory
 
 # (outputs, inputs, plane side): MobileNetV1 at 224 x 224 from 56x56x128 to 7x7x1024.
 CONVOLUTIONS = (
@@ -164,12 +167,27 @@ def linear(rows: int, cols: int, tokens: int, sparsity: float, block: int) -> Ca
     )
 
 
-def measure(
-    case: Case, sparsity: float, block: int, timer: Timer, rounds: int, roof: kernels.Roofline
-) -> Row:
-    tuning = timer.rounds(case.sparse, max(3, rounds // 2))
-    best = min(tuning, key=lambda v: statistics.median(tuning[v]))
-    times = timer.rounds({**case.dense, "csr": case.csr, "sparse": case.sparse[best]}, rounds)
+class Contest:
+    """A layer's times, gathered sweep by sweep."""
+
+    def __init__(self, case: Case, sparsity: float, block: int) -> None:
+        self.case, self.sparsity, self.block = case, sparsity, block
+        self.variant: tuple[int, ...] | None = None
+        self.times: dict[str, list[float]] = {name: [] for name in (*case.dense, "csr", "sparse")}
+
+    def sweep(self, timer: Timer, rounds: int) -> None:
+        case = self.case
+        if self.variant is None:
+            tuning = timer.rounds(case.sparse, max(3, rounds))
+            self.variant = min(tuning, key=lambda v: statistics.median(tuning[v]))
+        calls = {**case.dense, "csr": case.csr, "sparse": case.sparse[self.variant]}
+        for name, seconds in timer.rounds(calls, rounds).items():
+            self.times[name] += seconds
+
+
+def row_of(contest: Contest, roof: kernels.Roofline) -> Row:
+    case, times = contest.case, contest.times
+    assert contest.variant is not None
     dense = min(case.dense, key=lambda name: statistics.median(times[name]))
     seconds = statistics.median(times["sparse"])
 
@@ -180,8 +198,8 @@ def measure(
     return Row(
         layer=case.layer,
         kind=case.kind,
-        sparsity=sparsity,
-        block=block,
+        sparsity=contest.sparsity,
+        block=contest.block,
         dense=dense,
         dense_us=1e6 * statistics.median(times[dense]),
         csr_us=1e6 * statistics.median(times["csr"]),
@@ -191,7 +209,7 @@ def measure(
         gflops=1e-9 * case.operations / seconds,
         fma_share=1e-9 * case.operations / seconds / roof.fma_gflops,
         load_share=1e-9 * case.loaded_bytes / seconds / roof.load_gbps_l1,
-        variant=best,
+        variant=contest.variant,
     )
 
 
@@ -248,7 +266,8 @@ def misses(means: list[dict[str, Any]]) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=None, help="default 15, quick 7")
+    parser.add_argument("--rounds", type=int, default=None, help="a sweep; default 7, quick 5")
+    parser.add_argument("--sweeps", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="three convolutions, fewer rounds")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--check", action="store_true", help="exit 1 below a floor (one thread)")
@@ -287,26 +306,31 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    rounds = options.rounds or (7 if options.quick else 15)
+    keep_freed_memory()
+    rounds = options.rounds or (5 if options.quick else 7)
     timer = Timer(options.threads, 1e-3)
     roof = kernels.roofline(options.threads)
     if not options.json:
-        print_head(roof, rounds)
+        print_head(roof, options.sweeps * rounds)
     layers: list[tuple[Callable[..., Case], tuple[int, int, int]]]
     if options.quick:
         layers = [(convolution, s) for s in QUICK_CONVOLUTIONS]
     else:
         layers = [(convolution, s) for s in CONVOLUTIONS] + [(linear, s) for s in LINEARS]
-    rows = []
     with torch.inference_mode():
-        for (sparsity, block), (make, shape) in itertools.product(PATTERNS, layers):
-            case = make(*shape, sparsity, block)
-            rows.append(measure(case, sparsity, block, timer, rounds, roof))
-            if not options.json:
-                print(line(rows[-1]), flush=True)
+        contests = [
+            Contest(make(*shape, *pattern), *pattern)
+            for pattern, (make, shape) in itertools.product(PATTERNS, layers)
+        ]
+        for _ in range(options.sweeps):
+            for contest in contests:
+                contest.sweep(timer, rounds)
+    rows = [row_of(contest, roof) for contest in contests]
+    if not options.json:
+        print("\n".join(line(row) for row in rows))
     means = summary(rows)
     if options.json:
-        print(json.dumps(report(rows, roof, rounds), indent=2))
+        print(json.dumps(report(rows, roof, options.sweeps * rounds), indent=2))
     else:
         print_means(means)
     below = misses(means) if options.threads == 1 else []

@@ -63,11 +63,11 @@ void bind_spmm(nb::module_& m) {
   nb::class_<SpmmVariant>(m, "SpmmVariant")
       .def("__init__",
            [](SpmmVariant* self, int32_t vectors, int32_t groups, int32_t k_blocks,
-              int32_t row_tiles, bool pack) {
-             new (self) SpmmVariant{vectors, groups, k_blocks, row_tiles, pack};
+              int32_t row_tiles, bool pack, int32_t column_tiles) {
+             new (self) SpmmVariant{vectors, groups, k_blocks, row_tiles, pack, column_tiles};
            },
            nb::arg("vectors"), nb::arg("groups"), nb::arg("k_blocks"), nb::arg("row_tiles"),
-           nb::arg("pack"));
+           nb::arg("pack"), nb::arg("column_tiles") = 1);
   nb::class_<SpmmWeight>(m, "SpmmWeight").def_prop_ro("nbytes", &SpmmWeight::nbytes);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
   nb::class_<SpmmCall>(m, "SpmmCall")

@@ -18,6 +18,7 @@ constexpr int64_t kLineFloats = 16;
 constexpr int64_t kStreamSlack = 16;  // kernels load weights four at a time
 constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transposed block's side
 constexpr int64_t kTasksPerThread = 4;
+constexpr int32_t kMaxColumnTiles = 1024;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -73,6 +74,10 @@ void check_variant(const SpmmVariant& v, int32_t block, const SpmmKernels& kerne
   }
   if (v.k_blocks < 1) fail(quoted("k_blocks", v.k_blocks) + ": expected at least 1");
   if (v.row_tiles < 1) fail(quoted("row_tiles", v.row_tiles) + ": expected at least 1");
+  if (v.column_tiles < 1 || v.column_tiles > kMaxColumnTiles) {
+    fail(quoted("column_tiles", v.column_tiles) + ": expected 1 to " +
+         std::to_string(kMaxColumnTiles));
+  }
 }
 
 }  // namespace
@@ -242,11 +247,16 @@ int64_t SpmmWeight::nbytes() const {
 
 namespace {
 
+int64_t panel_vectors(const SpmmVariant& v) {
+  return static_cast<int64_t>(v.vectors) * v.column_tiles;
+}
+
 // Panels of a whole number of vectors and nearly equal widths, at most the variant's.
 int64_t panel_count(const SpmmArgs& a) {
   const int64_t lanes = a.weight->kernels().lanes;
   const int64_t vectors = (a.columns + lanes - 1) / lanes;
-  return (vectors + a.weight->variant().vectors - 1) / a.weight->variant().vectors;
+  const int64_t widest = panel_vectors(a.weight->variant());
+  return (vectors + widest - 1) / widest;
 }
 
 struct Range {
@@ -296,7 +306,7 @@ int64_t scratch_floats(const SpmmArgs& a) {
     }
     rows += tallest;
   }
-  return rows * a.weight->variant().vectors * a.weight->kernels().lanes;
+  return rows * panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
 }
 
 }  // namespace

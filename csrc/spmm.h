@@ -18,11 +18,12 @@ struct KernelTable;
 
 // How one weight is executed. All variants of one weight give the same bits.
 struct SpmmVariant {
-  int32_t vectors = 8;   // widest panel, in vectors of the instruction set
+  int32_t vectors = 8;   // widest register tile, in vectors of the instruction set
   int32_t groups = 1;    // block rows walked together (1, 2 or 4), for independent FMA chains
   int32_t k_blocks = 1;  // the input features are walked in so many slabs, to keep them in L1
   int32_t row_tiles = 1;  // the outputs are cut into at least so many tiles of equal work
   int32_t pack = 0;      // 1: slabs are copied to aligned scratch (misaligned or power-of-two rows)
+  int32_t column_tiles = 1;  // register tiles side by side in a panel: their weights are read once
 };
 
 // The portable form, borrowed: block row r covers output rows r * block ... and holds columns
@@ -131,7 +132,7 @@ struct SpmmPanel {
 
 struct SpmmKernels {
   int32_t lanes;
-  // The widest panel, in vectors, that a register tile of so many groups and block rows allows.
+  // The widest register tile, in vectors, of so many groups and block rows.
   int32_t (*max_vectors)(int32_t groups, int32_t block);
   void (*run_panel)(const SpmmPanel& panel);
 };

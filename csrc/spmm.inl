@@ -4,7 +4,9 @@
 // would take one of the two load ports that the activations need; only the largest tiles, which have
 // no register to spare and more multiply-adds per load, broadcast from memory.
 //
-// Reading order: one step -> one group of block rows -> one run of groups -> one panel.
+// Reading order: one step -> one group of block rows -> one run of groups -> one panel. A panel is
+// one register tile wide, so that its activations stay in the first cache; where blocks of outputs
+// share every load, the second cache is near enough, and several tiles share the weights instead.
 #include "simd_math.h"
 #include "spmm.h"
 #include "spmm_layout.inl"
@@ -23,7 +25,7 @@ constexpr int register_tile_vectors(int groups, int block) {
 }
 
 struct RunContext {
-  const char* x;  // first column of the panel
+  const char* x;  // first column of the first tile
   float* y;
   int64_t ldy;
   const float* bias;
@@ -32,6 +34,15 @@ struct RunContext {
   int64_t tail;  // lanes of the last vector
   Activation activation;  // one that takes few instructions; the others follow in finish_rows
   bool first, last;       // slab: starts from the bias, applies the epilogue
+  int64_t tiles;          // register tiles side by side
+  int64_t x_step;         // bytes of x from tile to tile
+  int64_t y_step;         // floats of y and residual from tile to tile
+
+  AEROGEL_INLINE void advance(int64_t count) {
+    x += count * x_step;
+    y += count * y_step;
+    if (residual) residual += count * y_step;
+  }
 };
 
 template <int V, bool Masked>
@@ -148,6 +159,31 @@ AEROGEL_INLINE void store_row(const Vec (&acc)[V], const RunContext& c, int64_t 
   store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
 }
 
+// One group of block rows on one register tile.
+template <int V, int G, int B, bool Masked>
+AEROGEL_INLINE void run_group(const RunContext& c, const int32_t* rows, const float* weights,
+                              const int32_t* offsets, int32_t steps) {
+  Vec acc[G][B][V];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
+  }
+  all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
+  if (c.last) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
+  }
+}
+
 template <int V, int G, int B, bool Masked>
 AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
                                  const float* weights, const int32_t* offsets) {
@@ -155,24 +191,10 @@ AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, 
   const int32_t steps = run.steps;
   const int64_t weights_per_group = (static_cast<int64_t>(steps) * G * B + 3) & ~int64_t{3};
   for (int32_t left = run.groups; left > 0; --left) {
-    Vec acc[G][B][V];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
-    }
-    all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
-    if (c.last) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
-      }
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
+    RunContext t = c;
+    for (int64_t tile = c.tiles; tile > 0; --tile) {
+      run_group<V, G, B, Masked>(t, rows, weights, offsets, steps);
+      t.advance(1);
     }
     rows += G;
     weights += weights_per_group;
@@ -290,28 +312,75 @@ AEROGEL_NOINLINE void run_segment(const RunContext& c, const SpmmStream& s, int6
   }
 }
 
+// The register tiles of a panel: nearly equal widths, the first `wide` ones with a vector more.
+struct ColumnTiles {
+  int64_t count, wide, vectors;
+
+  explicit ColumnTiles(const SpmmPanel& p) {
+    const int64_t all = (p.width + kLanes - 1) / kLanes;
+    count = (all + p.variant->vectors - 1) / p.variant->vectors;
+    vectors = all / count;
+    wide = all % count;
+  }
+  int64_t width(int64_t tile) const { return (vectors + (tile < wide)) * kLanes; }
+  Columns columns(const SpmmPanel& p, int64_t tile) const {
+    const int64_t begin = (tile * vectors + (tile < wide ? tile : wide)) * kLanes;
+    const int64_t left = p.width - begin;
+    return {p.column + begin, left < width(tile) ? left : width(tile)};
+  }
+};
+
+// Distances from one register tile to the next where tiles have scratch of their own; 0 where they
+// are neighbours in a plane.
+struct TileSteps {
+  int64_t x_bytes, y_floats;
+};
+
+// All tiles of a panel: those of like width together, one that may not load whole vectors alone.
+AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int64_t segment,
+                              const ColumnTiles& tiles, TileSteps steps, bool masked,
+                              PanelPrefetch& ahead) {
+  RunContext c = panel;
+  for (int64_t tile = 0; tile < tiles.count; tile += c.tiles) {
+    const bool last = tile + 1 == tiles.count;
+    const int64_t width = tiles.width(tile);
+    const int64_t alike = tile < tiles.wide ? tiles.wide : tiles.count;
+    c.tiles = alike - tile;
+    c.tail = kLanes;
+    if (alike == tiles.count && panel.tail != kLanes) {
+      c.tiles = last ? 1 : c.tiles - 1;
+      if (last) c.tail = panel.tail;
+    }
+    c.x_step = steps.x_bytes ? steps.x_bytes : width * static_cast<int64_t>(sizeof(float));
+    c.y_step = steps.y_floats ? steps.y_floats : width;
+    run_segment(c, s, segment, static_cast<int>(width / kLanes), masked && last, ahead);
+    c.advance(c.tiles);
+  }
+}
+
 void run_panel(const SpmmPanel& p) {
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
   const bool pack = p.variant->pack != 0;
+  const ColumnTiles tiles(p);
   const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
-  const int vectors = static_cast<int>((p.width + kLanes - 1) / kLanes);
-  const int64_t tail = p.width - (vectors - 1) * kLanes;
-  float* const slab_scratch = p.scratch;
-  float* const tile_scratch = p.scratch + s.cols_total * stride;
+  const int64_t x_floats = s.cols_total * stride;  // scratch of one tile
+  float* const y_scratch = p.scratch + tiles.count * x_floats;
 
   PanelPrefetch ahead = next_panel(p);
   RunContext c{};
   c.bias = a.bias;
-  c.tail = a.padded || a.tokens ? kLanes : tail;
+  c.tail = a.padded || a.tokens ? kLanes : (p.width - 1) % kLanes + 1;
   c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
   const bool masked = !pack && c.tail != kLanes;
-  for (int64_t tile = p.tile_begin; tile < p.tile_end; ++tile) {
-    const int64_t row_begin = s.tile_rows[tile], row_end = s.tile_rows[tile + 1];
+  TileSteps steps{pack ? x_floats * static_cast<int64_t>(sizeof(float)) : 0, 0};
+  for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
+    const int64_t row_begin = s.tile_rows[range], row_end = s.tile_rows[range + 1];
     if (a.tokens) {
-      c.y = tile_scratch - row_begin * stride;
+      c.y = y_scratch - row_begin * stride;
       c.ldy = stride;
       c.activation = Activation::kNone;
+      steps.y_floats = (row_end - row_begin) * stride;
     } else {
       c.y = p.y + p.column;
       c.ldy = a.ldy;
@@ -319,16 +388,22 @@ void run_panel(const SpmmPanel& p) {
       c.ldr = a.ldr;
     }
     for (int64_t slab = 0; slab < s.slabs; ++slab) {
-      const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
-      if (pack && tile == p.tile_begin) pack_slab(p, k_begin, k_end, stride, slab_scratch);
-      c.x = pack ? reinterpret_cast<const char*>(slab_scratch)
-                 : reinterpret_cast<const char*>(p.x + p.column);
+      if (pack && range == p.tile_begin) {
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          pack_slab(p, tiles.columns(p, t), s.slab_cols[slab], s.slab_cols[slab + 1], stride,
+                    p.scratch + t * x_floats);
+        }
+      }
+      c.x = reinterpret_cast<const char*>(pack ? p.scratch : p.x + p.column);
       c.first = slab == 0;
       c.last = slab == s.slabs - 1;
-      run_segment(c, s, tile * s.slabs + slab, vectors, masked, ahead);
+      run_tiles(c, s, range * s.slabs + slab, tiles, steps, masked, ahead);
     }
     if (a.tokens) {
-      unpack_tile(p, row_begin, row_end, stride, tile_scratch);
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        unpack_tile(p, tiles.columns(p, t), row_begin, row_end, stride,
+                    y_scratch + t * steps.y_floats);
+      }
     } else if (!is_inline_activation(a.activation)) {
       finish_rows(p, row_begin, row_end);
     }

@@ -110,10 +110,10 @@ def test_variants_and_thread_counts_give_the_same_bits(block: int, layout: str) 
 def legal_variants(block: int, max_columns: int) -> list[kernels.SpmmVariant]:
     widest = {g: native().spmm_max_vectors(g, block) for g in (1, 2, 4)}
     return [
-        kernels.SpmmVariant(vectors, groups, k_blocks, row_tiles, pack)
+        kernels.SpmmVariant(vectors, groups, *rest)
         for groups, limit in widest.items()
         for vectors in range(1, limit + 1)
-        for k_blocks, row_tiles, pack in ((1, 1, False), (3, 4, True), (2, 2, False))
+        for rest in ((1, 1, False, 1), (3, 4, True, 3), (2, 2, False, 5), (1, 1, True, 2))
     ]
 
 

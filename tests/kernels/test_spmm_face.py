@@ -112,6 +112,7 @@ BAD_CALLS = {
     "vectors=99: expected 1 to": {"variant": SpmmVariant(99)},
     "k_blocks=0": {"variant": SpmmVariant(1, k_blocks=0)},
     "row_tiles=0": {"variant": SpmmVariant(1, row_tiles=0)},
+    "column_tiles=0: expected 1 to": {"variant": SpmmVariant(1, column_tiles=0)},
 }
 
 

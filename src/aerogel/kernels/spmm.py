@@ -159,21 +159,18 @@ def spmm(
     Raises:
         ValueError: shapes, activation, layout, variant, threads or out do not fit.
     """
-    if torch.compiler.is_compiling() or _needs_grad((x, weight.values, bias, residual)):
+    operands = (x, weight.values, bias, residual)
+    if torch.compiler.is_compiling() or _needs_grad(operands):
         if out is not None:
             raise ValueError("out: expected None where a gradient is needed")
         parts = (weight.values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
         return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
-    if reference_mode() or not (
-        _is_native(x) and _is_native(bias) and _is_native(residual) and _is_native(weight.values)
-    ):
+    if reference_mode() or not (native_available() and all(map(_fits, operands))):
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout
         )
         return result if out is None else _checked_out(out, x, tuple(result.shape)).copy_(result)
-    call = _prepared_call(x, weight, residual, activation, layout, variant, threads)
-    if bias is not None or residual is not None:
-        check_operands(x, *weight.shape, bias, residual, layout)
+    call = _prepared_call(x, weight, bias, residual, activation, layout, variant, threads)
     y = x.new_empty(call.shape) if out is None else _checked_out(out, x, call.shape)
     call.run(x, y, bias, residual)
     return y
@@ -183,8 +180,8 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_native(t: Tensor | None) -> bool:
-    return t is None or (t.dtype is torch.float32 and t.is_cpu and native_available())
+def _fits(t: Tensor | None) -> bool:
+    return t is None or (t.dtype is torch.float32 and t.is_cpu)
 
 
 def _checked_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -244,6 +241,7 @@ class _Call(NamedTuple):
 def _prepared_call(
     x: Tensor,
     weight: BlockRowWeight,
+    bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
     layout: str,
@@ -256,6 +254,7 @@ def _prepared_call(
     key = (
         x.shape,
         x.stride(),
+        None if bias is None else bias.shape,
         None if residual is None else (residual.shape, residual.stride()),
         activation,
         layout,
@@ -266,7 +265,7 @@ def _prepared_call(
     )
     call = weight._calls.get(key)
     if call is None:
-        call = _prepare(x, weight, residual, activation, layout, variant, threads)
+        call = _prepare(x, weight, bias, residual, activation, layout, variant, threads)
         with _cache_lock:
             stale = [k for k in weight._calls if k[-1] != key[-1]]  # they hold old streams
             for k in stale if len(weight._calls) < _MAX_CALLS else list(weight._calls):
@@ -278,6 +277,7 @@ def _prepared_call(
 def _prepare(
     x: Tensor,
     weight: BlockRowWeight,
+    bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
     layout: str,
@@ -285,7 +285,7 @@ def _prepare(
     threads: int,
 ) -> _Call:
     code = check_activation(activation)
-    shape = check_operands(x, *weight.shape, None, residual, layout)
+    shape = check_operands(x, *weight.shape, bias, residual, layout)
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     if 0 in shape:
@@ -325,6 +325,7 @@ def native_weight(
     values = weight.values
     key = (
         *variant[:4],
+        variant.column_tiles,
         0 if pack else ldx,
         module.isa(),
         0 if values.is_inference() else values._version,  # training changes values in place
@@ -345,9 +346,7 @@ def _pack_native(weight: BlockRowWeight, variant: SpmmVariant, pack: bool, ldx: 
     values = weight.values.detach().contiguous()
     columns = weight.columns.to(torch.int32).contiguous()
     row_ptr = weight.row_ptr.contiguous()
-    native_variant = module.SpmmVariant(
-        variant.vectors, variant.groups, variant.k_blocks, variant.row_tiles, pack
-    )
+    native_variant = module.SpmmVariant(*variant._replace(pack=pack))
     return module.spmm_pack(
         values.data_ptr(),
         columns.data_ptr(),

@@ -14,11 +14,13 @@ class SpmmVariant(NamedTuple):
     """How a weight is executed. Every variant gives the same bits; only the time differs.
 
     Attributes:
-        vectors: widest panel of columns, in vectors of the instruction set.
+        vectors: widest register tile of columns, in vectors of the instruction set.
         groups: block rows walked together, 1, 2 or 4.
         k_blocks: slabs into which the input features are cut, to keep them in the first cache.
         row_tiles: tiles into which the outputs are cut, for reuse and for several threads.
         pack: copy slabs to aligned scratch first (always so for tokens).
+        column_tiles: register tiles in a panel. They share each read of the weights, and their
+            activations come from the second cache; 1 keeps those in the first.
     """
 
     vectors: int
@@ -26,6 +28,7 @@ class SpmmVariant(NamedTuple):
     k_blocks: int = 1
     row_tiles: int = 1
     pack: bool = False
+    column_tiles: int = 1
 
 
 def default_variant(weight: BlockRowWeight, columns: int, layout: str = "channels") -> SpmmVariant:
@@ -45,6 +48,7 @@ _TILES: dict[int, tuple[tuple[int, float], ...]] = {
     4: ((1, 1.0), (1, 2 / 3)),
 }
 _SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-level cache
+_PANEL_BYTES = 256 << 10  # a panel that is read in place, where blocks share loads: half the second
 _SLAB_STEPS = 25  # a shorter row per slab costs more in beginnings and ends than the cache returns
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
 _TASKS = 8  # panels x tiles that keep a few threads busy
@@ -72,10 +76,11 @@ def spmm_variants(
     found: dict[SpmmVariant, None] = {}
     for pack in packs:
         for vectors, groups in _register_tiles(weight.block, columns):
-            panels = -(-columns // (vectors * native().lanes()))
+            side = 1 if pack else _column_tiles(weight, vectors, columns)
+            panels = -(-columns // (side * vectors * native().lanes()))
             tiles = min(-(-_TASKS // max(panels, 1)), max(rows // _TILE_ROWS, 1))
             for k_blocks in _slab_counts(weight, vectors):
-                found[SpmmVariant(vectors, groups, k_blocks, tiles, pack)] = None
+                found[SpmmVariant(vectors, groups, k_blocks, tiles, pack, side)] = None
     return list(found)
 
 
@@ -91,6 +96,15 @@ def _register_tiles(block: int, columns: int) -> list[tuple[int, int]]:
         limit = max(1, round(share * module.spmm_max_vectors(groups, block)))
         found[-(-needed // -(-needed // limit)), groups] = None
     return list(found)
+
+
+def _column_tiles(weight: BlockRowWeight, vectors: int, columns: int) -> int:
+    """Register tiles in a panel that is read in place."""
+    if weight.block == 1:  # every multiply-add loads: only the first cache is fast enough
+        return 1
+    tile = vectors * native().lanes()
+    fitting = _PANEL_BYTES // max(4 * weight.shape[1] * tile, 1)
+    return max(1, min(fitting, -(-columns // tile)))
 
 
 def _slab_counts(weight: BlockRowWeight, vectors: int) -> list[int]:
