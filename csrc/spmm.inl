@@ -52,12 +52,12 @@ AEROGEL_INLINE Vec load_x(const float* x, int v, int64_t tail) {
 }
 
 // One stored column of G block rows: `weights` yields weight i of the step as a vector.
-template <int V, int G, int B, bool Masked, class Weights>
-AEROGEL_INLINE void step(Vec (&acc)[G][B][V], const char* x, const int32_t* offsets, int64_t tail,
+template <int V, int G, int B, bool Masked, class Offsets, class Weights>
+AEROGEL_INLINE void step(Vec (&acc)[G][B][V], const char* x, const Offsets& offsets, int64_t tail,
                          const Weights& weights) {
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-    const float* row = reinterpret_cast<const float*>(x + offsets[g]);
+    const float* row = reinterpret_cast<const float*>(x + offsets(g));
     if constexpr (V <= B) {
       Vec values[V];
 #pragma GCC unroll 16
@@ -89,6 +89,12 @@ constexpr bool quads_fit(int vectors, int groups, int block) {
   return groups * block * vectors + operands + quads <= kRegisters;
 }
 
+AEROGEL_INLINE uint64_t load_pair(const int32_t* p) {
+  uint64_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return pair;
+}
+
 template <int V, int G, int B, bool Masked>
 AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
                               const int32_t* offsets, int32_t steps, int64_t tail) {
@@ -103,18 +109,33 @@ AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* w
 #pragma GCC unroll 4
       for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(weights + 4 * q);
     }
+    // Two offsets a load: vectors of activations need the load ports.
+    constexpr int kOffsets = G * kUnroll;
+    uint64_t pairs[(kOffsets + 1) / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < kOffsets; i += 2) pairs[i / 2] = load_pair(offsets + i);
+    if constexpr (kOffsets % 2) pairs[kOffsets / 2] = static_cast<uint32_t>(offsets[kOffsets - 1]);
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      step<V, G, B, Masked>(acc, x, offsets + u * G, tail, [&](int i) {
-        const int at = u * kStep + i;
-        return kFromQuads ? broadcast_lane(quads[at / 4], at % 4) : broadcast(weights[at]);
-      });
+      step<V, G, B, Masked>(
+          acc, x,
+          [&](int g) {
+            const int at = u * G + g;
+            return at % 2 ? pairs[at / 2] >> 32 : pairs[at / 2] & 0xffffffffu;
+          },
+          tail,
+          [&](int i) {
+            const int at = u * kStep + i;
+            return kFromQuads ? broadcast_lane(quads[at / 4], at % 4) : broadcast(weights[at]);
+          });
     }
     weights += kStep * kUnroll;
     offsets += G * kUnroll;
   }
   for (; kUnroll > 1 && s < steps; ++s) {
-    step<V, G, B, Masked>(acc, x, offsets, tail, [&](int i) { return broadcast(weights[i]); });
+    step<V, G, B, Masked>(
+        acc, x, [&](int g) { return offsets[g]; }, tail,
+        [&](int i) { return broadcast(weights[i]); });
     weights += kStep;
     offsets += G;
   }
