@@ -132,7 +132,7 @@ def test_nm_pattern_brings_its_sparsity() -> None:
 
 
 def test_training_fields_are_those_of_the_training_loop() -> None:
-    from_recipe = {"distill_alpha", "temperature", "seed"}
+    from_recipe = {"distill_alpha", "temperature", "distill_features", "feature_weight", "seed"}
     known = {field.name for field in dataclasses.fields(train.TrainConfig)}
     assert set(Training.model_fields) == known - from_recipe
     defaults = train.TrainConfig()

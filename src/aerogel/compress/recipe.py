@@ -25,6 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from aerogel.compress.methods import method_names
+
 ENGINES = ("torch eager", "torch channels_last", "torch.compile", "onnxruntime", "openvino")
 
 
@@ -218,8 +220,6 @@ class Recipe(_Part):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        from aerogel.compress.methods import method_names
-
         name = method.strip().lower().replace("_", "-")
         if name not in method_names():
             raise ValueError(f"{method!r} is unknown; nearest: {nearest(name, method_names())}")

@@ -10,8 +10,9 @@ from torch import nn
 
 from aerogel import data, train
 from aerogel.compress.console import Task
-from aerogel.compress.methods import METHODS
+from aerogel.compress.methods import METHODS, Goal
 from aerogel.compress.recipe import Distillation, Recipe, Training
+from aerogel.compress.selection import pruned_parameters
 
 CURVES = ("loss", "lr", "sparsity")
 
@@ -72,7 +73,7 @@ def train_sparse(
     pruners: list[Any] = []
 
     def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        pruners.append(METHODS[recipe.method](model, optimizer, recipe, steps))
+        pruners.append(METHODS[recipe.method](model, optimizer, _goal(model, recipe, steps)))
         return pruners[-1]
 
     learns = recipe.distillation is not None or dataset.task != "classification"
@@ -87,6 +88,12 @@ def train_sparse(
     )
     pruners[-1].finalize()
     return _curves(history, "prune")
+
+
+def _goal(model: nn.Module, recipe: Recipe, steps: int) -> Goal:
+    names = pruned_parameters(model, recipe.pattern, recipe.include, recipe.exclude)
+    ramp = recipe.schedule.model_dump()
+    return Goal(names, recipe.sparsity, recipe.pattern, steps, **ramp)
 
 
 def _config(

@@ -8,9 +8,10 @@ aerogel.train.evaluate(model, dataset)
 from aerogel.train.config import TrainConfig
 from aerogel.train.evaluate import evaluate
 from aerogel.train.features import FeatureMatch
-from aerogel.train.history import Callback, History, Progress, zero_fraction
-from aerogel.train.loop import Run, Stepper, fit, make_optimizer
+from aerogel.train.history import History, Progress, zero_fraction
+from aerogel.train.loop import fit, make_optimizer
 from aerogel.train.losses import embedding_loss, logit_loss, training_loss
+from aerogel.train.run import Callback, Run, Stepper
 from aerogel.train.sync_batchnorm import synchronized_batch_norm
 
 __all__ = [

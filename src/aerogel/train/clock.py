@@ -6,13 +6,10 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from aerogel.train.config import TrainConfig
 from aerogel.train.history import History, OnProgress, Progress
-
-if TYPE_CHECKING:
-    from aerogel.train.loop import Run
+from aerogel.train.run import Run
 
 _PROGRESS_SECONDS = 0.25
 

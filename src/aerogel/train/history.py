@@ -1,13 +1,10 @@
-"""What a training run leaves to look at: curves, progress, and hooks along the way."""
+"""What a training run leaves to look at: curves and progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from aerogel.train.loop import Run
+from typing import Any
 
 
 @dataclass
@@ -45,29 +42,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-class Callback:
-    """Hooks of a run; override what you need. All run on every process."""
-
-    def on_train_begin(self, run: Run) -> None:
-        """Before the first step (also of a resumed run)."""
-
-    def on_optimizer_step(self, run: Run) -> None:
-        """After each optimizer step; `run.step` counts the steps done."""
-
-    def on_epoch_end(self, run: Run) -> None:
-        """After each pass over the data, and after the last step."""
-
-    def on_train_end(self, run: Run) -> None:
-        """After the last step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has to survive a kill."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
 
 
 def zero_fraction(model: Any) -> float:

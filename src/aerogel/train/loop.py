@@ -7,11 +7,10 @@ ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,46 +23,14 @@ from aerogel.train.clock import Clock
 from aerogel.train.config import TrainConfig
 from aerogel.train.evaluate import evaluate
 from aerogel.train.features import FeatureMatch
-from aerogel.train.history import Callback, History, OnProgress, zero_fraction
+from aerogel.train.history import History, OnProgress
 from aerogel.train.losses import training_loss
+from aerogel.train.run import Callback, Run, Stepper
 from aerogel.train.state import load_state, save_state, seed_step
 from aerogel.train.sync_batchnorm import synchronized_batch_norm
 
 _CURVE_POINTS = 200
 _ALL_RANKS = -1
-
-
-class Stepper(Protocol):
-    """What may stand in for the optimizer's step: a pruner, for example."""
-
-    def step(self) -> Any:
-        """Take one optimizer step, and whatever comes with it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has to survive a kill."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Take back what `state_dict` returned."""
-
-
-@dataclasses.dataclass
-class Run:
-    """A run in progress, as callbacks see it."""
-
-    model: nn.Module  # never wrapped for several processes
-    optimizer: torch.optim.Optimizer
-    stepper: Stepper | None
-    config: TrainConfig
-    total_steps: int
-    history: History
-    accelerator: Accelerator
-    step: int = 0  # steps done
-    epoch: int = 0  # passes begun before this one
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over the weights that pruning may touch."""
-        return zero_fraction(self.model)
 
 
 def fit(
