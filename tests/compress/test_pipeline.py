@@ -152,15 +152,25 @@ def test_a_run_whose_own_measurement_fails_can_be_finished_later(
     assert [row.missing for row in results.latency[0].rows if row.engine == "aerogel"] == [None]
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+    # Without --multi_gpu, accelerate starts one process on a machine that has no GPU.
+    "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "-m"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_what_one_trains(
-    finished_run: tuple[Path, Results], tiny_recipe: Path, tmp_path: Path
+    finished_run: tuple[Path, Results], tiny_recipe: Path, tmp_path: Path, launcher: str
 ) -> None:
     folder, _ = finished_run
     out = tmp_path / "two"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "aerogel", "compress", "--recipe", str(tiny_recipe), "--out", str(out)]
+    command = ["aerogel", "compress", "--recipe", str(tiny_recipe), "--out", str(out), "--json"]
     done = subprocess.run(
-        [sys.executable, *launch, *command, "--json"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *LAUNCHERS[launcher], *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["quality"]
