@@ -163,6 +163,14 @@ def test_many_layers_are_cut_to_the_slowest_in_order() -> None:
     assert "All 100 layers" in text
 
 
+def test_layers_are_named_within_their_common_parent() -> None:
+    names = ["net.body.0.query", "net.body.0.key", "net.body.10.query"]
+    assert wording.within_parent(names) == ["0.query", "0.key", "10.query"]
+    assert wording.within_parent(["net.head", "net.body.0"]) == ["head", "body.0"]
+    assert wording.within_parent(["net.head"]) == ["head"]
+    assert wording.within_parent([]) == []
+
+
 def test_plots_of_nothing_are_no_plots() -> None:
     missing = {"label": "x", "engine": "x", "missing": "gone"}
     assert figures.latency(Latency(threads=1, rows=[missing]), 0) is None

@@ -192,7 +192,7 @@ def layer_sparsity(layers: list[Layer]) -> Figure | None:
         data=[bars],
         layout=_layout(
             xaxis={**_percent_axis(), "range": [0, 106]},
-            yaxis=_categories([row.name for row in rows], size=11),
+            yaxis=_categories(wording.within_parent([row.name for row in rows]), size=11),
             bargap=0.3,
         ),
     )
@@ -228,7 +228,7 @@ def layer_time(layers: list[Layer]) -> Figure | None:
         data=data,
         layout=_layout(
             xaxis={"title": {"text": unit}, "rangemode": "tozero"},
-            yaxis=_categories([r.name for r in rows], size=11),
+            yaxis=_categories(wording.within_parent([r.name for r in rows]), size=11),
             barmode="group",
             bargap=0.25,
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 DASH = "–"
 TIMES = "×"
 
@@ -83,6 +85,13 @@ def clipped(text: str, limit: int = 34) -> str:
         return text
     tail = (limit - 1) // 2
     return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
+
+
+def within_parent(names: list[str]) -> list[str]:
+    """Dotted names without the parents that all of them share."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared = len(os.path.commonprefix(parents))
+    return [".".join(name.split(".")[shared:]) for name in names]
 
 
 def _digits(value: float) -> str:
