@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 
 DASH = "–"
 TIMES = "×"
@@ -89,8 +89,8 @@ def clipped(text: str, limit: int = 34) -> str:
 
 def within_parent(names: list[str]) -> list[str]:
     """Dotted names without the parents that all of them share."""
-    parents = [name.split(".")[:-1] for name in names]
-    shared = len(os.path.commonprefix(parents))
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     return [".".join(name.split(".")[shared:]) for name in names]
 
 
