@@ -48,7 +48,10 @@ _TILES: dict[int, tuple[tuple[int, float], ...]] = {
     4: ((1, 1.0), (1, 2 / 3)),
 }
 _SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-level cache
-_PANEL_BYTES = 256 << 10  # a panel that is read in place, where blocks share loads: half the second
+# What a panel that is read in place may take, by block. Where every multiply-add loads, only the
+# first cache is fast enough; where blocks share their loads, most of the second will do. Few inputs
+# then make wide panels, whose rows of outputs are written in longer pieces: up to twice as fast.
+_PANEL_BYTES = {1: 48 << 10, 2: 384 << 10, 4: 384 << 10}
 _SLAB_STEPS = 25  # a shorter row per slab costs more in beginnings and ends than the cache returns
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
 _TASKS = 8  # panels x tiles that keep a few threads busy
@@ -100,10 +103,8 @@ def _register_tiles(block: int, columns: int) -> list[tuple[int, int]]:
 
 def _column_tiles(weight: BlockRowWeight, vectors: int, columns: int) -> int:
     """Register tiles in a panel that is read in place."""
-    if weight.block == 1:  # every multiply-add loads: only the first cache is fast enough
-        return 1
     tile = vectors * native().lanes()
-    fitting = _PANEL_BYTES // max(4 * weight.shape[1] * tile, 1)
+    fitting = _PANEL_BYTES[weight.block] // max(4 * weight.shape[1] * tile, 1)
     return max(1, min(fitting, -(-columns // tile)))
 
 
