@@ -9,8 +9,8 @@ A step of a converted layer multiplies only where weights live: forward, the gra
 the gradient of its weights, and the optimizer. Masks may move between steps: `update_masks` is the
 drop-and-grow step of SET, and of RigL after a backward pass inside `dense_gradients`.
 
-When it helps: 60 % zeros and more, layers of at least 128 x 128, float32 on the CPU. At 90 % zeros
-a whole AdamW step of a 768-3072-768 block is 3.5 to 4 times as fast as the dense one
+When it helps: 60 % zeros and more, layers of 32768 weights and more, float32 on the CPU. At 90 %
+zeros a whole AdamW step of a 768-3072-768 block is 3.5 to 4 times as fast as the dense one
 (`benchmarks/sparse_training.py`). Other dtypes and devices, autocast and `torch.compile` are
 computed by dense products.
 
@@ -43,7 +43,7 @@ from aerogel.train.sparse_layers import (
 # Measured on AVX2, one thread, whole AdamW steps of a 768-3072-768 block, 256 and 1024 tokens: 1.0
 # to 1.2 times dense at 50 % zeros, 1.3 at 60 %, 1.7 at 70 %.
 BREAK_EVEN = 0.6
-SMALLEST_LAYER = 128 * 128  # weights; below, calls cost more than products
+SMALLEST_LAYER = 1 << 15  # weights; below, calls cost about what products save at the break-even
 
 
 def sparse_training(
@@ -58,7 +58,7 @@ def sparse_training(
     """Make linear and 1x1-convolution layers train on their non-zero weights only.
 
     Converted in place: plain `nn.Linear` and 1x1 `nn.Conv2d` layers whose weight is sparse enough.
-    Left dense: everything else, layers below `min_sparsity` or 16384 weights (unless `min_sparsity`
+    Left dense: everything else, layers below `min_sparsity` or 32768 weights (unless `min_sparsity`
     is 0), subclasses, layers with hooks or parametrizations, and tied weights.
 
     Args:
