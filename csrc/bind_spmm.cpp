@@ -14,10 +14,28 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void update(SpmmWeight& weight, uintptr_t values) {
+  nb::gil_scoped_release release;
+  weight.update(pointer<const float>(values));
+}
+
+// order: the number of every value, int32, or 0 for 0, 1, 2, ...
+SpmmWeight* pack_updatable(uintptr_t values, uintptr_t order, uintptr_t columns, uintptr_t row_ptr,
+                           int64_t rows, int64_t cols, int32_t block, const SpmmVariant& variant,
+                           int64_t ldx) {
+  const BlockRows source{pointer<const float>(values),    pointer<const int32_t>(columns),
+                         pointer<const int64_t>(row_ptr), rows,
+                         cols,                            block,
+                         pointer<const int32_t>(order)};
+  nb::gil_scoped_release release;
+  return new SpmmWeight(source, variant, ldx, true);
+}
+
 SpmmWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, int64_t rows, int64_t cols,
                  int32_t block, const SpmmVariant& variant, int64_t ldx) {
   const BlockRows source{pointer<const float>(values), pointer<const int32_t>(columns),
-                         pointer<const int64_t>(row_ptr), rows, cols, block};
+                         pointer<const int64_t>(row_ptr), rows, cols, block,
+                         nullptr};
   nb::gil_scoped_release release;
   return new SpmmWeight(source, variant, ldx);
 }
@@ -68,8 +86,11 @@ void bind_spmm(nb::module_& m) {
            },
            nb::arg("vectors"), nb::arg("groups"), nb::arg("k_blocks"), nb::arg("row_tiles"),
            nb::arg("pack"), nb::arg("column_tiles") = 1);
-  nb::class_<SpmmWeight>(m, "SpmmWeight").def_prop_ro("nbytes", &SpmmWeight::nbytes);
+  nb::class_<SpmmWeight>(m, "SpmmWeight")
+      .def_prop_ro("nbytes", &SpmmWeight::nbytes)
+      .def("update", &update);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
+  m.def("spmm_pack_updatable", &pack_updatable, nb::rv_policy::take_ownership);
   nb::class_<SpmmCall>(m, "SpmmCall")
       .def("__init__", &prepare, nb::keep_alive<1, 2>())
       .def("__call__", &SpmmCall::operator());

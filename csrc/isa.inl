@@ -5,12 +5,14 @@
 #include "roofline.inl"
 #include "spmm.inl"
 
-#include "layers.inl"  // uses the transposes of spmm_layout.inl
+// Both use the transposes of spmm_layout.inl.
+#include "layers.inl"
+#include "sddmm.inl"
 
 namespace aerogel::AEROGEL_ISA {
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes, &kSpmmKernels, &kRooflineKernels,
-                            &kLayerKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes,            &kSpmmKernels,
+                            &kSddmmKernels,   &kRooflineKernels, &kLayerKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

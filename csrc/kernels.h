@@ -7,6 +7,7 @@
 namespace aerogel {
 
 struct SpmmKernels;      // spmm.h: sparse weights x dense activations
+struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 
@@ -16,6 +17,7 @@ struct KernelTable {
   const char* name;  // "avx512", "avx2", "neon" or "generic"
   int lanes;         // float32 lanes of one vector
   const SpmmKernels* spmm;
+  const SddmmKernels* sddmm;
   const RooflineKernels* roofline;
   const LayerKernels* layers;
 };

@@ -3,19 +3,19 @@
 
 #include <algorithm>
 #include <limits>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace aerogel {
 namespace {
 
 constexpr int64_t kLineFloats = 16;
-constexpr int64_t kStreamSlack = 16;  // kernels load weights four at a time
+constexpr size_t kStreamSlack = 16;  // kernels load weights four at a time
 constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transposed block's side
 constexpr int64_t kTasksPerThread = 4;
 constexpr int32_t kMaxColumnTiles = 1024;
@@ -36,13 +36,16 @@ int64_t first_output(const BlockRows& w, int64_t r) {
 
 int32_t block_of(const BlockRows& w, int64_t r) { return r < w.rows / w.block ? w.block : 1; }
 
-const float* values_of(const BlockRows& w, int64_t r, int64_t index) {
+// The number of the first value of stored column `index`, which is one of block row r.
+int64_t value_of(const BlockRows& w, int64_t r, int64_t index) {
   const int64_t full = w.rows / w.block;
-  if (r < full) return w.values + index * w.block;
-  return w.values + w.row_ptr[full] * w.block + (index - w.row_ptr[full]);
+  if (r < full) return index * w.block;
+  return w.row_ptr[full] * w.block + (index - w.row_ptr[full]);
 }
 
-void check_source(const BlockRows& w) {
+}  // namespace
+
+void spmm_check_source(const BlockRows& w) {
   if (w.block != 1 && w.block != 2 && w.block != 4) {
     fail(quoted("block", w.block) + ": expected 1, 2 or 4");
   }
@@ -61,7 +64,18 @@ void check_source(const BlockRows& w) {
       }
     }
   }
+  const int64_t values = value_of(w, count, w.row_ptr[count]);
+  if (values > std::numeric_limits<int32_t>::max()) {
+    fail(quoted("values", values) + ": expected fewer than 2^31");
+  }
+  for (int64_t i = 0; w.order && i < values; ++i) {
+    if (w.order[i] < 0 || w.order[i] >= values) {
+      fail(quoted("order", w.order[i]) + ": expected 0 <= number < " + std::to_string(values));
+    }
+  }
 }
+
+namespace {
 
 void check_variant(const SpmmVariant& v, int32_t block, const SpmmKernels& kernels) {
   if (v.groups != 1 && v.groups != 2 && v.groups != 4) {
@@ -86,6 +100,7 @@ struct SpmmWeight::Storage {
   std::vector<SpmmRun> runs;
   std::vector<int32_t> rows;
   std::vector<float> weights;
+  std::vector<int32_t> sources;  // the number of the value that each weight is, if updatable
   std::vector<int32_t> offsets;
   std::vector<SpmmSegment> segments;
   std::vector<int64_t> tile_rows;
@@ -102,10 +117,10 @@ struct Span {
 class Packer {
  public:
   Packer(const BlockRows& source, const SpmmVariant& variant, int64_t row_bytes,
-         std::vector<SpmmRun>* runs, std::vector<int32_t>* rows, std::vector<float>* weights,
+         std::vector<SpmmRun>* runs, std::vector<int32_t>* rows, std::vector<int32_t>* sources,
          std::vector<int32_t>* offsets)
       : source_(source), variant_(variant), row_bytes_(row_bytes), runs_(runs), rows_(rows),
-        weights_(weights), offsets_(offsets) {}
+        sources_(sources), offsets_(offsets) {}
 
   // Tiles of about equal work that begin at multiples of kTileRows outputs.
   std::vector<Span> tiles() const {
@@ -178,13 +193,16 @@ class Packer {
     for (int64_t s = 0; s < members_[i].count; ++s) {
       for (int32_t g = 0; g < width; ++g) {
         const Member& member = members_[i + g];
-        const float* values = values_of(source_, member.row, member.from + s);
-        weights_->insert(weights_->end(), values, values + block);
+        const int64_t value = value_of(source_, member.row, member.from + s);
+        for (int32_t b = 0; b < block; ++b) {
+          const int64_t i = value + b;
+          sources_->push_back(source_.order ? source_.order[i] : static_cast<int32_t>(i));
+        }
         offsets_->push_back(
             static_cast<int32_t>(source_.columns[member.from + s] * row_bytes_));
       }
     }
-    weights_->resize((weights_->size() + 3) / 4 * 4);
+    sources_->resize((sources_->size() + 3) / 4 * 4);  // with value 0, which nothing multiplies
   }
 
   const BlockRows& source_;
@@ -192,17 +210,22 @@ class Packer {
   int64_t row_bytes_;
   std::vector<SpmmRun>* runs_;
   std::vector<int32_t>* rows_;
-  std::vector<float>* weights_;
+  std::vector<int32_t>* sources_;
   std::vector<int32_t>* offsets_;
   std::vector<Member> members_;
 };
 
+void gather(const float* values, const std::vector<int32_t>& sources, float* to) {
+  for (size_t i = 0; i < sources.size(); ++i) to[i] = values[sources[i]];
+}
+
 }  // namespace
 
-SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx)
+SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
+                       bool updatable)
     : variant_(variant), kernels_(active_table().spmm), ldx_(variant.pack ? 0 : ldx),
       storage_(std::make_unique<Storage>()) {
-  check_source(source);
+  spmm_check_source(source);
   check_variant(variant, source.block, *kernels_);
   const int64_t row_floats = variant.pack ? variant.vectors * kernels_->lanes : ldx;
   if (row_floats < 1 || source.cols * row_floats > std::numeric_limits<int32_t>::max() / 4) {
@@ -210,13 +233,13 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
          std::to_string(source.cols) + " rows span less than 2 GiB");
   }
   Storage& out = *storage_;
-  Packer packer(source, variant, row_floats * 4, &out.runs, &out.rows, &out.weights, &out.offsets);
+  Packer packer(source, variant, row_floats * 4, &out.runs, &out.rows, &out.sources, &out.offsets);
   const int64_t slabs = std::clamp<int64_t>(variant.k_blocks, 1, std::max<int64_t>(source.cols, 1));
   for (int64_t s = 0; s <= slabs; ++s) out.slab_cols.push_back(source.cols * s / slabs);
   const auto mark = [&out] {
     out.segments.push_back({static_cast<int64_t>(out.runs.size()),
                             static_cast<int64_t>(out.rows.size()),
-                            static_cast<int64_t>(out.weights.size()),
+                            static_cast<int64_t>(out.sources.size()),
                             static_cast<int64_t>(out.offsets.size())});
   };
   for (const Span& tile : packer.tiles()) {
@@ -229,7 +252,9 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   }
   mark();
   out.tile_rows.push_back(source.rows);
-  out.weights.resize(out.weights.size() + kStreamSlack);
+  out.weights.resize(out.sources.size() + kStreamSlack);
+  gather(source.values, out.sources, out.weights.data());
+  if (!updatable) std::vector<int32_t>().swap(out.sources);
   out.offsets.resize(out.offsets.size() + kStreamSlack);
   stream_ = {out.runs.data(), out.rows.data(), out.weights.data(), out.offsets.data(),
              out.segments.data(), out.tile_rows.data(), out.slab_cols.data(),
@@ -238,10 +263,19 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
 
 SpmmWeight::~SpmmWeight() = default;
 
+void SpmmWeight::update(const float* values) {
+  Storage& s = *storage_;
+  if (s.sources.empty() && s.weights.size() > kStreamSlack) {
+    fail("weight: expected one that was packed as updatable");
+  }
+  gather(values, s.sources, s.weights.data());
+}
+
 int64_t SpmmWeight::nbytes() const {
   const Storage& s = *storage_;
   return static_cast<int64_t>(s.runs.size() * sizeof(SpmmRun) + s.rows.size() * 4 +
-                              s.weights.size() * 4 + s.offsets.size() * 4 +
+                              s.weights.size() * 4 + s.sources.size() * 4 +
+                              s.offsets.size() * 4 +
                               s.segments.size() * sizeof(SpmmSegment));
 }
 
@@ -269,31 +303,6 @@ Range panel_columns(const SpmmArgs& a, int64_t panel, int64_t panels) {
   return {vectors * panel / panels * lanes,
           std::min(a.columns, vectors * (panel + 1) / panels * lanes)};
 }
-
-// Scratch of one thread: grows, never shrinks, lives as long as the thread.
-class Scratch {
- public:
-  ~Scratch() { release(); }
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      release();
-      data_ = static_cast<float*>(
-          ::operator new(static_cast<size_t>(floats) * sizeof(float), kAlignment));
-      size_ = floats;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  void release() {
-    ::operator delete(data_, kAlignment);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();

@@ -36,7 +36,11 @@ struct BlockRows {
   int64_t rows;
   int64_t cols;
   int32_t block;
+  const int32_t* order = nullptr;  // value i is values[order[i]]; null: values[i]
 };
+
+// Throws std::invalid_argument if the parts do not describe a weight matrix.
+void spmm_check_source(const BlockRows& source);
 
 // Rows of one tile whose columns lie in one slab: runs of groups with equal step counts, so that
 // the loop's end is predictable and no padding is needed.
@@ -65,12 +69,14 @@ struct SpmmStream {
 };
 
 // One weight packed for one variant, one row stride and the instruction set active at the time.
-// Immutable: threads share it.
+// Threads share it; only `update` changes it.
 class SpmmWeight {
  public:
-  // ldx: distance of activation rows in floats (ignored if the variant packs). Throws
-  // std::invalid_argument for malformed input or a row stride too large for 32-bit byte offsets.
-  SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx);
+  // ldx: distance of activation rows in floats (ignored if the variant packs). updatable: keep the
+  // number of every value, for `update`. Throws std::invalid_argument for malformed input or a row
+  // stride too large for 32-bit byte offsets.
+  SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
+             bool updatable = false);
   ~SpmmWeight();
   SpmmWeight(const SpmmWeight&) = delete;
   SpmmWeight& operator=(const SpmmWeight&) = delete;
@@ -80,6 +86,10 @@ class SpmmWeight {
   const SpmmKernels& kernels() const { return *kernels_; }
   int64_t ldx() const { return ldx_; }
   int64_t nbytes() const;
+
+  // Other values at the same places, in the order of the source's; nobody may be multiplying
+  // meanwhile. Throws std::invalid_argument unless the weight is updatable.
+  void update(const float* values);
 
  private:
   struct Storage;

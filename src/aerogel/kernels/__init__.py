@@ -12,10 +12,11 @@ from aerogel.kernels._library import (
     set_isa,
 )
 from aerogel.kernels.formats import BlockRowWeight
-from aerogel.kernels.ops import spmm_op
+from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
+from aerogel.kernels.sddmm import sddmm, sddmm_reference
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
     native_weight,
@@ -23,6 +24,7 @@ from aerogel.kernels.spmm import (
     spmm,
     spmm_reference,
 )
+from aerogel.kernels.trained import TrainedPattern
 from aerogel.kernels.variants import SpmmVariant, default_variant, spmm_variants
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "PlanBuilder",
     "Roofline",
     "SpmmVariant",
+    "TrainedPattern",
     "Value",
     "available_isas",
     "default_variant",
@@ -42,6 +45,9 @@ __all__ = [
     "reference_activation",
     "reference_mode",
     "roofline",
+    "sddmm",
+    "sddmm_op",
+    "sddmm_reference",
     "set_isa",
     "spmm",
     "spmm_op",

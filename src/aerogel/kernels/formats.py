@@ -59,10 +59,12 @@ class BlockRowWeight:
     row_ptr: Tensor
     shape: tuple[int, int]
     block: int
-    # What spmm keeps: native streams, prepared calls, and the default variant by columns.
+    # What spmm keeps: native streams, prepared calls, and the default variant by columns; sddmm
+    # keeps its native pattern.
     _streams: dict[object, Any] = field(default_factory=dict, repr=False)
     _calls: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     _defaults: dict[object, Any] = field(default_factory=dict, repr=False)
+    _pattern: list[Any] = field(default_factory=list, repr=False)
 
     @staticmethod
     def pack(weight: Tensor, block: int | str = "auto", min_fill: float = 0.9) -> BlockRowWeight:

@@ -1,4 +1,4 @@
-"""`torch.ops.aerogel.spmm`: the packed product as a PyTorch operator, with gradients.
+"""`torch.ops.aerogel.spmm` and `sddmm`: the packed products as PyTorch operators, with gradients.
 
 Inference calls the kernels directly (an operator call costs more than many of the layers); the
 operator exists for autograd, `torch.export` and `torch.compile`.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from aerogel.kernels.formats import BlockRowWeight, dense_weight, entry_indices
+from aerogel.kernels.formats import BlockRowWeight, dense_weight
+from aerogel.kernels.sddmm import as_planes, check_gradient, sddmm
 from aerogel.kernels.spmm import check_activation, check_operands, linear_reference, spmm
 
 _aten = torch.ops.aten
@@ -117,13 +118,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.shape, ctx.block, ctx.activation, ctx.layout = (rows, cols), block, activation, layout
 
 
-def _as_planes(t: Tensor, layout: str) -> Tensor:
-    """(images, features, columns), whatever the layout."""
-    if layout == "tokens":
-        return t.reshape(1, -1, t.shape[-1]).transpose(1, 2)
-    return t.reshape(t.shape[0], t.shape[1], -1)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, row_ptr, bias, residual = ctx.saved_tensors
     dense = dense_weight(values, columns, row_ptr, ctx.shape, ctx.block)
@@ -134,16 +128,69 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = linear_reference(grad, dense.t(), None, ctx.layout)
-    planes = _as_planes(grad, ctx.layout)
     if ctx.needs_input_grad[1]:
-        index = entry_indices(columns, row_ptr, ctx.shape, ctx.block, values.shape[0])
-        product = torch.einsum("bnm,bkm->nk", planes, _as_planes(x, ctx.layout))
-        grad_values = product[index]
+        parts = (columns, row_ptr, *ctx.shape, ctx.block, values.shape[0])
+        grad_values = torch.ops.aerogel.sddmm(grad, x, *parts, ctx.layout)
     if bias is not None and ctx.needs_input_grad[7]:
-        grad_bias = planes.sum((0, 2))
+        grad_bias = as_planes(grad, ctx.layout).sum((0, 2))
     grad_residual = grad if residual is not None and ctx.needs_input_grad[8] else None
     nothing = (None,) * 5
     return grad_x, grad_values, *nothing, grad_bias, grad_residual, None, None
 
 
 spmm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("aerogel::sddmm", mutates_args=())
+def sddmm_op(
+    grad: Tensor,
+    x: Tensor,
+    columns: Tensor,
+    row_ptr: Tensor,
+    rows: int,
+    cols: int,
+    block: int,
+    num_values: int,
+    layout: str,
+) -> Tensor:
+    """`aerogel.kernels.sddmm` on the pattern of a BlockRowWeight with so many values."""
+    values = x.new_empty(num_values)
+    weight = BlockRowWeight(values, columns, row_ptr, (rows, cols), block)
+    with torch.no_grad():
+        return sddmm(grad, x, weight, layout=layout)
+
+
+@sddmm_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    columns: Tensor,
+    row_ptr: Tensor,
+    rows: int,
+    cols: int,
+    block: int,
+    num_values: int,
+    layout: str,
+) -> Tensor:
+    check_gradient(grad, x, (rows, cols), layout)
+    return x.new_empty(num_values)
+
+
+def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, columns, row_ptr, rows, cols, block, _, layout = inputs
+    ctx.save_for_backward(grad, x, columns, row_ptr)
+    ctx.shape, ctx.block, ctx.layout = (rows, cols), block, layout
+
+
+def _sddmm_backward(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, columns, row_ptr = ctx.saved_tensors
+    dense = dense_weight(second, columns, row_ptr, ctx.shape, ctx.block)
+    of_grad = of_x = None
+    if ctx.needs_input_grad[0]:
+        of_grad = linear_reference(x, dense, None, ctx.layout)
+    if ctx.needs_input_grad[1]:
+        of_x = linear_reference(grad, dense.t(), None, ctx.layout)
+    return of_grad, of_x, *(None,) * 7
+
+
+sddmm_op.register_autograd(_sddmm_backward, setup_context=_sddmm_context)

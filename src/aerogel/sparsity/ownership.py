@@ -20,11 +20,16 @@ def claim(parameters: Mapping[str, nn.Parameter], owner: object) -> None:
         ValueError: another living owner masks one of them.
     """
     for name, parameter in parameters.items():
-        other = getattr(parameter, _CLAIM, None)
-        if other is not None and other() is not None:
+        if claimed(parameter):
             raise ValueError(f"{name!r} is already under another mask controller")
     for parameter in parameters.values():
         setattr(parameter, _CLAIM, weakref.ref(owner))
+
+
+def claimed(parameter: nn.Parameter) -> bool:
+    """Whether a living controller masks this parameter."""
+    owner = getattr(parameter, _CLAIM, None)
+    return owner is not None and owner() is not None
 
 
 def release(parameters: Mapping[str, nn.Parameter]) -> None:

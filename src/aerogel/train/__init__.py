@@ -12,6 +12,14 @@ from aerogel.train.history import History, Progress, zero_fraction
 from aerogel.train.loop import fit, make_optimizer
 from aerogel.train.losses import embedding_loss, logit_loss, training_loss
 from aerogel.train.run import Callback, Run, Stepper
+from aerogel.train.sparse_layers import SparseConv2d, SparseLayer, SparseLinear
+from aerogel.train.sparse_model import (
+    dense_gradients,
+    sparse_layers,
+    sparse_training,
+    to_dense,
+    update_masks,
+)
 from aerogel.train.sync_batchnorm import synchronized_batch_norm
 
 __all__ = [
@@ -20,14 +28,22 @@ __all__ = [
     "History",
     "Progress",
     "Run",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
     "Stepper",
     "TrainConfig",
+    "dense_gradients",
     "embedding_loss",
     "evaluate",
     "fit",
     "logit_loss",
     "make_optimizer",
+    "sparse_layers",
+    "sparse_training",
     "synchronized_batch_norm",
+    "to_dense",
     "training_loss",
+    "update_masks",
     "zero_fraction",
 ]
