@@ -366,6 +366,34 @@ def test_masks_include_and_exclude() -> None:
         update_masks(sparse, 0.1, growth="no")  # type: ignore[arg-type]
 
 
+def test_a_sparse_layer_learns_through_rigl() -> None:
+    """Dense gradients, mask updates and the optimizer together fit a sparse teacher."""
+    torch.manual_seed(0)
+    teacher, student = (
+        prune_(nn.Linear(24, 16), 0.9, seed=1),
+        prune_(nn.Linear(24, 16), 0.8, seed=2),
+    )
+    model = sparse_training(student, min_sparsity=0.0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    x = torch.randn(256, 24)
+    target = teacher(x).detach()
+    losses = []
+    for step in range(150):
+        opt.zero_grad()
+        if step % 15 == 14 and step < 100:
+            with dense_gradients(model):
+                loss = F.mse_loss(model(x), target)
+                loss.backward()
+            opt.step()
+            update_masks(model, 0.3, growth="gradient", optimizer=opt)
+        else:
+            loss = F.mse_loss(model(x), target)
+            loss.backward()
+            opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[13]
+
+
 def test_attention_that_reads_weights_still_works() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     prune_(layer)

@@ -86,7 +86,7 @@ def sparse_training(
         raise ValueError(f"min_sparsity={min_sparsity!r}: expected a fraction in [0, 1]")
     selection = select_parameters(model, (nn.Linear, nn.Conv2d), include=include, exclude=exclude)
     wanted = _checked_masks(masks or {}, selection)
-    smallest = SMALLEST_LAYER if min_sparsity else 0
+    smallest = SMALLEST_LAYER if min_sparsity else 1
     replaced: dict[nn.Module, SparseLayer] = {}
     for name, ref in selection.items():
         if not _convertible(ref) or ref.parameter.numel() < smallest:
