@@ -76,6 +76,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/spmm.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/sparse_training.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kLineFloats = 16;
-constexpr size_t kStreamSlack = 16;  // kernels load weights four at a time
+constexpr size_t kStreamSlack = 16;   // kernels load weights four at a time
 constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transposed block's side
 constexpr int64_t kTasksPerThread = 4;
 constexpr int32_t kMaxColumnTiles = 1024;
@@ -195,8 +195,9 @@ class Packer {
         const Member& member = members_[i + g];
         const int64_t value = value_of(source_, member.row, member.from + s);
         for (int32_t b = 0; b < block; ++b) {
-          const int64_t i = value + b;
-          sources_->push_back(source_.order ? source_.order[i] : static_cast<int32_t>(i));
+          const int64_t number = value + b;
+          sources_->push_back(source_.order ? source_.order[number]
+                                            : static_cast<int32_t>(number));
         }
         offsets_->push_back(
             static_cast<int32_t>(source_.columns[member.from + s] * row_bytes_));

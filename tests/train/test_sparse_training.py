@@ -17,7 +17,7 @@ from aerogel.train import (
     SparseLayer,
     SparseLinear,
     dense_gradients,
-    sparse_layers,
+    find_sparse_layers,
     sparse_training,
     to_dense,
     update_masks,
@@ -85,11 +85,11 @@ def test_training_equals_masked_dense_training(kind: str, optimizer: str) -> Non
     if kind == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     sparse = sparse_training(copy.deepcopy(dense), min_sparsity=0.0)
-    assert len(sparse_layers(sparse)) == 2
+    assert len(find_sparse_layers(sparse)) == 2
     zeros = {name: w == 0 for name, w in weights(sparse).items()}
 
     dense_optimizer = OPTIMIZERS[optimizer](dense.parameters())
-    kept = [n for n in weights(dense) if n.removesuffix(".weight") in sparse_layers(sparse)]
+    kept = [n for n in weights(dense) if n.removesuffix(".weight") in find_sparse_layers(sparse)]
     selection = select_parameters(dense, include=kept)
     masks = aerogel.sparsity.MaskSet({n: r.parameter.detach() != 0 for n, r in selection.items()})
     controller = MaskController(dense, dense_optimizer, selection, "hard", masks=masks)
@@ -342,7 +342,7 @@ def test_what_stays_dense() -> None:
     model["hooked"].register_forward_hook(lambda *_: None)
     model["twin"].weight = model["tied"].weight
     assert sparse_training(model) is model
-    assert list(sparse_layers(model)) == ["sparse"]
+    assert list(find_sparse_layers(model)) == ["sparse"]
     with pytest.warns(UserWarning, match="no layer has 60% zeros"):
         sparse_training(model)
 
@@ -351,7 +351,7 @@ def test_masks_include_and_exclude() -> None:
     model = mlp()
     mask = torch.rand(33, 20) < 0.2
     sparse_training(model, min_sparsity=0.0, masks={"0.weight": mask}, exclude=["2"])
-    assert list(sparse_layers(model)) == ["0"]
+    assert list(find_sparse_layers(model)) == ["0"]
     assert torch.equal(model[0].mask, mask)
     with pytest.raises(ValueError, match=r"1\.weight"):
         sparse_training(mlp(), masks={"1.weight": mask})
@@ -366,13 +366,41 @@ def test_masks_include_and_exclude() -> None:
         update_masks(sparse, 0.1, growth="no")  # type: ignore[arg-type]
 
 
+def test_a_sparse_layer_learns_through_rigl() -> None:
+    """Dense gradients, mask updates and the optimizer together fit a sparse teacher."""
+    torch.manual_seed(0)
+    teacher, student = (
+        prune_(nn.Linear(24, 16), 0.9, seed=1),
+        prune_(nn.Linear(24, 16), 0.8, seed=2),
+    )
+    model = sparse_training(student, min_sparsity=0.0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    x = torch.randn(256, 24)
+    target = teacher(x).detach()
+    losses = []
+    for step in range(150):
+        opt.zero_grad()
+        if step % 15 == 14 and step < 100:
+            with dense_gradients(model):
+                loss = F.mse_loss(model(x), target)
+                loss.backward()
+            opt.step()
+            update_masks(model, 0.3, growth="gradient", optimizer=opt)
+        else:
+            loss = F.mse_loss(model(x), target)
+            loss.backward()
+            opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[13]
+
+
 def test_attention_that_reads_weights_still_works() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     prune_(layer)
     x = torch.randn(2, 5, 32)
     expected = layer.eval()(x)
     sparse_training(layer, min_sparsity=0.0)
-    assert {"linear1", "linear2"} <= set(sparse_layers(layer))
+    assert {"linear1", "linear2"} <= set(find_sparse_layers(layer))
     torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-4)
 
 

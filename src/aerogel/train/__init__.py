@@ -15,7 +15,7 @@ from aerogel.train.run import Callback, Run, Stepper
 from aerogel.train.sparse_layers import SparseConv2d, SparseLayer, SparseLinear
 from aerogel.train.sparse_model import (
     dense_gradients,
-    sparse_layers,
+    find_sparse_layers,
     sparse_training,
     to_dense,
     update_masks,
@@ -36,10 +36,10 @@ __all__ = [
     "dense_gradients",
     "embedding_loss",
     "evaluate",
+    "find_sparse_layers",
     "fit",
     "logit_loss",
     "make_optimizer",
-    "sparse_layers",
     "sparse_training",
     "synchronized_batch_norm",
     "to_dense",

@@ -27,6 +27,7 @@ class SparseLayer(nn.Module):
         values: (stored weights,) parameter.
         bias: (out,) parameter or None.
         columns, row_ptr, block: the pattern, as in `aerogel.kernels.BlockRowWeight`.
+        weight_shape: shape of the dense weight, (out, in) or (out, in, 1, 1).
     """
 
     values: nn.Parameter
@@ -38,7 +39,7 @@ class SparseLayer(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mask: Tensor) -> None:
         super().__init__()
-        self._weight_shape = tuple(weight.shape)
+        self.weight_shape = tuple(weight.shape)
         self._trained: TrainedPattern | None = None
         self.dense_gradient: Tensor | None = None
         self.captures_gradient = False
@@ -62,28 +63,28 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight with its zeros, differentiable in `values`; made anew on each access."""
-        return self.pattern.dense(self.values).reshape(self._weight_shape)
+        return self.pattern.dense(self.values).reshape(self.weight_shape)
 
     @property
     def mask(self) -> Tensor:
         """Which weights are stored: bool, of the dense weight's shape."""
         stored = torch.ones(self.pattern.num_values, device=self.values.device)
-        return (self.pattern.dense(stored) != 0).reshape(self._weight_shape)
+        return (self.pattern.dense(stored) != 0).reshape(self.weight_shape)
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros."""
-        rows, cols = self._weight_shape[:2]
+        rows, cols = self.weight_shape[:2]
         return 1.0 - self.values.numel() / max(rows * cols, 1)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The entries of a dense (out, in, ...) tensor where weights are stored."""
         row, column = (index.to(dense.device) for index in self.pattern.indices())
-        return dense.reshape(self._weight_shape[:2])[row, column]
+        return dense.reshape(self.weight_shape[:2])[row, column]
 
     def scatter(self, values: Tensor) -> Tensor:
         """The inverse of `gather`: zeros where nothing is stored."""
-        return self.pattern.dense(values).reshape(self._weight_shape)
+        return self.pattern.dense(values).reshape(self.weight_shape)
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -99,10 +100,10 @@ class SparseLayer(nn.Module):
         Raises:
             ValueError: another shape or dtype.
         """
-        if mask.dtype is not torch.bool or tuple(mask.shape) != self._weight_shape:
+        if mask.dtype is not torch.bool or tuple(mask.shape) != self.weight_shape:
             raise ValueError(
                 f"mask: {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool "
-                f"{self._weight_shape}"
+                f"{self.weight_shape}"
             )
         old = self.pattern
         self._take_pattern(mask)
@@ -132,7 +133,7 @@ class SparseLayer(nn.Module):
             dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         else:
             dense = torch.einsum("bnm,bkm->nk", grad.flatten(2), x.flatten(2))
-        dense = dense.reshape(self._weight_shape)
+        dense = dense.reshape(self.weight_shape)
         seen = self.dense_gradient
         self.dense_gradient = dense if seen is None else seen + dense
 
@@ -161,9 +162,9 @@ class SparseLayer(nn.Module):
         dense = state_dict.pop(prefix + "weight", None)
         if dense is None:
             return
-        if tuple(dense.shape) != self._weight_shape:
+        if tuple(dense.shape) != self.weight_shape:
             raise ValueError(
-                f"{prefix}weight: shape {tuple(dense.shape)}, expected {self._weight_shape}"
+                f"{prefix}weight: shape {tuple(dense.shape)}, expected {self.weight_shape}"
             )
         nonzero = (dense != 0).to(self.values.device)
         if bool((nonzero & ~self.mask).any()):
@@ -175,7 +176,7 @@ class SparseLayer(nn.Module):
     # ---------------------------------------------------------------------------------- pieces
 
     def _take_pattern(self, mask: Tensor) -> None:
-        matrix = mask.reshape(self._weight_shape[:2]).float()
+        matrix = mask.reshape(self.weight_shape[:2]).float()
         # Blocks only where they are full: every stored weight is one that the mask keeps.
         packed = BlockRowWeight.pack(matrix, "auto", min_fill=1.0)
         self.columns, self.row_ptr = packed.columns, packed.row_ptr
@@ -183,12 +184,12 @@ class SparseLayer(nn.Module):
         self._trained = self._prepared(self._trained)
 
     def _prepared(self, like: TrainedPattern | None) -> TrainedPattern:
-        rows, cols = self._weight_shape[:2]
+        rows, cols = self.weight_shape[:2]
         return TrainedPattern(self.columns, self.row_ptr, (rows, cols), int(self.block), like)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"{self._weight_shape}, sparsity={self.sparsity:.3f}, bias={bias}"
+        return f"{self.weight_shape}, sparsity={self.sparsity:.3f}, bias={bias}"
 
 
 class SparseLinear(SparseLayer):

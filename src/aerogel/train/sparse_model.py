@@ -86,7 +86,7 @@ def sparse_training(
         raise ValueError(f"min_sparsity={min_sparsity!r}: expected a fraction in [0, 1]")
     selection = select_parameters(model, (nn.Linear, nn.Conv2d), include=include, exclude=exclude)
     wanted = _checked_masks(masks or {}, selection)
-    smallest = SMALLEST_LAYER if min_sparsity else 0
+    smallest = SMALLEST_LAYER if min_sparsity else 1
     replaced: dict[nn.Module, SparseLayer] = {}
     for name, ref in selection.items():
         if not _convertible(ref) or ref.parameter.numel() < smallest:
@@ -119,7 +119,7 @@ def to_dense(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         The model; another object only if the model itself is one layer.
     """
     replaced: dict[nn.Module, nn.Module] = {}
-    for layer in sparse_layers(model).values():
+    for layer in find_sparse_layers(model).values():
         plain = layer.to_dense()  # type: ignore[operator]
         if optimizer is not None:
             move_state(optimizer, layer.values, plain.weight, layer.scatter)
@@ -127,7 +127,7 @@ def to_dense(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     return _replace(model, replaced)
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+def find_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The converted layers of a model by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
 
@@ -139,7 +139,7 @@ def dense_gradients(model: nn.Module) -> Iterator[None]:
     Forward and backward passes belong inside. It costs one dense product per layer and pass, so use
     it on update steps only. Gradients of several passes add up.
     """
-    layers = list(sparse_layers(model).values())
+    layers = list(find_sparse_layers(model).values())
     for layer in layers:
         layer.captures_gradient, layer.dense_gradient = True, None
     try:
@@ -184,26 +184,28 @@ def update_masks(
     if growth not in ("random", "gradient"):
         raise ValueError(f"growth={growth!r}: expected 'random' or 'gradient'")
     changed = {}
-    for name, layer in sparse_layers(model).items():
+    for name, layer in find_sparse_layers(model).items():
         score = _growth_score(name, layer, growth, generator)
-        mask = layer.mask
-        new = _swapped(mask, layer.weight.abs(), score, fraction, int(layer.block))
-        changed[name] = int((new & ~mask).sum())
+        old = layer.mask
+        new = _swapped(layer, old, score, fraction)
+        changed[name] = int((new & ~old).sum())
         layer.set_mask(new, optimizer)
     return changed
 
 
-def _swapped(mask: Tensor, magnitude: Tensor, score: Tensor, fraction: float, block: int) -> Tensor:
-    """One drop-and-grow step on units of `block` outputs."""
-    block = block if mask.shape[0] % block == 0 else 1
+def _swapped(layer: SparseLayer, mask: Tensor, score: Tensor, fraction: float) -> Tensor:
+    """One drop-and-grow step on units of as many outputs as are stored together."""
+    block = int(layer.block) if mask.shape[0] % int(layer.block) == 0 else 1
+    # Only what is stored competes to stay: a tenth of the weights at 90 % zeros.
+    magnitude = layer.values.detach().abs().reshape(-1, block).sum(1)
+    count = int(fraction * len(magnitude))
+    stays = drop(torch.ones_like(magnitude, dtype=torch.bool), magnitude, count)
+    kept = layer.scatter(stays.repeat_interleave(block).to(score.dtype)) != 0
 
     def units(t: Tensor) -> Tensor:
         return t.reshape(mask.shape[0] // block, block, -1)
 
-    stored = units(mask).any(1)
-    count = int(fraction * int(stored.sum()))
-    kept = drop(stored, units(magnitude).sum(1), count)
-    grown, _ = grow(kept, units(score).sum(1), count)
+    grown, _ = grow(units(kept)[:, 0], units(score).sum(1), count)
     return grown[:, None].expand(-1, block, -1).reshape(mask.shape)
 
 
@@ -211,7 +213,7 @@ def _growth_score(
     name: str, layer: SparseLayer, growth: str, generator: torch.Generator | None
 ) -> Tensor:
     if growth == "random":
-        shape = layer.mask.shape
+        shape = layer.weight_shape
         return torch.rand(shape, generator=generator).to(layer.values.device)
     gradient = layer.dense_gradient
     if gradient is None:
