@@ -3,9 +3,10 @@
 #include "simd.h"
 
 #include "roofline.inl"
-#include "spmm.inl"
-
-#include "layers.inl"  // uses the transposes of spmm_layout.inl
+#include "layers_simd.inl"
+#include "gather.inl"  // uses layers_simd.inl
+#include "spmm.inl"    // uses gather.inl
+#include "layers.inl"  // uses all three
 
 namespace aerogel::AEROGEL_ISA {
 

@@ -28,6 +28,21 @@ struct TapRange {
   int64_t first, last;
 };
 
+// A row of the product that a convolution stands for: an input channel under one tap.
+struct WindowTap {
+  int32_t channel, ky, kx;
+};
+
+// One image's planes and the window that slides over them.
+struct WindowInput {
+  const Window* window;
+  const TapRange* taps_x;  // [kernel_w]
+  const TapRange* taps_y;  // [kernel_h]
+  const float* x;
+  int64_t ldx;
+  const float* x_end;  // nothing at or beyond this address is read
+};
+
 // Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
 struct DenseTile {
   int64_t rows, vectors, lanes;

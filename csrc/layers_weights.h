@@ -25,6 +25,12 @@ class FloatBuffer {
   int64_t size_ = 0;
 };
 
+// The window of (kernel, stride, padding, dilation), two numbers each, over such planes, with torch's
+// output size. In ceil_mode a window may stick out at the end, but must start inside. Throws
+// std::invalid_argument if the numbers are too small or the kernel is larger than the padded input.
+Window make_window(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
+                   bool ceil_mode = false);
+
 struct Taps {
   explicit Taps(const Window& window);
   std::vector<TapRange> x, y;

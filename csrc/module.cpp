@@ -13,6 +13,7 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &aerogel::available_isas);
   m.def("set_isa", &aerogel::select_isa, nb::arg("name"));
   aerogel::bind_spmm(m);
+  aerogel::bind_sparse_conv(m);
   aerogel::bind_roofline(m);
   aerogel::bind_plan(m);
 }

@@ -233,7 +233,8 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   out.offsets.resize(out.offsets.size() + kStreamSlack);
   stream_ = {out.runs.data(), out.rows.data(), out.weights.data(), out.offsets.data(),
              out.segments.data(), out.tile_rows.data(), out.slab_cols.data(),
-             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols};
+             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols,
+             (source.cols + slabs - 1) / slabs};
 }
 
 SpmmWeight::~SpmmWeight() = default;
@@ -298,7 +299,7 @@ class Scratch {
 int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();
   if (!a.weight->variant().pack) return 0;
-  int64_t rows = s.cols_total;
+  int64_t rows = a.window ? s.longest_slab : s.cols_total;
   if (a.tokens) {
     int64_t tallest = 0;
     for (int64_t t = 0; t < s.tiles; ++t) {
@@ -306,7 +307,9 @@ int64_t scratch_floats(const SpmmArgs& a) {
     }
     rows += tallest;
   }
-  return rows * panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
+  const int64_t vectors = panel_vectors(a.weight->variant());
+  return rows * vectors * a.weight->kernels().lanes +
+         a.weight->variant().column_tiles * kScratchSlack;
 }
 
 }  // namespace
@@ -321,7 +324,10 @@ void spmm_check(const SpmmArgs& a) {
     fail(quoted("ldx", a.ldx) + ": the weight was packed for " +
          std::to_string(a.weight->ldx()));
   }
-  const int64_t x_row = a.tokens ? s.cols_total : a.columns;
+  if (a.window && (a.tokens || !pack)) fail("window: expected planes and a packing variant");
+  const int64_t x_row = a.tokens   ? s.cols_total
+                        : a.window ? a.window->input.window->in_h * a.window->input.window->in_w
+                                   : a.columns;
   const int64_t y_row = a.tokens ? s.rows_total : a.columns;
   if (a.ldx < x_row) fail(quoted("ldx", a.ldx) + ": expected at least " + std::to_string(x_row));
   if (a.ldy < y_row) fail(quoted("ldy", a.ldy) + ": expected at least " + std::to_string(y_row));
@@ -329,7 +335,8 @@ void spmm_check(const SpmmArgs& a) {
     fail(quoted("ldr", a.ldr) + ": expected at least " + std::to_string(y_row));
   }
   const int64_t line = (a.columns + kLineFloats - 1) / kLineFloats * kLineFloats;
-  if (a.padded && (a.tokens || a.ldx < line || a.ldy < line || (a.residual && a.ldr < line))) {
+  const bool short_x = !a.window && a.ldx < line;
+  if (a.padded && (a.tokens || short_x || a.ldy < line || (a.residual && a.ldr < line))) {
     fail("padded: expected planar rows of at least " + std::to_string(line) + " floats");
   }
 }

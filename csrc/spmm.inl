@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxVectors = 12;
+static_assert(kMaxVectors * kLanes <= kWidestGather);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
 
@@ -379,7 +380,55 @@ AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int6
   }
 }
 
+// The input under taps [k_begin, k_end) into scratch[k - k_begin][stride].
+AEROGEL_NOINLINE void gather_slab(const SpmmPanel& p, Columns columns, int64_t k_begin,
+                                  int64_t k_end, int64_t stride, float* scratch) {
+  WindowInput input = p.args->window->input;
+  input.x = p.x;
+  const Segments segments(*input.window, columns.first, columns.width);
+  const int64_t whole = columns.width / kLanes * kLanes;
+  for (int64_t k = k_begin; k < k_end; ++k, scratch += stride) {
+    if (columns.width > whole) store(scratch + whole, zero());
+    gather_tap(input, p.args->window->taps[k], segments, scratch);
+  }
+}
+
+// A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time.
+AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
+  const SpmmStream& s = *p.stream;
+  const SpmmArgs& a = *p.args;
+  const ColumnTiles tiles(p);
+  const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
+  const int64_t x_floats = s.longest_slab * stride + kScratchSlack;  // scratch of one tile
+  const TileSteps steps{x_floats * static_cast<int64_t>(sizeof(float)), 0};
+  PanelPrefetch ahead;
+  RunContext c{};
+  c.bias = a.bias;
+  c.tail = a.padded ? kLanes : (p.width - 1) % kLanes + 1;
+  c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
+  c.y = p.y + p.column;
+  c.ldy = a.ldy;
+  c.residual = p.residual ? p.residual + p.column : nullptr;
+  c.ldr = a.ldr;
+  for (int64_t slab = 0; slab < s.slabs; ++slab) {
+    const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      gather_slab(p, tiles.columns(p, t), k_begin, k_end, stride, p.scratch + t * x_floats);
+    }
+    c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
+    c.first = slab == 0;
+    c.last = slab == s.slabs - 1;
+    for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
+      run_tiles(c, s, range * s.slabs + slab, tiles, steps, false, ahead);
+    }
+  }
+  if (!is_inline_activation(a.activation)) {
+    finish_rows(p, s.tile_rows[p.tile_begin], s.tile_rows[p.tile_end]);
+  }
+}
+
 void run_panel(const SpmmPanel& p) {
+  if (p.args->window) return run_window_panel(p);
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
   const bool pack = p.variant->pack != 0;

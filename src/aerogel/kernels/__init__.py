@@ -16,6 +16,11 @@ from aerogel.kernels.ops import spmm_op
 from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
+from aerogel.kernels.sparse_conv import (
+    ConvGeometry,
+    sparse_conv2d,
+    sparse_conv2d_reference,
+)
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
     native_weight,
@@ -23,11 +28,17 @@ from aerogel.kernels.spmm import (
     spmm,
     spmm_reference,
 )
-from aerogel.kernels.variants import SpmmVariant, default_variant, spmm_variants
+from aerogel.kernels.variants import (
+    SpmmVariant,
+    default_variant,
+    sparse_conv_variants,
+    spmm_variants,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
+    "ConvGeometry",
     "OpInfo",
     "Plan",
     "PlanBuilder",
@@ -43,6 +54,9 @@ __all__ = [
     "reference_mode",
     "roofline",
     "set_isa",
+    "sparse_conv2d",
+    "sparse_conv2d_reference",
+    "sparse_conv_variants",
     "spmm",
     "spmm_op",
     "spmm_reference",

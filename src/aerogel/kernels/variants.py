@@ -117,3 +117,17 @@ def _slab_counts(weight: BlockRowWeight, vectors: int) -> list[int]:
     while steps / (2 * wanted) >= _SLAB_STEPS and slab_bytes / wanted > _SLAB_BYTES:
         wanted *= 2
     return sorted({wanted, max(wanted // 2, 1)}, reverse=True)
+
+
+# Register tiles worth trying for convolutions, whose panels are gathered: (groups, vectors).
+_CONV_TILES: dict[int, tuple[tuple[int, int], ...]] = {
+    1: ((1, 12), (2, 6), (2, 4), (4, 3)),
+    2: ((1, 6), (2, 3), (1, 4)),
+    4: ((1, 3), (1, 2), (2, 1)),
+}
+
+
+def sparse_conv_variants(
+    weight: BlockRowWeight, columns: int, groups: int = 1
+) -> list[SpmmVariant]:
+    return [SpmmVariant(v, g, 1, 1, True, 1) for g, v in _CONV_TILES[weight.block]]
