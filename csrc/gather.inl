@@ -13,13 +13,18 @@ struct Segment {
 // The widest panel of any kernel, in columns: each may be an output row of its own.
 constexpr int64_t kWidestGather = 12 * kLanes;
 
-// Columns [column, column + count) of a window's output, cut at the ends of its rows.
+// Columns [first, first + width) of a window's output.
+struct Columns {
+  int64_t first, width;
+};
+
+// The same, cut at the ends of the output's rows.
 struct Segments {
   Segment list[kWidestGather];
   int count = 0;
 
-  AEROGEL_INLINE Segments(const Window& w, int64_t column, int64_t columns) {
-    for (int64_t c = column, end = column + columns; c < end; ++count) {
+  AEROGEL_INLINE Segments(const Window& w, Columns columns) {
+    for (int64_t c = columns.first, end = columns.first + columns.width; c < end; ++count) {
       const int64_t ox = c % w.out_w;
       list[count] = {c / w.out_w, ox, smaller(w.out_w - ox, end - c)};
       c += list[count].count;
@@ -71,6 +76,101 @@ AEROGEL_INLINE void gather_tap(const WindowInput& in, WindowTap at, const Segmen
     fill_strided(tap + s->oy * w.stride_h * w.in_w + first * w.stride_w, w.stride_w, in.x_end,
                  to + first - s->ox, last - first);
     fill_zero(to + last - s->ox, stop - last);
+  }
+}
+
+// The rows of one channel that a panel of a window of stride 1 needs (layers.h, StripShape), and
+// where each vector of the panel lies in them.
+class Strip {
+ public:
+  AEROGEL_INLINE Strip(const WindowInput& input, Columns columns, const Segments& segments,
+                       float* data)
+      : in_(input), segments_(segments), shape_(strip_shape(*input.window, columns.width,
+                                                            segments.count)), data_(data) {
+    const Window& w = *in_.window;
+    row_of_ky_ = shape_.narrow ? 1 : shape_.shared ? w.dilation_h : segments.count;
+    int64_t to = 0;
+    for (int s = 0; s < segments.count; ++s) {
+      const Segment& it = segments.list[s];
+      const int64_t row = shape_.narrow ? s * w.kernel_h : shape_.shared ? s * w.stride_h : s;
+      const int64_t from = row * shape_.pitch + (shape_.narrow ? 0 : it.ox);
+      for (int64_t i = 0; i < it.count; i += kLanes) {
+        pieces_[piece_count_++] = {static_cast<int32_t>(from + i), static_cast<int32_t>(to + i)};
+      }
+      to += it.count;
+    }
+    fill_zero(data, shape_.rows * shape_.pitch);  // what stays zero is the padding
+  }
+
+  // Rows come in ascending order: the zeros behind one do not reach into a finished one.
+  AEROGEL_INLINE void take_channel(int64_t channel) {
+    const Window& w = *in_.window;
+    const float* plane = in_.x + channel * in_.ldx;
+    float* to = data_;
+    const Segment& first = segments_.list[0];
+    if (shape_.shared) {
+      const int64_t top = first.oy * w.stride_h - w.pad_h;
+      for (int64_t r = 0; r < shape_.rows; ++r, to += shape_.pitch) take_row(plane, top + r, 0, to);
+      return;
+    }
+    const int64_t outer = shape_.narrow ? segments_.count : w.kernel_h;
+    const int64_t inner = shape_.narrow ? w.kernel_h : segments_.count;
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t j = 0; j < inner; ++j, to += shape_.pitch) {
+        const int64_t s = shape_.narrow ? i : j, ky = shape_.narrow ? j : i;
+        const int64_t iy = (first.oy + s) * w.stride_h + ky * w.dilation_h - w.pad_h;
+        take_row(plane, iy, shape_.narrow ? segments_.list[s].ox : 0, to);
+      }
+    }
+  }
+
+  AEROGEL_INLINE void give_tap(WindowTap tap, float* to) const {
+    const float* from =
+        data_ + tap.ky * row_of_ky_ * shape_.pitch + tap.kx * in_.window->dilation_w;
+    for (int i = 0; i < piece_count_; ++i) store(to + pieces_[i].to, load(from + pieces_[i].from));
+  }
+
+ private:
+  struct Piece {
+    int32_t from, to;
+  };
+
+  AEROGEL_INLINE void take_row(const float* plane, int64_t iy, int64_t ox, float* to) const {
+    const Window& w = *in_.window;
+    if (iy < 0 || iy >= w.in_h) return;
+    const int64_t left = ox - w.pad_w;
+    const int64_t first = larger(left, 0), last = smaller(left + shape_.pitch, w.in_w);
+    const float* from = plane + iy * w.in_w + first;
+    to += first - left;
+    for (int64_t i = 0, n = last - first; i < n; i += kLanes) {
+      store(to + i, load_upto(from + i, n - i));
+    }
+  }
+
+  const WindowInput in_;
+  const Segments& segments_;
+  const StripShape shape_;
+  float* const data_;
+  int64_t row_of_ky_;
+  int piece_count_ = 0;
+  Piece pieces_[kWidestGather];
+};
+
+// The input under each of the taps [first, last), zero in the padding: rows of a panel, `stride`
+// floats apart. `strip`: strip_floats() of scratch.
+AEROGEL_NOINLINE void gather_taps(const WindowInput& input, Columns columns, const WindowTap* first,
+                                  const WindowTap* last, float* strip, float* panel,
+                                  int64_t stride) {
+  const Segments segments(*input.window, columns);
+  if (input.window->stride_w != 1) {
+    for (; first < last; ++first, panel += stride) gather_tap(input, *first, segments, panel);
+    return;
+  }
+  Strip rows(input, columns, segments, strip);
+  int32_t channel = -1;
+  for (; first < last; ++first, panel += stride) {
+    if (first->channel != channel) rows.take_channel(channel = first->channel);
+    rows.give_tap(*first, panel);
   }
 }
 

@@ -58,6 +58,24 @@ Taps::Taps(const Window& w) {
   }
 }
 
+std::vector<WindowTap> window_taps(int64_t channels, int64_t kernel_h, int64_t kernel_w) {
+  std::vector<WindowTap> taps;
+  for (int64_t k = 0; k < channels * kernel_h * kernel_w; ++k) {
+    taps.push_back({static_cast<int32_t>(k / (kernel_h * kernel_w)),
+                    static_cast<int32_t>(k / kernel_w % kernel_h),
+                    static_cast<int32_t>(k % kernel_w)});
+  }
+  return taps;
+}
+
+int64_t strip_floats(const Window& w, int64_t columns) {
+  if (w.stride_w != 1) return 0;
+  constexpr int64_t kSlack = 32;  // rows are written and read in whole vectors
+  const StripShape narrow = strip_shape(w, std::min(columns, w.out_w), 2);
+  const StripShape wide = strip_shape(w, columns, (columns - 1) / w.out_w + 2);
+  return std::max(narrow.rows * narrow.pitch, wide.rows * wide.pitch) + kSlack;
+}
+
 ConvWeight::ConvWeight(const ConvSource& source, const DenseTile& tile) : taps_(source.window) {
   const Window& w = source.window;
   ConvLayer& l = layer_;
@@ -94,6 +112,8 @@ ConvWeight::ConvWeight(const ConvSource& source, const DenseTile& tile) : taps_(
   l.bias = bias_.data();
   l.taps_x = taps_.x.data();
   l.taps_y = taps_.y.data();
+  depths_ = window_taps(l.group_inputs, w.kernel_h, w.kernel_w);
+  l.depths = depths_.data();
 }
 
 DepthwiseWeight::DepthwiseWeight(const ConvSource& source, int64_t lanes)

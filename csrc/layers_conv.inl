@@ -17,24 +17,11 @@ struct PanelPart {
   int64_t width;  // floats of a panel row
 };
 
-// The input under each tap, zero in the padding.
-AEROGEL_NOINLINE void gather_panel(const ConvArgs& a, const PanelPart& part, float* panel) {
-  const ConvLayer& layer = *a.layer;
-  const Window& w = layer.window;
-  const WindowInput input = {&w, layer.taps_x, layer.taps_y, a.x, a.ldx, a.x_end};
-  const Segments segments(w, part.column, part.count);
-  const int64_t taps = w.kernel_w * w.kernel_h;
-  WindowTap tap{static_cast<int32_t>(part.group * layer.group_inputs + part.k0 / taps),
-                static_cast<int32_t>(part.k0 % taps / w.kernel_w),
-                static_cast<int32_t>(part.k0 % w.kernel_w)};
-  for (int64_t k = part.k0; k < part.k1; ++k, panel += part.width) {
-    gather_tap(input, tap, segments, panel);
-    if (++tap.kx < w.kernel_w) continue;
-    tap.kx = 0;
-    if (++tap.ky < w.kernel_h) continue;
-    tap.ky = 0;
-    ++tap.channel;
-  }
+void gather_panel(const ConvArgs& a, const PanelPart& part, float* strip, float* panel) {
+  const ConvLayer& l = *a.layer;
+  const float* x = a.x + part.group * l.group_inputs * a.ldx;
+  gather_taps({&l.window, l.taps_x, l.taps_y, x, a.ldx, a.x_end}, {part.column, part.count},
+              l.depths + part.k0, l.depths + part.k1, strip, panel, part.width);
 }
 
 AEROGEL_NOINLINE void gather_pointwise(const ConvArgs& a, const PanelPart& part, float* panel) {
@@ -142,6 +129,7 @@ void conv_slice(const ConvArgs& a, const ConvSlice& slice, float* scratch) {
   const ConvLayer& layer = *a.layer;
   const int64_t vectors = (a.columns + kLanes - 1) / kLanes;
   const int64_t panels = conv_panels(a.columns, kDenseTile);
+  float* const strip_rows = scratch + (kConvDepthBlock + 1) * kDenseTile.width();
   const int64_t strip = larger(1, smaller(kStripPanels, kConvDepthBlock / layer.depth));
   for (int64_t begin = slice.first_panel; begin < slice.last_panel; begin += strip) {
     const int64_t count = smaller(strip, slice.last_panel - begin);
@@ -154,7 +142,7 @@ void conv_slice(const ConvArgs& a, const ConvSlice& slice, float* scratch) {
         const int64_t last = vectors * (begin + i + 1) / panels * kLanes;
         strips[i] = {first, smaller(last, a.columns) - first, to};
         const PanelPart part = {first, strips[i].count, slice.group, k0, k1, last - first};
-        layer.pointwise ? gather_pointwise(a, part, to) : gather_panel(a, part, to);
+        layer.pointwise ? gather_pointwise(a, part, to) : gather_panel(a, part, strip_rows, to);
         to += (k1 - k0) * (last - first);
       }
       for (int64_t block = slice.first_block; block < slice.last_block; ++block) {

@@ -31,6 +31,9 @@ class FloatBuffer {
 Window make_window(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
                    bool ceil_mode = false);
 
+// The taps of so many channels, in the order of a flattened weight.
+std::vector<WindowTap> window_taps(int64_t channels, int64_t kernel_h, int64_t kernel_w);
+
 struct Taps {
   explicit Taps(const Window& window);
   std::vector<TapRange> x, y;
@@ -52,6 +55,7 @@ class ConvWeight {
 
  private:
   Taps taps_;
+  std::vector<WindowTap> depths_;
   FloatBuffer weight_, bias_;
   ConvLayer layer_;
 };

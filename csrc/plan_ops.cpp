@@ -53,7 +53,8 @@ void ConvOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 }
 
 int64_t ConvOp::scratch_floats() const {
-  return kConvDepthBlock * kernels->tile.width() + kernels->tile.width() + 16;
+  const int64_t width = kernels->tile.width();
+  return (kConvDepthBlock + 1) * width + strip_floats(source.window, width);
 }
 
 namespace {

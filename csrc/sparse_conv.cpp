@@ -57,17 +57,14 @@ SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, int6
   }
   group_inputs_ = source.cols / taps;
   group_outputs_ = source.rows / groups;
+  const std::vector<WindowTap> all = window_taps(group_inputs_, kernel_h, kernel_w);
   SpmmVariant packing = variant;
   packing.pack = 1;
   for (int64_t g = 0; g < groups; ++g) {
     const GroupRows part(source, g, groups);
     Group group;
     group.weight = std::make_unique<SpmmWeight>(part.rows(), packing, 0);
-    for (const int32_t k : part.used()) {
-      group.taps.push_back({static_cast<int32_t>(k / taps),
-                            static_cast<int32_t>(k % taps / kernel_w),
-                            static_cast<int32_t>(k % kernel_w)});
-    }
+    for (const int32_t k : part.used()) group.taps.push_back(all[static_cast<size_t>(k)]);
     groups_.push_back(std::move(group));
   }
 }

@@ -308,8 +308,10 @@ int64_t scratch_floats(const SpmmArgs& a) {
     rows += tallest;
   }
   const int64_t vectors = panel_vectors(a.weight->variant());
+  const int64_t tile_columns = a.weight->variant().vectors * a.weight->kernels().lanes;
   return rows * vectors * a.weight->kernels().lanes +
-         a.weight->variant().column_tiles * kScratchSlack;
+         a.weight->variant().column_tiles * kScratchSlack +
+         (a.window ? strip_floats(*a.window->input.window, tile_columns) : 0);
 }
 
 }  // namespace

@@ -380,19 +380,6 @@ AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int6
   }
 }
 
-// The input under taps [k_begin, k_end) into scratch[k - k_begin][stride].
-AEROGEL_NOINLINE void gather_slab(const SpmmPanel& p, Columns columns, int64_t k_begin,
-                                  int64_t k_end, int64_t stride, float* scratch) {
-  WindowInput input = p.args->window->input;
-  input.x = p.x;
-  const Segments segments(*input.window, columns.first, columns.width);
-  const int64_t whole = columns.width / kLanes * kLanes;
-  for (int64_t k = k_begin; k < k_end; ++k, scratch += stride) {
-    if (columns.width > whole) store(scratch + whole, zero());
-    gather_tap(input, p.args->window->taps[k], segments, scratch);
-  }
-}
-
 // A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time.
 AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   const SpmmStream& s = *p.stream;
@@ -401,6 +388,10 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
   const int64_t x_floats = s.longest_slab * stride + kScratchSlack;  // scratch of one tile
   const TileSteps steps{x_floats * static_cast<int64_t>(sizeof(float)), 0};
+  float* const strip = p.scratch + tiles.count * x_floats;
+  WindowInput input = a.window->input;
+  input.x = p.x;
+  const WindowTap* const taps = a.window->taps;
   PanelPrefetch ahead;
   RunContext c{};
   c.bias = a.bias;
@@ -413,7 +404,8 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
     for (int64_t t = 0; t < tiles.count; ++t) {
-      gather_slab(p, tiles.columns(p, t), k_begin, k_end, stride, p.scratch + t * x_floats);
+      gather_taps(input, tiles.columns(p, t), taps + k_begin, taps + k_end, strip,
+                  p.scratch + t * x_floats, stride);
     }
     c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
     c.first = slab == 0;
