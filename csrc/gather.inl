@@ -85,8 +85,9 @@ class Strip {
  public:
   AEROGEL_INLINE Strip(const WindowInput& input, Columns columns, const Segments& segments,
                        float* data)
-      : in_(input), segments_(segments), shape_(strip_shape(*input.window, columns.width,
-                                                            segments.count)), data_(data) {
+      : in_(input), segments_(segments),
+        shape_(strip_shape(*input.window, columns.width, segments.count)),
+        size_(strip_size(shape_)), data_(data) {
     const Window& w = *in_.window;
     row_of_ky_ = shape_.narrow ? 1 : shape_.shared ? w.dilation_h : segments.count;
     int64_t to = 0;
@@ -99,14 +100,18 @@ class Strip {
       }
       to += it.count;
     }
-    fill_zero(data, shape_.rows * shape_.pitch);  // what stays zero is the padding
+    fill_zero(data, 2 * size_);  // what stays zero is the padding
   }
 
+  // Channels alternate between two strips: loads that straddle two stores wait for both, so a strip
+  // is written well before it is read.
+  AEROGEL_INLINE void turn() { turned_ = size_ - turned_; }
+
   // Rows come in ascending order: the zeros behind one do not reach into a finished one.
-  AEROGEL_INLINE void take_channel(int64_t channel) {
+  AEROGEL_NOINLINE void take_channel(int64_t channel) {
     const Window& w = *in_.window;
     const float* plane = in_.x + channel * in_.ldx;
-    float* to = data_;
+    float* to = data_ + (size_ - turned_);
     const Segment& first = segments_.list[0];
     if (shape_.shared) {
       const int64_t top = first.oy * w.stride_h - w.pad_h;
@@ -126,7 +131,7 @@ class Strip {
 
   AEROGEL_INLINE void give_tap(WindowTap tap, float* to) const {
     const float* from =
-        data_ + tap.ky * row_of_ky_ * shape_.pitch + tap.kx * in_.window->dilation_w;
+        data_ + turned_ + tap.ky * row_of_ky_ * shape_.pitch + tap.kx * in_.window->dilation_w;
     for (int i = 0; i < piece_count_; ++i) store(to + pieces_[i].to, load(from + pieces_[i].from));
   }
 
@@ -150,7 +155,9 @@ class Strip {
   const WindowInput in_;
   const Segments& segments_;
   const StripShape shape_;
+  const int64_t size_;
   float* const data_;
+  int64_t turned_ = 0;
   int64_t row_of_ky_;
   int piece_count_ = 0;
   Piece pieces_[kWidestGather];
@@ -167,10 +174,13 @@ AEROGEL_NOINLINE void gather_taps(const WindowInput& input, Columns columns, con
     return;
   }
   Strip rows(input, columns, segments, strip);
-  int32_t channel = -1;
-  for (; first < last; ++first, panel += stride) {
-    if (first->channel != channel) rows.take_channel(channel = first->channel);
-    rows.give_tap(*first, panel);
+  if (first < last) rows.take_channel(first->channel);
+  while (first < last) {
+    const WindowTap* next = first;
+    while (next < last && next->channel == first->channel) ++next;
+    rows.turn();
+    if (next < last) rows.take_channel(next->channel);
+    for (; first < next; ++first, panel += stride) rows.give_tap(*first, panel);
   }
 }
 

@@ -70,10 +70,9 @@ std::vector<WindowTap> window_taps(int64_t channels, int64_t kernel_h, int64_t k
 
 int64_t strip_floats(const Window& w, int64_t columns) {
   if (w.stride_w != 1) return 0;
-  constexpr int64_t kSlack = 32;  // rows are written and read in whole vectors
   const StripShape narrow = strip_shape(w, std::min(columns, w.out_w), 2);
   const StripShape wide = strip_shape(w, columns, (columns - 1) / w.out_w + 2);
-  return std::max(narrow.rows * narrow.pitch, wide.rows * wide.pitch) + kSlack;
+  return 2 * std::max(strip_size(narrow), strip_size(wide));
 }
 
 ConvWeight::ConvWeight(const ConvSource& source, const DenseTile& tile) : taps_(source.window) {

@@ -62,7 +62,12 @@ __attribute__((always_inline)) constexpr StripShape strip_shape(const Window& w,
           (narrow ? columns : w.out_w) + (w.kernel_w - 1) * w.dilation_w, narrow, shared};
 }
 
-// Floats of the strip of any panel up to `columns` wide.
+// Floats of one strip; its last row is written and read in whole vectors.
+__attribute__((always_inline)) constexpr int64_t strip_size(const StripShape& shape) {
+  return (shape.rows * shape.pitch + 15) / 16 * 16 + 16;
+}
+
+// Floats of both strips of any panel up to `columns` wide.
 int64_t strip_floats(const Window& window, int64_t columns);
 
 // Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
