@@ -16,11 +16,7 @@ from aerogel.kernels.ops import spmm_op
 from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
-from aerogel.kernels.sparse_conv import (
-    ConvGeometry,
-    sparse_conv2d,
-    sparse_conv2d_reference,
-)
+from aerogel.kernels.sparse_conv import sparse_conv2d, sparse_conv2d_reference
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
     native_weight,
@@ -34,6 +30,7 @@ from aerogel.kernels.variants import (
     sparse_conv_variants,
     spmm_variants,
 )
+from aerogel.kernels.window import ConvGeometry
 
 __all__ = [
     "ACTIVATIONS",

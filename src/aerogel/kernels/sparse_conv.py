@@ -14,7 +14,7 @@ Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,92 +36,7 @@ from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.formats import BlockRowWeight, dense_weight
 from aerogel.kernels.spmm import check_activation, reference_activation
 from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
-
-Pair = tuple[int, int]
-
-
-class ConvGeometry(NamedTuple):
-    """A window and how it moves, each as (vertical, horizontal).
-
-    Attributes:
-        kernel: taps.
-        stride: steps between outputs.
-        padding: zeros on either side.
-        dilation: distance of neighbouring taps.
-        groups: parts into which inputs and outputs are cut.
-    """
-
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-    @staticmethod
-    def of(
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-    ) -> ConvGeometry:
-        """From one number for both axes, or two; ValueError names what does not fit."""
-        if not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"groups={groups!r}: expected a positive integer")
-        return ConvGeometry(
-            pair("kernel_size", kernel_size, 1),
-            pair("stride", stride, 1),
-            pair("padding", padding, 0),
-            pair("dilation", dilation, 1),
-            groups,
-        )
-
-    @property
-    def numbers(self) -> list[int]:
-        """The window as the native library takes it."""
-        return [*self.kernel, *self.stride, *self.padding, *self.dilation]
-
-    def output_size(self, height: int, width: int) -> Pair:
-        """Output height and width; ValueError if the kernel is larger than the padded plane."""
-        sizes = []
-        for size, k, s, p, d in zip(
-            (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
-        ):
-            room = size + 2 * p - d * (k - 1) - 1
-            if room < 0:
-                raise ValueError(
-                    f"kernel_size={self.kernel}, dilation={self.dilation}: too large for a plane "
-                    f"of {height}x{width} with padding={self.padding}"
-                )
-            sizes.append(room // s + 1)
-        return sizes[0], sizes[1]
-
-    def check_weight(self, weight: BlockRowWeight, channels: int) -> None:
-        """ValueError unless a packed weight fits this window over so many channels."""
-        rows, cols = weight.shape
-        if channels % self.groups or rows % self.groups:
-            raise ValueError(
-                f"groups={self.groups}: expected a divisor of {channels} inputs and {rows} outputs"
-            )
-        expected = channels // self.groups * self.kernel[0] * self.kernel[1]
-        if cols != expected:
-            raise ValueError(
-                f"weight: shape {weight.shape}, expected ({rows}, {expected}) for {channels} "
-                f"channels, groups={self.groups} and kernel_size={self.kernel}"
-            )
-        if self.groups > 1 and rows // self.groups % weight.block:
-            raise ValueError(
-                f"weight: blocks of {weight.block} rows cross the groups of "
-                f"{rows // self.groups} outputs; pack it with a block that divides them"
-            )
-
-
-def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
-    """One number for both axes, or (vertical, horizontal)."""
-    numbers = (value, value) if isinstance(value, int) else tuple(value)
-    if len(numbers) != 2 or any(not isinstance(n, int) or n < least for n in numbers):
-        raise ValueError(f"{name}={value!r}: expected one or two integers of at least {least}")
-    return numbers[0], numbers[1]
+from aerogel.kernels.window import ConvGeometry
 
 
 def _checked_shape(
@@ -134,11 +49,9 @@ def _checked_shape(
     """Shape of the result; ValueError names the operand that does not fit."""
     if x.dim() != 4:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (batch, channels, height, width)")
-    rows = weight.shape[0]
-    geometry.check_weight(weight, x.shape[1])
-    shape = (x.shape[0], rows, *geometry.output_size(x.shape[2], x.shape[3]))
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({rows},)")
+    shape = (x.shape[0], *geometry.output_shape(weight, tuple(x.shape[1:])))
+    if bias is not None and bias.shape != shape[1:2]:
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({shape[1]},)")
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"residual: shape {tuple(residual.shape)}, expected {shape}")
     return shape
@@ -172,10 +85,17 @@ def _reference(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
+    y = dense_conv2d(x, weight, bias, geometry)
+    return reference_activation(y if residual is None else y + residual, activation)
+
+
+def dense_conv2d(
+    x: Tensor, weight: BlockRowWeight, bias: Tensor | None, geometry: ConvGeometry
+) -> Tensor:
+    """`F.conv2d` with the unpacked weight."""
     dense = dense_weight(weight.values, weight.columns, weight.row_ptr, weight.shape, weight.block)
     kernel = dense.reshape(weight.shape[0], x.shape[1] // geometry.groups, *geometry.kernel)
-    y = F.conv2d(x, kernel, bias, *geometry[1:])
-    return reference_activation(y if residual is None else y + residual, activation)
+    return F.conv2d(x, kernel, bias, *geometry[1:])
 
 
 def sparse_conv2d(
@@ -303,9 +223,7 @@ def _prepare(
     return PreparedCall(call, shape, source.copy, extra.copy)
 
 
-def native_conv_weight(
-    weight: BlockRowWeight, variant: SpmmVariant, geometry: ConvGeometry
-) -> Any:
+def native_conv_weight(weight: BlockRowWeight, variant: SpmmVariant, geometry: ConvGeometry) -> Any:
     """The native streams of a weight for one variant and kernel; packed once, then kept.
 
     Args:

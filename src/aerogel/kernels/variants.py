@@ -119,15 +119,48 @@ def _slab_counts(weight: BlockRowWeight, vectors: int) -> list[int]:
     return sorted({wanted, max(wanted // 2, 1)}, reverse=True)
 
 
-# Register tiles worth trying for convolutions, whose panels are gathered: (groups, vectors).
-_CONV_TILES: dict[int, tuple[tuple[int, int], ...]] = {
-    1: ((1, 12), (2, 6), (2, 4), (4, 3)),
-    2: ((1, 6), (2, 3), (1, 4)),
-    4: ((1, 3), (1, 2), (2, 1)),
+# Register tiles worth trying for convolutions, likeliest first, as in _TILES.
+_CONV_TILES: dict[int, tuple[tuple[int, float], ...]] = {
+    1: ((1, 7 / 12), (1, 1.0), (2, 1.0)),
+    2: ((1, 1.0), (2, 1.0)),
+    4: ((1, 1.0), (1, 2 / 3)),
 }
+# What a gathered slab may take. It is written before it is read, so that half a second-level cache
+# costs little where blocks share loads.
+_CONV_SLAB_BYTES = {1: 64 << 10, 2: 128 << 10, 4: 256 << 10}
 
 
 def sparse_conv_variants(
     weight: BlockRowWeight, columns: int, groups: int = 1
 ) -> list[SpmmVariant]:
-    return [SpmmVariant(v, g, 1, 1, True, 1) for g, v in _CONV_TILES[weight.block]]
+    """The variants worth timing for a packed convolution, the likeliest first.
+
+    Args:
+        weight: packed (out, in / groups * kh * kw).
+        columns: pixels of one output image.
+        groups: of the convolution.
+
+    Returns:
+        3 to 9 different variants; all of them pack.
+    """
+    module = native()
+    needed = max(1, -(-columns // module.lanes()))
+    found: dict[SpmmVariant, None] = {}
+    for vectors, tile_groups in _conv_tiles(weight.block, needed):
+        panels = groups * -(-needed // vectors)
+        rows = max(weight.shape[0] // groups, 1)
+        tiles = min(-(-_TASKS // panels), max(rows // _TILE_ROWS, 1))
+        slab_bytes = weight.shape[1] * vectors * module.lanes() * 4
+        slabs = max(1, round(slab_bytes / _CONV_SLAB_BYTES[weight.block]))
+        for k_blocks in dict.fromkeys((slabs, 2 * slabs, max(slabs // 2, 1))):
+            found[SpmmVariant(vectors, tile_groups, k_blocks, tiles, True)] = None
+    return list(found)
+
+
+def _conv_tiles(block: int, needed: int) -> list[tuple[int, int]]:
+    """(vectors, groups) worth trying; panels of equal widths, none wider than needed."""
+    found: dict[tuple[int, int], None] = {}
+    for groups, share in _CONV_TILES[block]:
+        limit = max(1, round(share * native().spmm_max_vectors(groups, block)))
+        found[-(-needed // -(-needed // limit)), groups] = None
+    return list(found)
