@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spmm import Call, Timer
 from torch import Tensor
 
 from aerogel import kernels
 from aerogel.train.allocator import keep_freed_memory
+from spmm import Call, Timer
 
 # (channels in and out, plane side): the 3x3 layers of ResNet-50 at 224 x 224, stride 1.
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))

@@ -10,8 +10,8 @@ struct Segment {
   int64_t oy, ox, count;
 };
 
-// The widest panel of any kernel, in columns: each may be an output row of its own.
-constexpr int64_t kWidestGather = 12 * kLanes;
+// The widest panel, in columns: each may be an output row of its own.
+constexpr int64_t kWidestGather = kWidestWindow * kLanes;
 
 // Columns [first, first + width) of a window's output.
 struct Columns {

@@ -43,6 +43,9 @@ struct WindowInput {
   const float* x_end;  // nothing at or beyond this address is read
 };
 
+// The widest panel that is gathered, in vectors.
+constexpr int64_t kWidestWindow = 48;
+
 // Windows of stride 1 read most inputs several times. Rows of a channel that a panel needs are first
 // copied side by side with their padding (a strip), so that a tap is a plain copy out of it. A panel
 // no wider than an output row has kernel_h strip rows for each row it touches; a wider one takes

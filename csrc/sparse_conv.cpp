@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
 #include "parallel.h"
 
 namespace aerogel {
@@ -58,12 +59,19 @@ SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, int6
   group_inputs_ = source.cols / taps;
   group_outputs_ = source.rows / groups;
   const std::vector<WindowTap> all = window_taps(group_inputs_, kernel_h, kernel_w);
-  SpmmVariant packing = variant;
-  packing.pack = 1;
+  if (spmm_panel_vectors(variant) > kWidestWindow) {
+    throw std::invalid_argument("vectors=" + std::to_string(variant.vectors) +
+                                ", column_tiles=" + std::to_string(variant.column_tiles) +
+                                ": expected at most " + std::to_string(kWidestWindow) +
+                                " vectors in a panel");
+  }
+  SpmmVariant gathered = variant;
+  gathered.pack = 0;
+  const int64_t width = spmm_panel_vectors(variant) * active_table().lanes;
   for (int64_t g = 0; g < groups; ++g) {
     const GroupRows part(source, g, groups);
     Group group;
-    group.weight = std::make_unique<SpmmWeight>(part.rows(), packing, 0);
+    group.weight = std::make_unique<SpmmWeight>(part.rows(), gathered, width);
     for (const int32_t k : part.used()) group.taps.push_back(all[static_cast<size_t>(k)]);
     groups_.push_back(std::move(group));
   }

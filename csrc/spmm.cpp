@@ -248,15 +248,11 @@ int64_t SpmmWeight::nbytes() const {
 
 namespace {
 
-int64_t panel_vectors(const SpmmVariant& v) {
-  return static_cast<int64_t>(v.vectors) * v.column_tiles;
-}
-
 // Panels of a whole number of vectors and nearly equal widths, at most the variant's.
 int64_t panel_count(const SpmmArgs& a) {
   const int64_t lanes = a.weight->kernels().lanes;
   const int64_t vectors = (a.columns + lanes - 1) / lanes;
-  const int64_t widest = panel_vectors(a.weight->variant());
+  const int64_t widest = spmm_panel_vectors(a.weight->variant());
   return (vectors + widest - 1) / widest;
 }
 
@@ -298,8 +294,12 @@ class Scratch {
 
 int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();
+  const int64_t width = spmm_panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
+  if (a.window) {
+    return s.longest_slab * width + kScratchSlack + strip_floats(*a.window->input.window, width);
+  }
   if (!a.weight->variant().pack) return 0;
-  int64_t rows = a.window ? s.longest_slab : s.cols_total;
+  int64_t rows = s.cols_total;
   if (a.tokens) {
     int64_t tallest = 0;
     for (int64_t t = 0; t < s.tiles; ++t) {
@@ -307,11 +307,7 @@ int64_t scratch_floats(const SpmmArgs& a) {
     }
     rows += tallest;
   }
-  const int64_t vectors = panel_vectors(a.weight->variant());
-  const int64_t tile_columns = a.weight->variant().vectors * a.weight->kernels().lanes;
-  return rows * vectors * a.weight->kernels().lanes +
-         a.weight->variant().column_tiles * kScratchSlack +
-         (a.window ? strip_floats(*a.window->input.window, tile_columns) : 0);
+  return rows * width;
 }
 
 }  // namespace
@@ -322,11 +318,13 @@ void spmm_check(const SpmmArgs& a) {
   const bool pack = a.weight->variant().pack != 0;
   if (a.columns < 0 || a.batch < 0) fail("columns, batch: expected non-negative sizes");
   if (a.tokens && !pack) fail("tokens: expected a packing variant");
-  if (!pack && a.ldx != a.weight->ldx()) {
-    fail(quoted("ldx", a.ldx) + ": the weight was packed for " +
-         std::to_string(a.weight->ldx()));
+  const SpmmVariant& v = a.weight->variant();
+  const int64_t read =
+      a.window ? spmm_panel_vectors(v) * a.weight->kernels().lanes : a.ldx;  // row by row
+  if (!pack && read != a.weight->ldx()) {
+    fail(quoted("ldx", read) + ": the weight was packed for " + std::to_string(a.weight->ldx()));
   }
-  if (a.window && (a.tokens || !pack)) fail("window: expected planes and a packing variant");
+  if (a.window && (a.tokens || pack)) fail("window: expected planes and a weight read in place");
   const int64_t x_row = a.tokens   ? s.cols_total
                         : a.window ? a.window->input.window->in_h * a.window->input.window->in_w
                                    : a.columns;
@@ -347,7 +345,8 @@ int64_t spmm_task_count(const SpmmArgs& a, int threads) {
   const int64_t panels = a.batch * panel_count(a);
   if (panels == 0 || a.weight->stream().rows_total == 0) return 0;
   if (threads <= 1) return panels;
-  const int64_t wanted = threads * kTasksPerThread;
+  // Every range of rows of a convolution gathers its panel again.
+  const int64_t wanted = threads * (a.window ? 1 : kTasksPerThread);
   const int64_t ranges = std::clamp<int64_t>((wanted + panels - 1) / panels, 1,
                                              a.weight->stream().tiles);
   return panels * ranges;

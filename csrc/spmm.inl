@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxVectors = 12;
-static_assert(kMaxVectors * kLanes <= kWidestGather);
+static_assert(kMaxVectors <= kWidestWindow);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
 
@@ -380,15 +380,14 @@ AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int6
   }
 }
 
-// A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time.
+// A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time. The
+// register tiles lie side by side there, so that the whole panel is gathered in one go.
 AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
   const ColumnTiles tiles(p);
-  const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
-  const int64_t x_floats = s.longest_slab * stride + kScratchSlack;  // scratch of one tile
-  const TileSteps steps{x_floats * static_cast<int64_t>(sizeof(float)), 0};
-  float* const strip = p.scratch + tiles.count * x_floats;
+  const int64_t stride = spmm_panel_vectors(*p.variant) * kLanes;
+  float* const strip = p.scratch + s.longest_slab * stride + kScratchSlack;
   WindowInput input = a.window->input;
   input.x = p.x;
   const WindowTap* const taps = a.window->taps;
@@ -403,15 +402,12 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   c.ldr = a.ldr;
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      gather_taps(input, tiles.columns(p, t), taps + k_begin, taps + k_end, strip,
-                  p.scratch + t * x_floats, stride);
-    }
+    gather_taps(input, {p.column, p.width}, taps + k_begin, taps + k_end, strip, p.scratch, stride);
     c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
     c.first = slab == 0;
     c.last = slab == s.slabs - 1;
     for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
-      run_tiles(c, s, range * s.slabs + slab, tiles, steps, false, ahead);
+      run_tiles(c, s, range * s.slabs + slab, tiles, {0, 0}, false, ahead);
     }
   }
   if (!is_inline_activation(a.activation)) {
