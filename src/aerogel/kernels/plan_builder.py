@@ -218,7 +218,7 @@ class PlanBuilder:
         geometry = ConvGeometry.of(kernel_size, stride, padding, dilation, groups)
         if variant is None and native_available():
             size = geometry.output_shape(weight, x.shape)[1:]
-            variant = sparse_conv_variants(weight, math.prod(size), groups)[0]
+            variant = sparse_conv_variants(weight, math.prod(size), groups, self.threads)[0]
         layer = SparseConv2d(
             bias=_optional_bias(bias, weight.shape[0]),
             activation=_checked_activation(activation),

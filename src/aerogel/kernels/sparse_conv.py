@@ -211,7 +211,7 @@ def _prepare(
     if residual is not None:
         extra = row_strides(residual, columns, "channels")
     if variant is None:
-        variant = sparse_conv_variants(weight, columns, geometry.groups)[0]
+        variant = sparse_conv_variants(weight, columns, geometry.groups, threads)[0]
     call = native().SparseConvCall(
         native_conv_weight(weight, variant, geometry),
         *x.shape[2:],

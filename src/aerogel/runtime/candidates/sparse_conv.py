@@ -49,7 +49,7 @@ def sparse_convolution(layer: Layer, threads: int | None) -> Iterator[Candidate]
     if layer.zeros.sparsity < BREAK_EVEN[block] - _FAR_BELOW:
         return
     packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
-    for variant in _variants(packed, layer):
+    for variant in _variants(packed, layer, threads):
         # Each keeps its own native streams, whatever else is being compared.
         yield _called(layer, packed.without_cache(), variant, threads)
         if layer.input_shape[2:] != (1, 1):  # pooled planes are a vector in a plan
@@ -75,10 +75,10 @@ def _geometry(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _variants(packed: kernels.BlockRowWeight, layer: Layer) -> list[Any]:
+def _variants(packed: kernels.BlockRowWeight, layer: Layer, threads: int | None) -> list[Any]:
     if kernels.reference_mode() or not kernels.native_available():
         return [None]
-    return list(kernels.sparse_conv_variants(packed, layer.columns, layer.groups))
+    return list(kernels.sparse_conv_variants(packed, layer.columns, layer.groups, threads))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
