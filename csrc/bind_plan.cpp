@@ -21,15 +21,6 @@ using Address = uintptr_t;
 
 const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
 
-// torch's output size. In ceil_mode a window may stick out at the end, but must start inside.
-int64_t window_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation,
-                    bool ceil_mode) {
-  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
-  if (room < 0) throw std::invalid_argument("kernel: larger than the padded input");
-  const int64_t out = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
-  return ceil_mode && (out - 1) * stride >= in + pad ? out - 1 : out;
-}
-
 class Builder {
  public:
   explicit Builder(int64_t batch) {
@@ -94,6 +85,24 @@ class Builder {
     return push(std::move(op), x, residual, y, name);
   }
 
+  // The arrays of BlockRows, each row a flattened kernel: (in / groups, kernel_h, kernel_w).
+  int sparse_conv(int x, Address values, Address columns, Address row_ptr, int64_t rows,
+                  int64_t cols, int32_t block, Address bias, int64_t groups,
+                  const std::vector<int64_t>& geometry, const SpmmVariant& variant,
+                  int32_t activation, int residual, const std::string& name) {
+    const Value in = value(x);
+    const Window window = make_window(in.height, in.width, geometry);
+    if (groups < 1 || cols * groups != in.channels * window.kernel_h * window.kernel_w) {
+      throw std::invalid_argument("sparse_conv: wrong number of columns");
+    }
+    const BlockRows source{floats(values), reinterpret_cast<const int32_t*>(columns),
+                           reinterpret_cast<const int64_t*>(row_ptr), rows, cols, block};
+    auto op = std::make_unique<SparseConvOp>(source, bias ? floats(bias) : nullptr, groups, window,
+                                             variant, epilogue(activation, residual));
+    const int y = graph_.add_value(rows, window.out_h, window.out_w, false, false);
+    return push(std::move(op), x, residual, y, name);
+  }
+
   int binary(int x, int y, int32_t kind, int32_t activation, const std::string& name) {
     const Value a = value(x), b = value(y);
     const bool broadcast = b.columns() == 1 && a.columns() != 1;
@@ -115,7 +124,7 @@ class Builder {
 
   int pool(int x, int32_t kind, const std::vector<int64_t>& geometry, bool ceil_mode,
            const std::string& name) {
-    const Window window = make_window(value(x), geometry, ceil_mode);
+    const Window window = make_window(value(x).height, value(x).width, geometry, ceil_mode);
     constexpr int64_t kWidest = 1024;
     if ((window.kernel_w - 1) * window.dilation_w + 1 > kWidest) {
       throw std::invalid_argument("kernel: expected a width of at most 1024");
@@ -158,18 +167,6 @@ class Builder {
     return graph_.values[static_cast<size_t>(v)];
   }
 
-  static Window make_window(const Value& in, const std::vector<int64_t>& g,
-                            bool ceil_mode = false) {
-    if (g.size() != 8) throw std::invalid_argument("geometry: expected eight numbers");
-    Window w{in.height, in.width, 0, 0, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
-    for (int64_t i = 0; i < 8; ++i) {
-      if (g[i] < (i == 4 || i == 5 ? 0 : 1)) throw std::invalid_argument("geometry: too small");
-    }
-    w.out_h = window_size(in.height, w.kernel_h, w.stride_h, w.pad_h, w.dilation_h, ceil_mode);
-    w.out_w = window_size(in.width, w.kernel_w, w.stride_w, w.pad_w, w.dilation_w, ceil_mode);
-    return w;
-  }
-
   ConvSource conv_source(int x, Address weight, Address bias, int64_t out_channels, int64_t groups,
                          const std::vector<int64_t>& geometry) const {
     const Value in = value(x);
@@ -177,7 +174,7 @@ class Builder {
       throw std::invalid_argument("groups: expected a divisor of both channel counts");
     }
     return {floats(weight), bias ? floats(bias) : nullptr, out_channels, in.channels, groups,
-            make_window(in, geometry)};
+            make_window(in.height, in.width, geometry)};
   }
 
   Epilogue epilogue(int32_t activation, int residual) const {
@@ -252,6 +249,7 @@ void bind_plan(nb::module_& m) {
       .def("depthwise", &Builder::depthwise)
       .def("linear", &Builder::linear)
       .def("spmm", &Builder::spmm)
+      .def("sparse_conv", &Builder::sparse_conv)
       .def("binary", &Builder::binary)
       .def("activation", &Builder::activation)
       .def("pool", &Builder::pool)

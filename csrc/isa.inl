@@ -3,11 +3,11 @@
 #include "simd.h"
 
 #include "roofline.inl"
-#include "spmm.inl"
-
-// Both use the transposes of spmm_layout.inl.
-#include "layers.inl"
-#include "sddmm.inl"
+#include "layers_simd.inl"
+#include "gather.inl"  // uses layers_simd.inl
+#include "spmm.inl"    // uses gather.inl
+#include "layers.inl"  // uses all three
+#include "sddmm.inl"   // uses the transposes of spmm.inl
 
 namespace aerogel::AEROGEL_ISA {
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "layers_weights.h"
 
@@ -19,7 +20,26 @@ TapRange inside(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t of
   return {begin, std::max(begin, std::min(last, out))};
 }
 
+int64_t window_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation,
+                    bool ceil_mode) {
+  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
+  if (room < 0) throw std::invalid_argument("kernel: larger than the padded input");
+  const int64_t out = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return ceil_mode && (out - 1) * stride >= in + pad ? out - 1 : out;
+}
+
 }  // namespace
+
+Window make_window(int64_t in_h, int64_t in_w, const std::vector<int64_t>& g, bool ceil_mode) {
+  if (g.size() != 8) throw std::invalid_argument("geometry: expected eight numbers");
+  Window w{in_h, in_w, 0, 0, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+  for (size_t i = 0; i < 8; ++i) {
+    if (g[i] < (i == 4 || i == 5 ? 0 : 1)) throw std::invalid_argument("geometry: too small");
+  }
+  w.out_h = window_size(in_h, w.kernel_h, w.stride_h, w.pad_h, w.dilation_h, ceil_mode);
+  w.out_w = window_size(in_w, w.kernel_w, w.stride_w, w.pad_w, w.dilation_w, ceil_mode);
+  return w;
+}
 
 FloatBuffer::FloatBuffer(int64_t size) : size_(size) {
   const size_t bytes = static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(float);
@@ -36,6 +56,23 @@ Taps::Taps(const Window& w) {
   for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
     y.push_back(inside(w.in_h, w.out_h, w.stride_h, w.pad_h, ky * w.dilation_h));
   }
+}
+
+std::vector<WindowTap> window_taps(int64_t channels, int64_t kernel_h, int64_t kernel_w) {
+  std::vector<WindowTap> taps;
+  for (int64_t k = 0; k < channels * kernel_h * kernel_w; ++k) {
+    taps.push_back({static_cast<int32_t>(k / (kernel_h * kernel_w)),
+                    static_cast<int32_t>(k / kernel_w % kernel_h),
+                    static_cast<int32_t>(k % kernel_w)});
+  }
+  return taps;
+}
+
+int64_t strip_floats(const Window& w, int64_t columns) {
+  if (w.stride_w != 1) return 0;
+  const StripShape narrow = strip_shape(w, std::min(columns, w.out_w), 2);
+  const StripShape wide = strip_shape(w, columns, (columns - 1) / w.out_w + 2);
+  return 2 * std::max(strip_size(narrow), strip_size(wide));
 }
 
 ConvWeight::ConvWeight(const ConvSource& source, const DenseTile& tile) : taps_(source.window) {
@@ -74,6 +111,8 @@ ConvWeight::ConvWeight(const ConvSource& source, const DenseTile& tile) : taps_(
   l.bias = bias_.data();
   l.taps_x = taps_.x.data();
   l.taps_y = taps_.y.data();
+  depths_ = window_taps(l.group_inputs, w.kernel_h, w.kernel_w);
+  l.depths = depths_.data();
 }
 
 DepthwiseWeight::DepthwiseWeight(const ConvSource& source, int64_t lanes)

@@ -28,6 +28,51 @@ struct TapRange {
   int64_t first, last;
 };
 
+// A row of the product that a convolution stands for: an input channel under one tap.
+struct WindowTap {
+  int32_t channel, ky, kx;
+};
+
+// One image's planes and the window that slides over them.
+struct WindowInput {
+  const Window* window;
+  const TapRange* taps_x;  // [kernel_w]
+  const TapRange* taps_y;  // [kernel_h]
+  const float* x;
+  int64_t ldx;
+  const float* x_end;  // nothing at or beyond this address is read
+};
+
+// The widest panel that is gathered, in vectors.
+constexpr int64_t kWidestWindow = 48;
+
+// Windows of stride 1 read most inputs several times. Rows of a channel that a panel needs are first
+// copied side by side with their padding (a strip), so that a tap is a plain copy out of it. A panel
+// no wider than an output row has kernel_h strip rows for each row it touches; a wider one takes
+// whole rows, shared by its taps unless they lie far apart.
+struct StripShape {
+  int64_t rows, pitch;  // floats from row to row
+  bool narrow, shared;
+};
+
+__attribute__((always_inline)) constexpr StripShape strip_shape(const Window& w, int64_t columns,
+                                                                int64_t out_rows) {
+  const bool narrow = columns <= w.out_w;
+  const int64_t apart = out_rows * w.kernel_h;
+  const int64_t span = (out_rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1;
+  const bool shared = !narrow && span <= apart;
+  return {shared ? span : apart,
+          (narrow ? columns : w.out_w) + (w.kernel_w - 1) * w.dilation_w, narrow, shared};
+}
+
+// Floats of one strip; its last row is written and read in whole vectors.
+__attribute__((always_inline)) constexpr int64_t strip_size(const StripShape& shape) {
+  return (shape.rows * shape.pitch + 15) / 16 * 16 + 16;
+}
+
+// Floats of both strips of any panel up to `columns` wide.
+int64_t strip_floats(const Window& window, int64_t columns);
+
 // Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
 struct DenseTile {
   int64_t rows, vectors, lanes;
@@ -43,6 +88,7 @@ struct ConvLayer {
   const float* bias;
   const TapRange* taps_x;  // [kernel_w]
   const TapRange* taps_y;  // [kernel_h]
+  const WindowTap* depths;  // [depth], channels count within the group
   bool pointwise;          // 1x1, stride 1, no padding: columns are columns, whatever their shape
 };
 
@@ -143,7 +189,7 @@ struct GemvArgs {
 
 struct LayerKernels {
   DenseTile tile;
-  // `scratch`: kConvDepthBlock * tile.width() floats and one more cache line, aligned.
+  // `scratch`: (kConvDepthBlock + 1) * tile.width() floats and the strip, aligned.
   void (*conv)(const ConvArgs& args, const ConvSlice& slice, float* scratch);
   // Blocks of kGemvRows outputs [first, last); the last one may be incomplete.
   void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);

@@ -1,9 +1,8 @@
 // Body of layers.h for one instruction set. Order matters: each part uses the ones above it, and
-// `transpose` comes from spmm_layout.inl, which isa.inl includes first.
+// what isa.inl includes first: layers_simd.inl, gather.inl, `transpose` of spmm_layout.inl.
 #include "layers.h"
 #include "simd_math.h"
 
-#include "layers_simd.inl"
 #include "layers_pointwise.inl"
 #include "layers_conv.inl"
 #include "layers_depthwise.inl"

@@ -9,35 +9,7 @@ namespace {
 constexpr int kRows = kRegisters >= 32 ? 8 : 4;
 constexpr int kVectors = 3;
 constexpr DenseTile kDenseTile = {kRows, kVectors, kLanes};
-
-// A run of columns that lies in one output row.
-struct Segment {
-  int64_t oy, ox, count;
-};
-
-// Fillers write whole vectors, beyond `count`: panels are filled in ascending order and have slack.
-AEROGEL_INLINE void fill_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) store(to + i, zero());
-}
-
-AEROGEL_INLINE void fill_copy(const float* from, const float* end, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i < count && from + i + kLanes <= end; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = from[i];
-}
-
-AEROGEL_INLINE void fill_strided(const float* from, int64_t stride, const float* end, float* to,
-                                 int64_t count) {
-  int64_t i = 0;
-  if (stride == 1) return fill_copy(from, end, to, count);
-  if (stride == 2) {
-    for (; i < count && from + 2 * (i + kLanes) <= end; i += kLanes) {
-      const float* p = from + 2 * i;
-      store(to + i, split_order(even_of(load(p), load(p + kLanes))));
-    }
-  }
-  for (; i < count; ++i) to[i] = from[i * stride];
-}
+static_assert(kDenseTile.width() <= kWidestGather);
 
 // What of the input one panel needs: columns [column, column + count), rows of depth [k0, k1).
 struct PanelPart {
@@ -45,47 +17,11 @@ struct PanelPart {
   int64_t width;  // floats of a panel row
 };
 
-// The input under each tap, zero in the padding.
-AEROGEL_NOINLINE void gather_panel(const ConvArgs& a, const PanelPart& part, float* panel) {
-  const ConvLayer& layer = *a.layer;
-  const Window& w = layer.window;
-  const int64_t k0 = part.k0, k1 = part.k1, width = part.width;
-  Segment segments[kDenseTile.width()];
-  int count = 0;
-  for (int64_t c = part.column, end = part.column + part.count; c < end; ++count) {
-    const int64_t ox = c % w.out_w;
-    segments[count] = {c / w.out_w, ox, smaller(w.out_w - ox, end - c)};
-    c += segments[count].count;
-  }
-  int64_t kx = k0 % w.kernel_w;
-  int64_t ky = k0 / w.kernel_w % w.kernel_h;
-  const int64_t channel = part.group * layer.group_inputs + k0 / (w.kernel_w * w.kernel_h);
-  const float* plane = a.x + channel * a.ldx;
-  for (int64_t k = k0; k < k1; ++k, panel += width) {
-    const TapRange rx = layer.taps_x[kx], ry = layer.taps_y[ky];
-    const float* tap = plane + (ky * w.dilation_h - w.pad_h) * w.in_w + kx * w.dilation_w - w.pad_w;
-    float* to = panel;
-    for (const Segment* s = segments; s < segments + count; to += s->count, ++s) {
-      if (s->oy < ry.first || s->oy >= ry.last) {
-        fill_zero(to, s->count);
-        continue;
-      }
-      const int64_t stop = s->ox + s->count;
-      const int64_t first = smaller(larger(rx.first, s->ox), stop);
-      const int64_t last = larger(smaller(rx.last, stop), first);
-      fill_zero(to, first - s->ox);
-      fill_strided(tap + s->oy * w.stride_h * w.in_w + first * w.stride_w, w.stride_w, a.x_end,
-                   to + first - s->ox, last - first);
-      fill_zero(to + last - s->ox, stop - last);
-    }
-    if (++kx == w.kernel_w) {
-      kx = 0;
-      if (++ky == w.kernel_h) {
-        ky = 0;
-        plane += a.ldx;
-      }
-    }
-  }
+void gather_panel(const ConvArgs& a, const PanelPart& part, float* strip, float* panel) {
+  const ConvLayer& l = *a.layer;
+  const float* x = a.x + part.group * l.group_inputs * a.ldx;
+  gather_taps({&l.window, l.taps_x, l.taps_y, x, a.ldx, a.x_end}, {part.column, part.count},
+              l.depths + part.k0, l.depths + part.k1, strip, panel, part.width);
 }
 
 AEROGEL_NOINLINE void gather_pointwise(const ConvArgs& a, const PanelPart& part, float* panel) {
@@ -193,6 +129,7 @@ void conv_slice(const ConvArgs& a, const ConvSlice& slice, float* scratch) {
   const ConvLayer& layer = *a.layer;
   const int64_t vectors = (a.columns + kLanes - 1) / kLanes;
   const int64_t panels = conv_panels(a.columns, kDenseTile);
+  float* const strip_rows = scratch + (kConvDepthBlock + 1) * kDenseTile.width();
   const int64_t strip = larger(1, smaller(kStripPanels, kConvDepthBlock / layer.depth));
   for (int64_t begin = slice.first_panel; begin < slice.last_panel; begin += strip) {
     const int64_t count = smaller(strip, slice.last_panel - begin);
@@ -205,7 +142,7 @@ void conv_slice(const ConvArgs& a, const ConvSlice& slice, float* scratch) {
         const int64_t last = vectors * (begin + i + 1) / panels * kLanes;
         strips[i] = {first, smaller(last, a.columns) - first, to};
         const PanelPart part = {first, strips[i].count, slice.group, k0, k1, last - first};
-        layer.pointwise ? gather_pointwise(a, part, to) : gather_panel(a, part, to);
+        layer.pointwise ? gather_pointwise(a, part, to) : gather_panel(a, part, strip_rows, to);
         to += (k1 - k0) * (last - first);
       }
       for (int64_t block = slice.first_block; block < slice.last_block; ++block) {

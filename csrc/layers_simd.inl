@@ -1,4 +1,5 @@
-// Vocabulary that only the dense layers need: masks, every second element, sums.
+// Vocabulary that only the layers need: masks, every second element, sums.
+#include "simd.h"
 
 namespace aerogel::AEROGEL_ISA {
 namespace {

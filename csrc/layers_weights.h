@@ -25,6 +25,15 @@ class FloatBuffer {
   int64_t size_ = 0;
 };
 
+// The window of (kernel, stride, padding, dilation), two numbers each, over such planes, with torch's
+// output size. In ceil_mode a window may stick out at the end, but must start inside. Throws
+// std::invalid_argument if the numbers are too small or the kernel is larger than the padded input.
+Window make_window(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
+                   bool ceil_mode = false);
+
+// The taps of so many channels, in the order of a flattened weight.
+std::vector<WindowTap> window_taps(int64_t channels, int64_t kernel_h, int64_t kernel_w);
+
 struct Taps {
   explicit Taps(const Window& window);
   std::vector<TapRange> x, y;
@@ -46,6 +55,7 @@ class ConvWeight {
 
  private:
   Taps taps_;
+  std::vector<WindowTap> depths_;
   FloatBuffer weight_, bias_;
   ConvLayer layer_;
 };

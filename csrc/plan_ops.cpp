@@ -20,6 +20,13 @@ Range share(int64_t units, int64_t task, int64_t tasks) {
 
 const LayerKernels& layer_kernels(const KernelTable& table) { return *table.layers; }
 
+// Where a bare tensor ends, or how far a padded one may be read.
+const float* end_of(const Frame& frame, int value) {
+  const Operand x = frame.operand(value);
+  const bool bare = frame.values[value].place == Place::kInput;
+  return x.data + x.ld * x.channels + (bare ? 0 : kReadSlack / 2);
+}
+
 int64_t elementwise_tasks(const Operand& z, int threads) {
   return worthwhile_tasks(z.channels, z.channels * z.columns, threads);
 }
@@ -46,7 +53,8 @@ void ConvOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 }
 
 int64_t ConvOp::scratch_floats() const {
-  return kConvDepthBlock * kernels->tile.width() + kernels->tile.width() + 16;
+  const int64_t width = kernels->tile.width();
+  return (kConvDepthBlock + 1) * width + strip_floats(source.window, width);
 }
 
 namespace {
@@ -86,8 +94,7 @@ void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
   args.layer = &weight->layer();
   args.x = x.data;
   args.ldx = x.ld;
-  const bool bare = frame.values[inputs[0]].place == Place::kInput;
-  args.x_end = x.data + x.ld * x.channels + (bare ? 0 : kReadSlack / 2);
+  args.x_end = end_of(frame, inputs[0]);
   args.y = y.data;
   args.ldy = y.ld;
   if (epilogue.residual) {
@@ -181,23 +188,33 @@ void SpmmOp::prepare(const std::vector<Value>& values, const KernelTable&) {
   weight = std::make_unique<SpmmWeight>(source, variant, values[inputs[0]].ld);
 }
 
-SpmmArgs SpmmOp::args(const Frame& frame) const {
-  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+namespace {
+
+SpmmArgs product_args(const Op& op, const Frame& frame, const std::vector<float>& bias,
+                      Epilogue epilogue) {
+  const Operand x = frame.operand(op.inputs[0]), y = frame.operand(op.output);
   SpmmArgs args;
-  args.weight = weight.get();
   args.bias = bias.empty() ? nullptr : bias.data();
   args.x = x.data;
   args.ldx = x.ld;
   args.y = y.data;
   args.ldy = y.ld;
   if (epilogue.residual) {
-    const Operand residual = frame.operand(inputs[1]);
+    const Operand residual = frame.operand(op.inputs[1]);
     args.residual = residual.data;
     args.ldr = residual.ld;
   }
   args.columns = y.columns;
   args.activation = epilogue.activation;
-  args.padded = x.ld > 1 && y.ld > 1;
+  return args;
+}
+
+}  // namespace
+
+SpmmArgs SpmmOp::args(const Frame& frame) const {
+  SpmmArgs args = product_args(*this, frame, bias, epilogue);
+  args.weight = weight.get();
+  args.padded = args.ldx > 1 && args.ldy > 1;
   return args;
 }
 
@@ -207,6 +224,35 @@ int64_t SpmmOp::tasks(const Frame& frame) const {
 
 void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   spmm_run_task(args(frame), task, tasks);
+}
+
+// sparse convolution
+
+SparseConvOp::SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
+                           const Window& window, const SpmmVariant& variant, Epilogue epilogue)
+    : source(source), groups(groups), window(window), taps(window), variant(variant),
+      epilogue(epilogue) {
+  if (bias_data) bias.assign(bias_data, bias_data + source.rows);
+}
+
+void SparseConvOp::prepare(const std::vector<Value>&, const KernelTable&) {
+  weight = std::make_unique<SparseConvWeight>(source, groups, window.kernel_h, window.kernel_w,
+                                              variant);
+}
+
+SparseConvArgs SparseConvOp::args(const Frame& frame) const {
+  SparseConvArgs args{weight.get(), &window, &taps, end_of(frame, inputs[0]),
+                      product_args(*this, frame, bias, epilogue)};
+  args.product.padded = true;
+  return args;
+}
+
+int64_t SparseConvOp::tasks(const Frame& frame) const {
+  return sparse_conv_task_count(args(frame), frame.threads);
+}
+
+void SparseConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  sparse_conv_run_task(args(frame), task, tasks);
 }
 
 // pooling

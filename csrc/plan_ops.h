@@ -3,6 +3,7 @@
 #pragma once
 
 #include "plan.h"
+#include "sparse_conv.h"
 #include "spmm.h"
 
 namespace aerogel {
@@ -76,6 +77,25 @@ struct SpmmOp : Op {
   Epilogue epilogue;
   std::vector<float> bias;
   std::unique_ptr<SpmmWeight> weight;
+};
+
+struct SparseConvOp : Op {
+  SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
+               const Window& window, const SpmmVariant& variant, Epilogue epilogue);
+  bool reads_bare(size_t i) const override { return i == 0; }
+  void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  SparseConvArgs args(const Frame& frame) const;
+
+  BlockRows source;
+  int64_t groups;
+  Window window;
+  Taps taps;
+  SpmmVariant variant;
+  Epilogue epilogue;
+  std::vector<float> bias;
+  std::unique_ptr<SparseConvWeight> weight;
 };
 
 struct PoolOp : Op {

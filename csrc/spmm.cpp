@@ -259,7 +259,8 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   out.offsets.resize(out.offsets.size() + kStreamSlack);
   stream_ = {out.runs.data(), out.rows.data(), out.weights.data(), out.offsets.data(),
              out.segments.data(), out.tile_rows.data(), out.slab_cols.data(),
-             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols};
+             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols,
+             (source.cols + slabs - 1) / slabs};
 }
 
 SpmmWeight::~SpmmWeight() = default;
@@ -282,15 +283,11 @@ int64_t SpmmWeight::nbytes() const {
 
 namespace {
 
-int64_t panel_vectors(const SpmmVariant& v) {
-  return static_cast<int64_t>(v.vectors) * v.column_tiles;
-}
-
 // Panels of a whole number of vectors and nearly equal widths, at most the variant's.
 int64_t panel_count(const SpmmArgs& a) {
   const int64_t lanes = a.weight->kernels().lanes;
   const int64_t vectors = (a.columns + lanes - 1) / lanes;
-  const int64_t widest = panel_vectors(a.weight->variant());
+  const int64_t widest = spmm_panel_vectors(a.weight->variant());
   return (vectors + widest - 1) / widest;
 }
 
@@ -307,6 +304,10 @@ Range panel_columns(const SpmmArgs& a, int64_t panel, int64_t panels) {
 
 int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();
+  const int64_t width = spmm_panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
+  if (a.window) {
+    return s.longest_slab * width + kScratchSlack + strip_floats(*a.window->input.window, width);
+  }
   if (!a.weight->variant().pack) return 0;
   int64_t rows = s.cols_total;
   if (a.tokens) {
@@ -316,7 +317,7 @@ int64_t scratch_floats(const SpmmArgs& a) {
     }
     rows += tallest;
   }
-  return rows * panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
+  return rows * width;
 }
 
 }  // namespace
@@ -327,11 +328,16 @@ void spmm_check(const SpmmArgs& a) {
   const bool pack = a.weight->variant().pack != 0;
   if (a.columns < 0 || a.batch < 0) fail("columns, batch: expected non-negative sizes");
   if (a.tokens && !pack) fail("tokens: expected a packing variant");
-  if (!pack && a.ldx != a.weight->ldx()) {
-    fail(quoted("ldx", a.ldx) + ": the weight was packed for " +
-         std::to_string(a.weight->ldx()));
+  const SpmmVariant& v = a.weight->variant();
+  const int64_t read =
+      a.window ? spmm_panel_vectors(v) * a.weight->kernels().lanes : a.ldx;  // row by row
+  if (!pack && read != a.weight->ldx()) {
+    fail(quoted("ldx", read) + ": the weight was packed for " + std::to_string(a.weight->ldx()));
   }
-  const int64_t x_row = a.tokens ? s.cols_total : a.columns;
+  if (a.window && (a.tokens || pack)) fail("window: expected planes and a weight read in place");
+  const int64_t x_row = a.tokens   ? s.cols_total
+                        : a.window ? a.window->input.window->in_h * a.window->input.window->in_w
+                                   : a.columns;
   const int64_t y_row = a.tokens ? s.rows_total : a.columns;
   if (a.ldx < x_row) fail(quoted("ldx", a.ldx) + ": expected at least " + std::to_string(x_row));
   if (a.ldy < y_row) fail(quoted("ldy", a.ldy) + ": expected at least " + std::to_string(y_row));
@@ -339,7 +345,8 @@ void spmm_check(const SpmmArgs& a) {
     fail(quoted("ldr", a.ldr) + ": expected at least " + std::to_string(y_row));
   }
   const int64_t line = (a.columns + kLineFloats - 1) / kLineFloats * kLineFloats;
-  if (a.padded && (a.tokens || a.ldx < line || a.ldy < line || (a.residual && a.ldr < line))) {
+  const bool short_x = !a.window && a.ldx < line;
+  if (a.padded && (a.tokens || short_x || a.ldy < line || (a.residual && a.ldr < line))) {
     fail("padded: expected planar rows of at least " + std::to_string(line) + " floats");
   }
 }
@@ -348,7 +355,8 @@ int64_t spmm_task_count(const SpmmArgs& a, int threads) {
   const int64_t panels = a.batch * panel_count(a);
   if (panels == 0 || a.weight->stream().rows_total == 0) return 0;
   if (threads <= 1) return panels;
-  const int64_t wanted = threads * kTasksPerThread;
+  // Every range of rows of a convolution gathers its panel again.
+  const int64_t wanted = threads * (a.window ? 1 : kTasksPerThread);
   const int64_t ranges = std::clamp<int64_t>((wanted + panels - 1) / panels, 1,
                                              a.weight->stream().tiles);
   return panels * ranges;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "epilogue.h"
+#include "layers.h"
 
 namespace aerogel {
 
@@ -66,6 +67,7 @@ struct SpmmStream {
   const int64_t* tile_rows;     // first output row of each tile, tiles + 1 entries
   const int64_t* slab_cols;     // first input feature of each slab, slabs + 1 entries
   int64_t tiles, slabs, rows_total, cols_total;
+  int64_t longest_slab;  // in input features
 };
 
 // One weight packed for one variant, one row stride and the instruction set active at the time.
@@ -100,6 +102,14 @@ class SpmmWeight {
   SpmmStream stream_{};
 };
 
+// Makes a product a convolution: instead of rows of x, each slab takes the input under these taps,
+// gathered into scratch. The weight is one that reads in place, and its row stride is the width of
+// the variant's widest panel.
+struct SpmmWindow {
+  WindowInput input;      // x is set for each image
+  const WindowTap* taps;  // one per column of the weight
+};
+
 struct SpmmArgs {
   const SpmmWeight* weight = nullptr;
   const float* bias = nullptr;  // [N] or null
@@ -115,6 +125,7 @@ struct SpmmArgs {
   bool tokens = false;  // token-major x, y and residual; needs a packing variant
   int64_t batch = 1;    // images, one after the other
   int64_t x_stride = 0, y_stride = 0, residual_stride = 0;  // floats from image to image
+  const SpmmWindow* window = nullptr;  // of a convolution, or null
 };
 
 // Throws std::invalid_argument if the arguments contradict each other or the weight.
@@ -126,6 +137,13 @@ void spmm_run_task(const SpmmArgs& args, int64_t task, int64_t tasks);
 
 // All of it on `threads` threads.
 void spmm_run(const SpmmArgs& args, int threads);
+
+// Floats behind a gathered slab: gathering writes whole vectors.
+constexpr int64_t kScratchSlack = 16;
+
+__attribute__((always_inline)) constexpr int64_t spmm_panel_vectors(const SpmmVariant& v) {
+  return static_cast<int64_t>(v.vectors) * v.column_tiles;
+}
 
 // One panel of columns against tiles [tile_begin, tile_end): what every instruction set provides.
 struct SpmmPanel {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxVectors = 12;
+static_assert(kMaxVectors <= kWidestWindow);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
 
@@ -379,7 +380,43 @@ AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int6
   }
 }
 
+// A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time. The
+// register tiles lie side by side there, so that the whole panel is gathered in one go.
+AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
+  const SpmmStream& s = *p.stream;
+  const SpmmArgs& a = *p.args;
+  const ColumnTiles tiles(p);
+  const int64_t stride = spmm_panel_vectors(*p.variant) * kLanes;
+  float* const strip = p.scratch + s.longest_slab * stride + kScratchSlack;
+  WindowInput input = a.window->input;
+  input.x = p.x;
+  const WindowTap* const taps = a.window->taps;
+  PanelPrefetch ahead;
+  RunContext c{};
+  c.bias = a.bias;
+  c.tail = a.padded ? kLanes : (p.width - 1) % kLanes + 1;
+  c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
+  c.y = p.y + p.column;
+  c.ldy = a.ldy;
+  c.residual = p.residual ? p.residual + p.column : nullptr;
+  c.ldr = a.ldr;
+  for (int64_t slab = 0; slab < s.slabs; ++slab) {
+    const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
+    gather_taps(input, {p.column, p.width}, taps + k_begin, taps + k_end, strip, p.scratch, stride);
+    c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
+    c.first = slab == 0;
+    c.last = slab == s.slabs - 1;
+    for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
+      run_tiles(c, s, range * s.slabs + slab, tiles, {0, 0}, false, ahead);
+    }
+  }
+  if (!is_inline_activation(a.activation)) {
+    finish_rows(p, s.tile_rows[p.tile_begin], s.tile_rows[p.tile_end]);
+  }
+}
+
 void run_panel(const SpmmPanel& p) {
+  if (p.args->window) return run_window_panel(p);
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
   const bool pack = p.variant->pack != 0;

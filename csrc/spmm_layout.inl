@@ -63,10 +63,6 @@ AEROGEL_NOINLINE void transpose(const float* from, int64_t from_stride, float* t
   }
 }
 
-struct Columns {
-  int64_t first, width;
-};
-
 // Activation rows [k_begin, k_end) of these columns into scratch[k][stride]. Columns up to the next
 // whole vector are zeroed: the kernels load them.
 AEROGEL_NOINLINE void pack_slab(const SpmmPanel& p, Columns columns, int64_t k_begin, int64_t k_end,

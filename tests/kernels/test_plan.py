@@ -69,6 +69,12 @@ class RandomGraph:
         weight = self.randn(out, x.shape[0], kernel, kernel) / (kernel**2 * x.shape[0]) ** 0.5
         stride = self.draw(st.integers(1, 2))
         residual = x if stride == 1 and out == x.shape[0] else None
+        if self.draw(st.booleans()):
+            weight = weight * (torch.rand(weight.shape, generator=self.generator) < 0.4)
+            return self.builder.sparse_conv2d(
+                x, BlockRowWeight.pack(weight.flatten(1)), kernel, self.randn(out), stride,
+                kernel // 2, activation="relu", residual=residual,
+            )  # fmt: skip
         return self.builder.conv2d(
             x, weight, self.randn(out), stride, kernel // 2, activation="relu", residual=residual
         )

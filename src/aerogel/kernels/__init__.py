@@ -17,6 +17,7 @@ from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.sddmm import sddmm, sddmm_reference
+from aerogel.kernels.sparse_conv import sparse_conv2d, sparse_conv2d_reference
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
     native_weight,
@@ -25,11 +26,18 @@ from aerogel.kernels.spmm import (
     spmm_reference,
 )
 from aerogel.kernels.trained import TrainedPattern
-from aerogel.kernels.variants import SpmmVariant, default_variant, spmm_variants
+from aerogel.kernels.variants import (
+    SpmmVariant,
+    default_variant,
+    sparse_conv_variants,
+    spmm_variants,
+)
+from aerogel.kernels.window import ConvGeometry
 
 __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
+    "ConvGeometry",
     "OpInfo",
     "Plan",
     "PlanBuilder",
@@ -49,6 +57,9 @@ __all__ = [
     "sddmm_op",
     "sddmm_reference",
     "set_isa",
+    "sparse_conv2d",
+    "sparse_conv2d_reference",
+    "sparse_conv_variants",
     "spmm",
     "spmm_op",
     "spmm_reference",

@@ -26,20 +26,12 @@ from aerogel.kernels.spmm import (
     spmm_reference,
 )
 from aerogel.kernels.variants import SpmmVariant, spmm_variants
+from aerogel.kernels.window import Pair, window_sizes
 
 Shape = tuple[int, ...]
-Pair = tuple[int, int]
 
 _POOLS = {"max": 0, "average": 1, "average_valid": 2}
 _BINARIES = {"add": 0, "mul": 1}
-
-
-def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
-    """One number for both axes, or (vertical, horizontal)."""
-    numbers = (value, value) if isinstance(value, int) else tuple(value)
-    if len(numbers) != 2 or any(not isinstance(n, int) or n < least for n in numbers):
-        raise ValueError(f"{name}={value!r}: expected one or two integers of at least {least}")
-    return numbers[0], numbers[1]
 
 
 def float_tensor(name: str, value: object, shape: Shape | None = None) -> Tensor:
@@ -53,11 +45,13 @@ def float_tensor(name: str, value: object, shape: Shape | None = None) -> Tensor
     return value.detach().contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _same_shape(name: str, shape: Shape, expected: Shape) -> None:
+def same_shape(name: str, shape: Shape, expected: Shape) -> None:
+    """ValueError unless the shapes are equal."""
     if shape != expected:
         raise ValueError(f"{name}: shape {shape}, expected {expected}")
 
@@ -91,22 +85,24 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class _Weighted(Layer):
+class Weighted(Layer):
     """y = activation(W x + bias (+ residual)); the residual is the second input."""
 
     bias: Tensor | None
     activation: str
 
-    def _epilogue(self, y: Tensor, residual: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, y: Tensor, residual: tuple[Tensor, ...]) -> Tensor:
+        """The epilogue in torch."""
         return reference_activation(y + residual[0] if residual else y, self.activation)
 
     @property
-    def _bias_bytes(self) -> int:
+    def bias_bytes(self) -> int:
+        """Bytes of the bias."""
         return 0 if self.bias is None else 4 * self.bias.numel()
 
 
 @dataclass(frozen=True)
-class Conv2d(_Weighted):
+class Conv2d(Weighted):
     """Dense convolution (out, in / groups, kh, kw), depthwise included."""
 
     kind: ClassVar[str] = "conv2d"
@@ -138,7 +134,7 @@ class Conv2d(_Weighted):
         size = window_sizes(shape, (kernel[0], kernel[1]), self.stride, self.padding, self.dilation)
         result = (out, *size)
         for residual in shapes[1:]:
-            _same_shape("residual", residual, result)
+            same_shape("residual", residual, result)
         return result
 
     def reference(self, *inputs: Tensor) -> Tensor:
@@ -146,12 +142,12 @@ class Conv2d(_Weighted):
         y = F.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
-        return self._epilogue(y, tuple(residual))
+        return self.finish(y, tuple(residual))
 
     def emit(self, builder: Any, inputs: Sequence[int], name: str) -> int:
         out, _, *kernel = self.weight.shape
         geometry = [*kernel, *self.stride, *self.padding, *self.dilation]
-        weight, bias, activation = _address(self.weight), _address(self.bias), self.activation
+        weight, bias, activation = address(self.weight), address(self.bias), self.activation
         residual = inputs[1] if len(inputs) > 1 else -1
         if not self.depthwise:
             return builder.conv(
@@ -169,11 +165,11 @@ class Conv2d(_Weighted):
 
     @property
     def weight_bytes(self) -> int:
-        return 4 * self.weight.numel() + self._bias_bytes
+        return 4 * self.weight.numel() + self.bias_bytes
 
 
 @dataclass(frozen=True)
-class Linear(_Weighted):
+class Linear(Weighted):
     """Dense (out, in) weight on a vector, or on every column of a planar value."""
 
     kind: ClassVar[str] = "linear"
@@ -187,12 +183,12 @@ class Linear(_Weighted):
         y = torch.matmul(self.weight, x.reshape(*x.shape[:2], -1))
         if self.bias is not None:
             y = y + self.bias[:, None]
-        return self._epilogue(y.reshape(x.shape[0], -1, *x.shape[2:]), tuple(residual))
+        return self.finish(y.reshape(x.shape[0], -1, *x.shape[2:]), tuple(residual))
 
     def emit(self, builder: Any, inputs: Sequence[int], name: str) -> int:
         residual = inputs[1] if len(inputs) > 1 else -1
         return builder.linear(
-            inputs[0], _address(self.weight), _address(self.bias), self.weight.shape[0],
+            inputs[0], address(self.weight), address(self.bias), self.weight.shape[0],
             ACTIVATIONS[self.activation], residual, name,
         )  # fmt: skip
 
@@ -201,11 +197,11 @@ class Linear(_Weighted):
 
     @property
     def weight_bytes(self) -> int:
-        return 4 * self.weight.numel() + self._bias_bytes
+        return 4 * self.weight.numel() + self.bias_bytes
 
 
 @dataclass(frozen=True)
-class SparseLinear(_Weighted):
+class SparseLinear(Weighted):
     """Packed (out, in) weight on every column: a linear layer or 1x1 convolution."""
 
     kind: ClassVar[str] = "sparse"
@@ -224,14 +220,14 @@ class SparseLinear(_Weighted):
 
     def reference(self, *inputs: Tensor) -> Tensor:
         x, *residual = inputs
-        return self._epilogue(spmm_reference(x, self.weight, self.bias), tuple(residual))
+        return self.finish(spmm_reference(x, self.weight, self.bias), tuple(residual))
 
     def emit(self, builder: Any, inputs: Sequence[int], name: str) -> int:
         assert self.variant is not None
         residual = inputs[1] if len(inputs) > 1 else -1
         return builder.spmm(
-            inputs[0], *(_address(part) for part in self.arrays), *self.weight.shape,
-            self.weight.block, _address(self.bias), native().SpmmVariant(*self.variant),
+            inputs[0], *(address(part) for part in self.arrays), *self.weight.shape,
+            self.weight.block, address(self.bias), native().SpmmVariant(*self.variant),
             ACTIVATIONS[self.activation], residual, name,
         )  # fmt: skip
 
@@ -241,7 +237,7 @@ class SparseLinear(_Weighted):
     @property
     def weight_bytes(self) -> int:
         values, columns, _ = self.arrays
-        return 4 * (values.numel() + columns.numel()) + self._bias_bytes
+        return 4 * (values.numel() + columns.numel()) + self.bias_bytes
 
 
 def plan_variant(weight: BlockRowWeight, columns: int) -> SpmmVariant:
@@ -391,30 +387,6 @@ def planar(shape: Shape) -> tuple[int, int, int]:
     )
 
 
-def window_sizes(
-    shape: Shape,
-    kernel: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    ceil_mode: bool = False,
-) -> Pair:
-    """Output height and width of a sliding window, as torch counts them."""
-    sizes = []
-    for size, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):
-        room = size + 2 * p - d * (k - 1) - 1
-        out = (room + (s - 1 if ceil_mode else 0)) // s + 1
-        if ceil_mode and (out - 1) * s >= size + p:  # the last window must start inside
-            out -= 1
-        if room < 0:
-            raise ValueError(
-                f"kernel={kernel}, dilation={dilation}: too large for a plane of "
-                f"{shape[1]}x{shape[2]} with padding={padding}"
-            )
-        sizes.append(out)
-    return sizes[0], sizes[1]
-
-
 def _linear_shape(weight: Shape, shapes: tuple[Shape, ...]) -> Shape:
     shape = shapes[0]
     if shape[0] != weight[1]:
@@ -422,5 +394,5 @@ def _linear_shape(weight: Shape, shapes: tuple[Shape, ...]) -> Shape:
         raise ValueError(f"x: shape {shape}, expected ({weight[1]}, ...) for {weight}{hint}")
     result = (weight[0], *shape[1:])
     for residual in shapes[1:]:
-        _same_shape("residual", residual, result)
+        same_shape("residual", residual, result)
     return result

@@ -23,10 +23,12 @@ from torch import Tensor
 from aerogel.kernels import layers
 from aerogel.kernels._library import native_available
 from aerogel.kernels.formats import BlockRowWeight
-from aerogel.kernels.layers import Layer, Shape, float_tensor, pair
+from aerogel.kernels.layers import Layer, Shape, float_tensor
 from aerogel.kernels.plan import Network, Plan, Port, Step
+from aerogel.kernels.sparse_layers import SparseConv2d
 from aerogel.kernels.spmm import check_activation
-from aerogel.kernels.variants import SpmmVariant
+from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
+from aerogel.kernels.window import ConvGeometry, pair
 
 LAYOUTS = ("channels", "tokens")
 
@@ -175,6 +177,53 @@ class PlanBuilder:
             bias=_optional_bias(bias, weight.shape[0]),
             activation=_checked_activation(activation),
             weight=weight,
+            variant=variant,
+        )
+        return self.add_layer(layer, x, residual, name=name)
+
+    def sparse_conv2d(
+        self,
+        x: Value,
+        weight: BlockRowWeight,
+        kernel_size: int | Sequence[int],
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        activation: str = "none",
+        residual: Value | None = None,
+        variant: SpmmVariant | None = None,
+        name: str | None = None,
+    ) -> Value:
+        """activation(conv2d(x) + bias (+ residual)) with a packed weight, any kernel.
+
+        Args:
+            x: (C, H, W).
+            weight: packed (out, C / groups * kh * kw): `BlockRowWeight.pack(weight.flatten(1))`.
+            kernel_size: (kh, kw), or one number for both.
+            bias: (out,) or None.
+            stride: one number or (vertical, horizontal).
+            padding: likewise, zeros on either side.
+            dilation: likewise.
+            groups: a divisor of both channel counts; a block of rows lies in one group.
+            activation: one of `ACTIVATIONS`.
+            residual: value of the result's shape, added before the activation.
+            variant: how to execute; default a good one.
+            name: for `describe` and `profile`.
+        """
+        self._check_value("x", x)
+        if not isinstance(weight, BlockRowWeight):
+            raise TypeError(f"weight: expected a BlockRowWeight, got {type(weight).__name__}")
+        geometry = ConvGeometry.of(kernel_size, stride, padding, dilation, groups)
+        if variant is None and native_available():
+            size = geometry.output_shape(weight, x.shape)[1:]
+            variant = sparse_conv_variants(weight, math.prod(size), groups, self.threads)[0]
+        layer = SparseConv2d(
+            bias=_optional_bias(bias, weight.shape[0]),
+            activation=_checked_activation(activation),
+            weight=weight,
+            geometry=geometry,
             variant=variant,
         )
         return self.add_layer(layer, x, residual, name=name)

@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import difflib
 import math
-import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.kernels._calls import (
+    PreparedCall,
+    Rows,
+    checked_out,
+    fits_native,
+    kept_call,
+    kept_stream,
+    native_arrays,
+    needs_grad,
+    row_strides,
+    version,
+)
 from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.formats import BlockRowWeight, dense_weight
 from aerogel.kernels.variants import LAYOUTS, SpmmVariant, default_variant
@@ -45,10 +56,6 @@ _REFERENCE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": torch.sigmoid,
 }
-
-_MAX_STREAMS = 8  # packed forms kept per weight: one per variant and row stride in use
-_MAX_CALLS = 64  # prepared calls kept per weight: one per shape in use
-_cache_lock = threading.Lock()
 
 
 def reference_activation(x: Tensor, activation: str) -> Tensor:
@@ -160,82 +167,20 @@ def spmm(
         ValueError: shapes, activation, layout, variant, threads or out do not fit.
     """
     operands = (x, weight.values, bias, residual)
-    if torch.compiler.is_compiling() or _needs_grad(operands):
+    if torch.compiler.is_compiling() or needs_grad(operands):
         if out is not None:
             raise ValueError("out: expected None where a gradient is needed")
         parts = (weight.values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
         return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
-    if reference_mode() or not (native_available() and all(map(_fits, operands))):
+    if reference_mode() or not (native_available() and all(map(fits_native, operands))):
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout
         )
-        return result if out is None else _checked_out(out, x, tuple(result.shape)).copy_(result)
+        return result if out is None else checked_out(out, x, tuple(result.shape)).copy_(result)
     call = _prepared_call(x, weight, bias, residual, activation, layout, variant, threads)
-    y = x.new_empty(call.shape) if out is None else _checked_out(out, x, call.shape)
+    y = x.new_empty(call.shape) if out is None else checked_out(out, x, call.shape)
     call.run(x, y, bias, residual)
     return y
-
-
-def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _fits(t: Tensor | None) -> bool:
-    return t is None or (t.dtype is torch.float32 and t.is_cpu)
-
-
-def _checked_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(out.shape) != shape or out.dtype != x.dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out: {out.dtype} of shape {tuple(out.shape)}, expected contiguous {x.dtype} {shape}"
-        )
-    return out
-
-
-class _Rows(NamedTuple):
-    """How a kernel reads a tensor: floats from row to row and from image to image."""
-
-    row: int
-    image: int
-    copy: bool  # its strides do not fit: only a contiguous copy does
-
-
-def _rows(x: Tensor, columns: int, layout: str) -> _Rows:
-    if layout == "tokens":
-        return _Rows(x.shape[-1], 0, not x.is_contiguous())
-    batch, channels = x.shape[:2]
-    if not x.is_contiguous():
-        whole = x.dim() == 2 or x[:1, :1].is_contiguous()
-        rows_fit = channels <= 1 or x.stride(1) >= columns
-        if whole and rows_fit and (batch <= 1 or x.stride(0) >= 0):
-            return _Rows(max(x.stride(1), columns), x.stride(0), False)
-    return _Rows(columns, channels * columns, not x.is_contiguous())
-
-
-class _Call(NamedTuple):
-    """A product prepared for one shape: what remains is addresses."""
-
-    native: Any  # None where the result is empty
-    shape: tuple[int, ...]
-    copy_x: bool
-    copy_residual: bool
-
-    def run(self, x: Tensor, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-        if self.native is None:
-            return
-        # Copies are bound to names: they live until the kernel has read them.
-        if self.copy_x:
-            x = x.contiguous()
-        if residual is not None and self.copy_residual:
-            residual = residual.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
-        self.native(
-            x.data_ptr(),
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-        )
 
 
 def _prepared_call(
@@ -247,10 +192,9 @@ def _prepared_call(
     layout: str,
     variant: SpmmVariant | None,
     threads: int | None,
-) -> _Call:
+) -> PreparedCall:
     """The call for these shapes and strides; prepared once, then kept."""
     threads = torch.get_num_threads() if threads is None else threads
-    values = weight.values
     key = (
         x.shape,
         x.stride(),
@@ -261,17 +205,13 @@ def _prepared_call(
         variant,
         threads,
         native().isa(),
-        0 if values.is_inference() else values._version,  # training changes values in place
+        version(weight),
     )
-    call = weight._calls.get(key)
-    if call is None:
-        call = _prepare(x, weight, bias, residual, activation, layout, variant, threads)
-        with _cache_lock:
-            stale = [k for k in weight._calls if k[-1] != key[-1]]  # they hold old streams
-            for k in stale if len(weight._calls) < _MAX_CALLS else list(weight._calls):
-                del weight._calls[k]
-            weight._calls[key] = call
-    return call
+    return kept_call(
+        weight,
+        key,
+        lambda: _prepare(x, weight, bias, residual, activation, layout, variant, threads),
+    )
 
 
 def _prepare(
@@ -283,19 +223,19 @@ def _prepare(
     layout: str,
     variant: SpmmVariant | None,
     threads: int,
-) -> _Call:
+) -> PreparedCall:
     code = check_activation(activation)
     shape = check_operands(x, *weight.shape, bias, residual, layout)
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     if 0 in shape:
-        return _Call(None, shape, False, False)
+        return PreparedCall(None, shape, False, False)
     batch = 1 if layout == "tokens" else x.shape[0]
     columns = math.prod(shape) // (batch * weight.shape[0])
-    source = _rows(x, columns, layout)
+    source = row_strides(x, columns, layout)
     contiguous = weight.shape[0] if layout == "tokens" else columns
-    target = _Rows(contiguous, weight.shape[0] * columns, False)
-    extra = target if residual is None else _rows(residual, columns, layout)
+    target = Rows(contiguous, weight.shape[0] * columns, False)
+    extra = target if residual is None else row_strides(residual, columns, layout)
     if variant is None:
         variant = default_variant(weight, columns, layout)
     call = native().SpmmCall(
@@ -303,7 +243,7 @@ def _prepare(
         *(source.row, source.image, target.row, target.image, extra.row, extra.image),
         *(columns, batch, code, layout == "tokens", threads),
     )
-    return _Call(call, shape, source.copy, extra.copy)
+    return PreparedCall(call, shape, source.copy, extra.copy)
 
 
 def native_weight(
@@ -322,35 +262,22 @@ def native_weight(
     """
     pack = variant.pack or layout == "tokens"
     module = native()
-    values = weight.values
     key = (
         *variant[:4],
         variant.column_tiles,
         0 if pack else ldx,
         module.isa(),
-        0 if values.is_inference() else values._version,  # training changes values in place
+        version(weight),
     )
-    stream = weight._streams.get(key)
-    if stream is None:
-        stream = _pack_native(weight, variant, pack, ldx)
-        with _cache_lock:
-            while len(weight._streams) >= _MAX_STREAMS:
-                weight._streams.pop(next(iter(weight._streams)))
-            weight._streams[key] = stream
-    return stream
+    return kept_stream(weight, key, lambda: _pack_native(weight, variant, pack, ldx))
 
 
 def _pack_native(weight: BlockRowWeight, variant: SpmmVariant, pack: bool, ldx: int) -> Any:
     module = native()
-    weight.check()
-    values = weight.values.detach().contiguous()
-    columns = weight.columns.to(torch.int32).contiguous()
-    row_ptr = weight.row_ptr.contiguous()
+    parts = native_arrays(weight)
     native_variant = module.SpmmVariant(*variant._replace(pack=pack))
     return module.spmm_pack(
-        values.data_ptr(),
-        columns.data_ptr(),
-        row_ptr.data_ptr(),
+        *(part.data_ptr() for part in parts),
         *weight.shape,
         weight.block,
         native_variant,

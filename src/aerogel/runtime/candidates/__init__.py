@@ -6,7 +6,12 @@ them all and the lowering keeps the fastest. `torch_dense` is always among them.
 
 from __future__ import annotations
 
-from aerogel.runtime.candidates import native_dense, spmm, torch_dense  # noqa: F401  (register)
+from aerogel.runtime.candidates import (  # noqa: F401  (register)
+    native_dense,
+    sparse_conv,
+    spmm,
+    torch_dense,
+)
 from aerogel.runtime.candidates.registry import (
     Candidate,
     Provider,

@@ -1,0 +1,80 @@
+// As in bind_spmm.cpp: addresses and sizes in.
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "sparse_conv.h"
+
+namespace nb = nanobind;
+
+namespace aerogel {
+namespace {
+
+SparseConvWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, int64_t rows,
+                       int64_t cols, int32_t block, int64_t groups, int64_t kernel_h,
+                       int64_t kernel_w, const SpmmVariant& variant) {
+  const BlockRows source{reinterpret_cast<const float*>(values),
+                         reinterpret_cast<const int32_t*>(columns),
+                         reinterpret_cast<const int64_t*>(row_ptr), rows, cols, block};
+  nb::gil_scoped_release release;
+  return new SparseConvWeight(source, groups, kernel_h, kernel_w, variant);
+}
+
+// Everything about a convolution but the addresses; calling it is the hot path.
+class SparseConvCall {
+ public:
+  SparseConvCall(const SparseConvWeight& weight, int64_t in_h, int64_t in_w,
+                 const std::vector<int64_t>& geometry, int64_t ldx, int64_t x_stride, int64_t ldr,
+                 int64_t residual_stride, int64_t batch, int32_t activation, int threads)
+      : window_(make_window(in_h, in_w, geometry)), taps_(window_), threads_(threads) {
+    const int64_t groups = static_cast<int64_t>(weight.groups().size());
+    const int64_t columns = window_.out_h * window_.out_w;
+    args_.weight = &weight;
+    SpmmArgs& p = args_.product;
+    p.ldx = ldx;
+    p.x_stride = x_stride;
+    p.ldy = columns;
+    p.y_stride = groups * weight.group_outputs() * columns;
+    p.ldr = ldr;
+    p.residual_stride = residual_stride;
+    p.columns = columns;
+    p.batch = batch;
+    p.activation = static_cast<Activation>(activation);
+    x_span_ = (batch - 1) * x_stride + (groups * weight.group_inputs() - 1) * ldx + in_h * in_w;
+  }
+
+  void operator()(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual) const {
+    SparseConvArgs call = args_;
+    call.window = &window_;
+    call.taps = &taps_;
+    call.product.x = reinterpret_cast<const float*>(x);
+    call.product.y = reinterpret_cast<float*>(y);
+    call.product.bias = reinterpret_cast<const float*>(bias);
+    call.product.residual = reinterpret_cast<const float*>(residual);
+    call.x_end = call.product.x + x_span_;
+    sparse_conv_check(call);
+    nb::gil_scoped_release release;
+    sparse_conv_run(call, threads_);
+  }
+
+ private:
+  Window window_;
+  Taps taps_;
+  int threads_;
+  int64_t x_span_ = 0;
+  SparseConvArgs args_;
+};
+
+}  // namespace
+
+void bind_sparse_conv(nb::module_& m) {
+  nb::class_<SparseConvWeight>(m, "SparseConvWeight")
+      .def_prop_ro("nbytes", &SparseConvWeight::nbytes);
+  m.def("sparse_conv_pack", &pack, nb::rv_policy::take_ownership);
+  nb::class_<SparseConvCall>(m, "SparseConvCall")
+      .def(nb::init<const SparseConvWeight&, int64_t, int64_t, const std::vector<int64_t>&, int64_t,
+                    int64_t, int64_t, int64_t, int64_t, int32_t, int>(),
+           nb::keep_alive<1, 2>())
+      .def("__call__", &SparseConvCall::operator());
+}
+
+}  // namespace aerogel
