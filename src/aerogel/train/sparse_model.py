@@ -10,7 +10,7 @@ the gradient of its weights, and the optimizer. Masks may move between steps: `u
 drop-and-grow step of SET, and of RigL after a backward pass inside `dense_gradients`.
 
 When it helps: 60 % zeros and more, layers of 32768 weights and more, float32 on the CPU. At 90 %
-zeros a whole AdamW step of a 768-3072-768 block is 3.5 to 4 times as fast as the dense one
+zeros a whole AdamW step of a 768-3072-768 block is 3.5 to 4.1 times as fast as the dense one
 (`benchmarks/sparse_training.py`). Other dtypes and devices, autocast and `torch.compile` are
 computed by dense products.
 
