@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from aerogel.nested import load_state, save_state
 from aerogel.pruning import GradualPruner
 from aerogel.pruning.gradual_pruning import train_callback, trainer_callback
-from aerogel.sparsity import Block, Frozen, MaskSet, load_state, save_state
+from aerogel.sparsity import Block, Frozen, MaskSet
 
 QUICK = settings(max_examples=25, deadline=None)
 WINDOW = {"begin_step": 2, "end_step": 14, "frequency": 3}
