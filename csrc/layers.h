@@ -46,10 +46,10 @@ struct WindowInput {
 // The widest panel that is gathered, in vectors.
 constexpr int64_t kWidestWindow = 48;
 
-// Windows of stride 1 read most inputs several times. Rows of a channel that a panel needs are first
-// copied side by side with their padding (a strip), so that a tap is a plain copy out of it. A panel
-// no wider than an output row has kernel_h strip rows for each row it touches; a wider one takes
-// whole rows, shared by its taps unless they lie far apart.
+// Windows of stride 1 read most inputs several times. The rows of a channel that a panel needs are
+// first copied side by side with their padding (a strip), so that a tap is a plain copy out of it.
+// A panel no wider than an output row has kernel_h strip rows for each row it touches; a wider one
+// takes whole rows, shared by its taps unless they lie far apart.
 struct StripShape {
   int64_t rows, pitch;  // floats from row to row
   bool narrow, shared;
