@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.kernels._calls import native_arrays
 from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import (
@@ -201,19 +202,32 @@ class Linear(Weighted):
 
 
 @dataclass(frozen=True)
-class SparseLinear(Weighted):
-    """Packed (out, in) weight on every column: a linear layer or 1x1 convolution."""
+class Packed(Weighted):
+    """A layer whose weight is packed without its zeros."""
 
-    kind: ClassVar[str] = "sparse"
     weight: BlockRowWeight
     variant: SpmmVariant | None
     # values, columns (int32) and row_ptr as the native builder borrows them
     arrays: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        columns = self.weight.columns.to(torch.int32).contiguous()
-        values = float_tensor("weight.values", self.weight.values)
-        object.__setattr__(self, "arrays", (values, columns, self.weight.row_ptr.contiguous()))
+        float_tensor("weight.values", self.weight.values)
+        object.__setattr__(self, "arrays", native_arrays(self.weight))
+
+    def flops(self, output: Shape) -> int:
+        return 2 * self.weight.values.numel() * math.prod(output[1:])
+
+    @property
+    def weight_bytes(self) -> int:
+        values, columns, _ = self.arrays
+        return 4 * (values.numel() + columns.numel()) + self.bias_bytes
+
+
+@dataclass(frozen=True)
+class SparseLinear(Packed):
+    """Packed (out, in) weight on every column: a linear layer or 1x1 convolution."""
+
+    kind: ClassVar[str] = "sparse"
 
     def output_shape(self, *shapes: Shape) -> Shape:
         return _linear_shape(self.weight.shape, shapes)
@@ -230,14 +244,6 @@ class SparseLinear(Weighted):
             self.weight.block, address(self.bias), native().SpmmVariant(*self.variant),
             ACTIVATIONS[self.activation], residual, name,
         )  # fmt: skip
-
-    def flops(self, output: Shape) -> int:
-        return 2 * self.weight.values.numel() * math.prod(output[1:])
-
-    @property
-    def weight_bytes(self) -> int:
-        values, columns, _ = self.arrays
-        return 4 * (values.numel() + columns.numel()) + self.bias_bytes
 
 
 def plan_variant(weight: BlockRowWeight, columns: int) -> SpmmVariant:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from aerogel.kernels._calls import native_arrays
 from aerogel.kernels._library import native
-from aerogel.kernels.formats import BlockRowWeight
-from aerogel.kernels.layers import Shape, Weighted, address, float_tensor, same_shape
+from aerogel.kernels.layers import Packed, Shape, address, same_shape
 from aerogel.kernels.sparse_conv import dense_conv2d
 from aerogel.kernels.spmm import ACTIVATIONS
-from aerogel.kernels.variants import SpmmVariant
 from aerogel.kernels.window import ConvGeometry
 
 
 @dataclass(frozen=True)
-class SparseConv2d(Weighted):
+class SparseConv2d(Packed):
     """Packed (out, in / groups * kh * kw) weight under a sliding window."""
 
     kind: ClassVar[str] = "sparse_conv2d"
-    weight: BlockRowWeight
     geometry: ConvGeometry
-    variant: SpmmVariant | None
-    # values, columns (int32) and row_ptr as the native builder borrows them
-    arrays: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        float_tensor("weight.values", self.weight.values)
-        object.__setattr__(self, "arrays", native_arrays(self.weight))
 
     def output_shape(self, *shapes: Shape) -> Shape:
         result = self.geometry.output_shape(self.weight, shapes[0])
@@ -53,11 +41,3 @@ class SparseConv2d(Weighted):
             self.weight.block, address(self.bias), self.geometry.groups, self.geometry.numbers,
             native().SpmmVariant(*self.variant), ACTIVATIONS[self.activation], residual, name,
         )  # fmt: skip
-
-    def flops(self, output: Shape) -> int:
-        return 2 * self.weight.values.numel() * math.prod(output[1:])
-
-    @property
-    def weight_bytes(self) -> int:
-        values, columns, _ = self.arrays
-        return 4 * (values.numel() + columns.numel()) + self.bias_bytes
