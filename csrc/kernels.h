@@ -11,7 +11,7 @@ struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 
-// Constant-initialised in isa_*.cpp: loading the library runs no code of an instruction set that the
+// Constant-initialised (table.inl): loading the library runs no code of an instruction set that the
 // CPU may lack.
 struct KernelTable {
   const char* name;  // "avx512", "avx2", "neon" or "generic"

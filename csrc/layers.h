@@ -5,7 +5,7 @@
 // kReadSlack floats beyond either end of the tensor. Every kernel handles a slice of its work chosen
 // by the caller and slices never overlap, so a result does not depend on the number of threads.
 //
-// Plain data and function pointers only: the isa_*.cpp translation units include this file.
+// Plain data and function pointers only: the files compiled once per instruction set include this one.
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,11 @@
-// Body of layers.h for one instruction set. Order matters: each part uses the ones above it, and
-// what isa.inl includes first: layers_simd.inl, gather.inl, `transpose` of spmm_layout.inl.
+// Body of layers.h for one instruction set. Order matters: each part uses the ones above it.
 #include "layers.h"
+
+#include "gather.inl"
+#include "kernels.h"
+#include "layers_simd.inl"
 #include "simd_math.h"
+#include "transpose.inl"
 
 #include "layers_pointwise.inl"
 #include "layers_conv.inl"
@@ -11,7 +15,8 @@
 
 namespace aerogel::AEROGEL_ISA {
 
-constexpr LayerKernels kLayerKernels = {
+extern const LayerKernels kLayerKernels;
+const LayerKernels kLayerKernels = {
     kDenseTile,       &conv_slice,    &gemv_blocks,   &depthwise_channels, &pool_channels,
     &binary_channels, &mean_channels, &activate_span, &transpose};
 

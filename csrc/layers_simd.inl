@@ -1,4 +1,6 @@
 // Vocabulary that only the layers need: masks, every second element, sums.
+#pragma once
+
 #include "simd.h"
 
 namespace aerogel::AEROGEL_ISA {

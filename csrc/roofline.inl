@@ -1,3 +1,4 @@
+#include "kernels.h"
 #include "roofline.h"
 #include "simd.h"
 
@@ -39,6 +40,7 @@ AEROGEL_NOINLINE void measure_load(const float* p, int64_t floats, int64_t round
 
 }  // namespace
 
-constexpr RooflineKernels kRooflineKernels = {&measure_fma, &measure_load};
+extern const RooflineKernels kRooflineKernels;
+const RooflineKernels kRooflineKernels = {&measure_fma, &measure_load};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -7,7 +7,9 @@
 // limit, as in the product itself.
 //
 // Reading order: eight products -> one block row -> one task.
+#include "kernels.h"
 #include "sddmm.h"
+#include "transpose.inl"
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
@@ -178,6 +180,7 @@ void sddmm_rows(const SddmmTask& task) {
 
 }  // namespace
 
-constexpr SddmmKernels kSddmmKernels = {&sddmm_rows};
+extern const SddmmKernels kSddmmKernels;
+const SddmmKernels kSddmmKernels = {&sddmm_rows};
 
 }  // namespace aerogel::AEROGEL_ISA

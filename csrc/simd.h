@@ -1,6 +1,6 @@
 // A thin SIMD vocabulary: one vector type, Vec, with kLanes float32 lanes, and the dozen operations
-// the kernels need. Each isa_*.cpp translation unit defines AEROGEL_ISA (a namespace name) and one
-// AEROGEL_USE_* macro and is compiled with that instruction set's flags.
+// the kernels need. Each translation unit made from isa.cpp.in defines AEROGEL_ISA (a namespace
+// name) and one AEROGEL_USE_* macro and is compiled with that instruction set's flags.
 //
 // Everything that depends on the instruction set lives in namespace aerogel::AEROGEL_ISA. Sources
 // included from there must not instantiate inline functions or templates of the standard library:
@@ -19,7 +19,7 @@
 #endif
 
 #ifndef AEROGEL_ISA
-#error "simd.h is for the isa_*.cpp translation units, which define AEROGEL_ISA"
+#error "simd.h is for sources compiled once per instruction set: see isa.cpp.in"
 #endif
 
 #define AEROGEL_INLINE inline __attribute__((always_inline))

@@ -7,6 +7,8 @@
 // Reading order: one step -> one group of block rows -> one run of groups -> one panel. A panel is
 // one register tile wide, so that its activations stay in the first cache; where blocks of outputs
 // share every load, the second cache is near enough, and several tiles share the weights instead.
+#include "gather.inl"
+#include "kernels.h"
 #include "simd_math.h"
 #include "spmm.h"
 #include "spmm_layout.inl"
@@ -470,6 +472,7 @@ void run_panel(const SpmmPanel& p) {
 
 }  // namespace
 
-constexpr SpmmKernels kSpmmKernels = {kLanes, &max_vectors, &run_panel};
+extern const SpmmKernels kSpmmKernels;
+const SpmmKernels kSpmmKernels = {kLanes, &max_vectors, &run_panel};
 
 }  // namespace aerogel::AEROGEL_ISA

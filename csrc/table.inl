@@ -1,0 +1,16 @@
+// The table of one instruction set's kernels, each family compiled on its own.
+#include "kernels.h"
+#include "simd.h"
+
+namespace aerogel::AEROGEL_ISA {
+
+extern const SpmmKernels kSpmmKernels;
+extern const SddmmKernels kSddmmKernels;
+extern const RooflineKernels kRooflineKernels;
+extern const LayerKernels kLayerKernels;
+
+extern const KernelTable kTable;
+const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes,            &kSpmmKernels,
+                            &kSddmmKernels,   &kRooflineKernels, &kLayerKernels};
+
+}  // namespace aerogel::AEROGEL_ISA
