@@ -94,6 +94,7 @@ void bind_spmm(nb::module_& m) {
   nb::class_<SpmmCall>(m, "SpmmCall")
       .def("__init__", &prepare, nb::keep_alive<1, 2>())
       .def("__call__", &SpmmCall::operator());
+  m.def("spmm_lockstep", [] { return active_table().spmm->lockstep; });
   m.def("spmm_max_vectors", [](int32_t groups, int32_t block) {
     return active_table().spmm->max_vectors(groups, block);
   });

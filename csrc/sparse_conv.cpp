@@ -71,7 +71,8 @@ SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, int6
   for (int64_t g = 0; g < groups; ++g) {
     const GroupRows part(source, g, groups);
     Group group;
-    group.weight = std::make_unique<SpmmWeight>(part.rows(), gathered, width);
+    group.weight = std::make_unique<SpmmWeight>(part.rows(), gathered, width, false,
+                                                SpmmWeight::Reads::kWindow);
     for (const int32_t k : part.used()) group.taps.push_back(all[static_cast<size_t>(k)]);
     groups_.push_back(std::move(group));
   }

@@ -19,6 +19,7 @@ constexpr size_t kStreamSlack = 16;   // kernels load weights four at a time
 constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transposed block's side
 constexpr int64_t kTasksPerThread = 4;
 constexpr int32_t kMaxColumnTiles = 1024;
+constexpr int32_t kSmallGroups = 4;  // block rows, walked together only if equally long
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -77,11 +78,12 @@ void spmm_check_source(const BlockRows& w) {
 
 namespace {
 
-void check_variant(const SpmmVariant& v, int32_t block, const SpmmKernels& kernels) {
-  if (v.groups != 1 && v.groups != 2 && v.groups != 4) {
-    fail(quoted("groups", v.groups) + ": expected 1, 2 or 4");
-  }
+void check_variant(const SpmmVariant& v, int32_t block, bool scratch, const SpmmKernels& kernels) {
   const int32_t widest = kernels.max_vectors(v.groups, block);
+  if (widest == 0 || (v.groups > kSmallGroups && !scratch)) {
+    const std::string lockstep = scratch && block == 1 ? ", " + std::to_string(kernels.lockstep) : "";
+    fail(quoted("groups", v.groups) + ": expected one of 1, 2, 4" + lockstep);
+  }
   if (v.vectors < 1 || v.vectors > widest) {
     fail(quoted("vectors", v.vectors) + ": expected 1 to " + std::to_string(widest) + " with " +
          quoted("groups", v.groups) + ", " + quoted("block", block));
@@ -143,7 +145,10 @@ class Packer {
     return spans;
   }
 
-  void pack_segment(Span tile, int64_t k_begin, int64_t k_end, bool keep_empty_rows) {
+  // zeros: the number of the row that padded steps read.
+  void pack_segment(Span tile, int64_t k_begin, int64_t k_end, bool keep_empty_rows,
+                    int64_t zeros) {
+    zeros_ = zeros;
     members_.clear();
     for (int64_t r = tile.first; r < tile.last; ++r) {
       const int32_t* begin = source_.columns + source_.row_ptr[r];
@@ -157,7 +162,9 @@ class Packer {
       const int32_t block_a = block_of(source_, a.row), block_b = block_of(source_, b.row);
       return block_a != block_b ? block_a > block_b : a.count > b.count;
     });
-    for (size_t i = 0; i < members_.size();) i = pack_bucket(i);
+    size_t i = 0;
+    if (variant_.groups > kSmallGroups) i = pack_lockstep();
+    while (i < members_.size()) i = pack_bucket(i);
   }
 
  private:
@@ -176,7 +183,7 @@ class Packer {
            block_of(source_, members_[end].row) == block) {
       ++end;
     }
-    for (int32_t width = variant_.groups; width >= 1; width /= 2) {
+    for (int32_t width = std::min(variant_.groups, kSmallGroups); width >= 1; width /= 2) {
       const size_t groups = (end - i) / width;
       if (groups == 0) continue;
       runs_->push_back({static_cast<int32_t>(members_[i].count), static_cast<int32_t>(groups),
@@ -186,6 +193,21 @@ class Packer {
     return end;
   }
 
+  // Groups of many rows in lockstep, whatever their counts: the shorter ones are padded.
+  size_t pack_lockstep() {
+    const size_t width = static_cast<size_t>(variant_.groups);
+    size_t i = 0;
+    for (; i + width <= members_.size(); i += width) {
+      const auto steps = static_cast<int32_t>(members_[i].count);
+      if (i == 0 || runs_->back().steps != steps) {
+        runs_->push_back({steps, 0, variant_.groups, 1});
+      }
+      ++runs_->back().groups;
+      pack_group(i, variant_.groups, 1);
+    }
+    return i;
+  }
+
   void pack_group(size_t i, int32_t width, int32_t block) {
     for (int32_t g = 0; g < width; ++g) {
       rows_->push_back(static_cast<int32_t>(first_output(source_, members_[i + g].row)));
@@ -193,6 +215,11 @@ class Packer {
     for (int64_t s = 0; s < members_[i].count; ++s) {
       for (int32_t g = 0; g < width; ++g) {
         const Member& member = members_[i + g];
+        if (s >= member.count) {
+          sources_->push_back(-1);
+          offsets_->push_back(static_cast<int32_t>(zeros_ * row_bytes_));
+          continue;
+        }
         const int64_t value = value_of(source_, member.row, member.from + s);
         for (int32_t b = 0; b < block; ++b) {
           const int64_t number = value + b;
@@ -214,22 +241,24 @@ class Packer {
   std::vector<int32_t>* sources_;
   std::vector<int32_t>* offsets_;
   std::vector<Member> members_;
+  int64_t zeros_ = 0;
 };
 
 void gather(const float* values, const std::vector<int32_t>& sources, float* to) {
-  for (size_t i = 0; i < sources.size(); ++i) to[i] = values[sources[i]];
+  // A padded step adds -0.0 * 0.0, which changes no sum, not even the sign of zero.
+  for (size_t i = 0; i < sources.size(); ++i) to[i] = sources[i] < 0 ? -0.0f : values[sources[i]];
 }
 
 }  // namespace
 
 SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
-                       bool updatable)
+                       bool updatable, Reads reads)
     : variant_(variant), kernels_(active_table().spmm), ldx_(variant.pack ? 0 : ldx),
       storage_(std::make_unique<Storage>()) {
   spmm_check_source(source);
-  check_variant(variant, source.block, *kernels_);
+  check_variant(variant, source.block, variant.pack || reads == Reads::kWindow, *kernels_);
   const int64_t row_floats = variant.pack ? variant.vectors * kernels_->lanes : ldx;
-  if (row_floats < 1 || source.cols * row_floats > std::numeric_limits<int32_t>::max() / 4) {
+  if (row_floats < 1 || (source.cols + 2) * row_floats > std::numeric_limits<int32_t>::max() / 4) {
     fail(quoted("ldx", row_floats) + ": expected a positive stride whose " +
          std::to_string(source.cols) + " rows span less than 2 GiB");
   }
@@ -237,6 +266,7 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   Packer packer(source, variant, row_floats * 4, &out.runs, &out.rows, &out.sources, &out.offsets);
   const int64_t slabs = std::clamp<int64_t>(variant.k_blocks, 1, std::max<int64_t>(source.cols, 1));
   for (int64_t s = 0; s <= slabs; ++s) out.slab_cols.push_back(source.cols * s / slabs);
+  const int64_t longest = (source.cols + slabs - 1) / slabs;
   const auto mark = [&out] {
     out.segments.push_back({static_cast<int64_t>(out.runs.size()),
                             static_cast<int64_t>(out.rows.size()),
@@ -248,7 +278,10 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
                                                             : source.rows);
     for (int64_t s = 0; s < slabs; ++s) {
       mark();
-      packer.pack_segment(tile, out.slab_cols[s], out.slab_cols[s + 1], s == 0 || s == slabs - 1);
+      // A window's slabs take turns in one place, where the zeros come behind the longest.
+      const int64_t zeros = reads == Reads::kWindow ? out.slab_cols[s] + longest : source.cols;
+      packer.pack_segment(tile, out.slab_cols[s], out.slab_cols[s + 1], s == 0 || s == slabs - 1,
+                          zeros);
     }
   }
   mark();
@@ -260,7 +293,7 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   stream_ = {out.runs.data(), out.rows.data(), out.weights.data(), out.offsets.data(),
              out.segments.data(), out.tile_rows.data(), out.slab_cols.data(),
              static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols,
-             (source.cols + slabs - 1) / slabs};
+             longest};
 }
 
 SpmmWeight::~SpmmWeight() = default;
@@ -306,10 +339,10 @@ int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();
   const int64_t width = spmm_panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
   if (a.window) {
-    return s.longest_slab * width + kScratchSlack + strip_floats(*a.window->input.window, width);
+    return (s.longest_slab + 1) * width + kScratchSlack + strip_floats(*a.window->input.window, width);
   }
   if (!a.weight->variant().pack) return 0;
-  int64_t rows = s.cols_total;
+  int64_t rows = s.cols_total + 1;
   if (a.tokens) {
     int64_t tallest = 0;
     for (int64_t t = 0; t < s.tiles; ++t) {

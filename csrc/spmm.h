@@ -20,7 +20,7 @@ struct KernelTable;
 // How one weight is executed. All variants of one weight give the same bits.
 struct SpmmVariant {
   int32_t vectors = 8;   // widest register tile, in vectors of the instruction set
-  int32_t groups = 1;    // block rows walked together (1, 2 or 4), for independent FMA chains
+  int32_t groups = 1;    // block rows walked together: 1, 2, 4 or the kernels' `lockstep`
   int32_t k_blocks = 1;  // the input features are walked in so many slabs, to keep them in L1
   int32_t row_tiles = 1;  // the outputs are cut into at least so many tiles of equal work
   int32_t pack = 0;      // 1: slabs are copied to aligned scratch (misaligned or power-of-two rows)
@@ -44,7 +44,8 @@ struct BlockRows {
 void spmm_check_source(const BlockRows& source);
 
 // Rows of one tile whose columns lie in one slab: runs of groups with equal step counts, so that
-// the loop's end is predictable and no padding is needed.
+// the loop's end is predictable. Small groups are of rows with as many columns each; the shorter
+// rows of a lockstep group are padded with steps that change nothing: -0.0 times a row of zeros.
 struct SpmmRun {
   int32_t steps;   // columns per block row
   int32_t groups;  // how many groups of `width` block rows follow
@@ -62,7 +63,8 @@ struct SpmmStream {
   const SpmmRun* runs;
   const int32_t* rows;      // first output row of each block row
   const float* weights;     // per group: [steps][width][block], start padded to 4 floats
-  const int32_t* offsets;   // per group: [steps][width], byte offset of the activation row
+  const int32_t* offsets;   // per group: [steps][width], byte offset of the activation row, or
+                            // of a row of zeros behind the slab
   const SpmmSegment* segments;  // [tile][slab], and one past the end
   const int64_t* tile_rows;     // first output row of each tile, tiles + 1 entries
   const int64_t* slab_cols;     // first input feature of each slab, slabs + 1 entries
@@ -74,11 +76,14 @@ struct SpmmStream {
 // Threads share it; only `update` changes it.
 class SpmmWeight {
  public:
+  enum class Reads { kRows, kWindow };
+
   // ldx: distance of activation rows in floats (ignored if the variant packs). updatable: keep the
-  // number of every value, for `update`. Throws std::invalid_argument for malformed input or a row
-  // stride too large for 32-bit byte offsets.
+  // number of every value, for `update`. reads: rows of x, or what a window gathers slab by slab.
+  // Throws std::invalid_argument for malformed input or a row stride too large for 32-bit byte
+  // offsets.
   SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
-             bool updatable = false);
+             bool updatable = false, Reads reads = Reads::kRows);
   ~SpmmWeight();
   SpmmWeight(const SpmmWeight&) = delete;
   SpmmWeight& operator=(const SpmmWeight&) = delete;
@@ -160,7 +165,8 @@ struct SpmmPanel {
 
 struct SpmmKernels {
   int32_t lanes;
-  // The widest register tile, in vectors, of so many groups and block rows.
+  int32_t lockstep;  // rows in a group of many; needs activations in scratch (packed or gathered)
+  // The widest register tile, in vectors, of so many groups and block rows; 0: no such groups.
   int32_t (*max_vectors)(int32_t groups, int32_t block);
   void (*run_panel)(const SpmmPanel& panel);
 };

@@ -18,6 +18,9 @@ namespace {
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxVectors = 12;
+// Single rows in lockstep: where one of them has brought a row of activations into the first cache,
+// others that want it soon follow. Tiles of 2 vectors (16 registers) or 3 (32) are left for each.
+constexpr int kLockstep = kRegisters == 32 ? 8 : 6;
 static_assert(kMaxVectors <= kWidestWindow);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
@@ -58,7 +61,7 @@ AEROGEL_INLINE Vec load_x(const float* x, int v, int64_t tail) {
 template <int V, int G, int B, bool Masked, class Offsets, class Weights>
 AEROGEL_INLINE void step(Vec (&acc)[G][B][V], const char* x, const Offsets& offsets, int64_t tail,
                          const Weights& weights) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
     const float* row = reinterpret_cast<const float*>(x + offsets(g));
     if constexpr (V <= B) {
@@ -102,23 +105,23 @@ template <int V, int G, int B, bool Masked>
 AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
                               const int32_t* offsets, int32_t steps, int64_t tail) {
   constexpr int kStep = G * B;
-  constexpr int kUnroll = kStep < 4 ? 4 / kStep : 1;
+  constexpr int kUnroll = kStep < 4 ? 4 / kStep : kStep % 4 ? 2 : 1;  // whole quads
   constexpr int kQuads = kStep * kUnroll / 4;
   constexpr bool kFromQuads = quads_fit(V, G, B);
   int32_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
     Quad quads[kQuads];
     if constexpr (kFromQuads) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(weights + 4 * q);
     }
     // Two offsets a load: vectors of activations need the load ports.
     constexpr int kOffsets = G * kUnroll;
     uint64_t pairs[(kOffsets + 1) / 2];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int i = 0; i + 1 < kOffsets; i += 2) pairs[i / 2] = load_pair(offsets + i);
     if constexpr (kOffsets % 2) pairs[kOffsets / 2] = static_cast<uint32_t>(offsets[kOffsets - 1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int u = 0; u < kUnroll; ++u) {
       step<V, G, B, Masked>(
           acc, x,
@@ -188,20 +191,20 @@ template <int V, int G, int B, bool Masked>
 AEROGEL_INLINE void run_group(const RunContext& c, const int32_t* rows, const float* weights,
                               const int32_t* offsets, int32_t steps) {
   Vec acc[G][B][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
   }
   all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
   if (c.last) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
@@ -264,8 +267,17 @@ constexpr RunTable kRunTables[3][3] = {
     {run_table<1, 1>(), run_table<1, 2>(), run_table<1, 4>()},
     {run_table<2, 1>(), run_table<2, 2>(), run_table<2, 4>()},
     {run_table<4, 1>(), run_table<4, 2>(), run_table<4, 4>()}};
+constexpr RunTable kLockstepTable = run_table<kLockstep, 1>();
 
-int32_t max_vectors(int32_t groups, int32_t block) { return register_tile_vectors(groups, block); }
+AEROGEL_INLINE const RunTable& table_of(const SpmmRun& run) {
+  if (run.width == kLockstep) return kLockstepTable;
+  return kRunTables[run.width >> 1][run.block >> 1];
+}
+
+int32_t max_vectors(int32_t groups, int32_t block) {
+  const bool known = groups == 1 || groups == 2 || groups == 4 || (groups == kLockstep && block == 1);
+  return known ? register_tile_vectors(groups, block) : 0;
+}
 
 bool is_inline_activation(Activation a) {
   return a == Activation::kNone || a == Activation::kRelu || a == Activation::kRelu6;
@@ -326,8 +338,7 @@ AEROGEL_NOINLINE void run_segment(const RunContext& c, const SpmmStream& s, int6
   for (; at.run < end; ++at.run) {
     ahead.advance();
     const SpmmRun& run = s.runs[at.run];
-    const RunFunction function = kRunTables[run.width >> 1][run.block >> 1].function[masked]
-                                                                                    [vectors - 1];
+    const RunFunction function = table_of(run).function[masked][vectors - 1];
     function(c, run, s.rows + at.row, s.weights + at.weight, s.offsets + at.offset);
     const int64_t values = static_cast<int64_t>(run.steps) * run.width * run.block;
     at.row += static_cast<int64_t>(run.groups) * run.width;
@@ -382,6 +393,11 @@ AEROGEL_INLINE void run_tiles(const RunContext& panel, const SpmmStream& s, int6
   }
 }
 
+// What padded steps read.
+AEROGEL_INLINE void clear(float* row, int64_t floats) {
+  for (int64_t j = 0; j < floats; j += kLanes) store(row + j, zero());
+}
+
 // A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time. The
 // register tiles lie side by side there, so that the whole panel is gathered in one go.
 AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
@@ -389,7 +405,7 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   const SpmmArgs& a = *p.args;
   const ColumnTiles tiles(p);
   const int64_t stride = spmm_panel_vectors(*p.variant) * kLanes;
-  float* const strip = p.scratch + s.longest_slab * stride + kScratchSlack;
+  float* const strip = p.scratch + (s.longest_slab + 1) * stride + kScratchSlack;
   WindowInput input = a.window->input;
   input.x = p.x;
   const WindowTap* const taps = a.window->taps;
@@ -405,6 +421,7 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
     gather_taps(input, {p.column, p.width}, taps + k_begin, taps + k_end, strip, p.scratch, stride);
+    clear(p.scratch + s.longest_slab * stride, stride);  // gathering may have written there
     c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
     c.first = slab == 0;
     c.last = slab == s.slabs - 1;
@@ -424,7 +441,7 @@ void run_panel(const SpmmPanel& p) {
   const bool pack = p.variant->pack != 0;
   const ColumnTiles tiles(p);
   const int64_t stride = static_cast<int64_t>(p.variant->vectors) * kLanes;
-  const int64_t x_floats = s.cols_total * stride;  // scratch of one tile
+  const int64_t x_floats = (s.cols_total + 1) * stride;  // scratch of one tile: slabs, zeros
   float* const y_scratch = p.scratch + tiles.count * x_floats;
 
   PanelPrefetch ahead = next_panel(p);
@@ -452,6 +469,7 @@ void run_panel(const SpmmPanel& p) {
         for (int64_t t = 0; t < tiles.count; ++t) {
           pack_slab(p, tiles.columns(p, t), s.slab_cols[slab], s.slab_cols[slab + 1], stride,
                     p.scratch + t * x_floats);
+          clear(p.scratch + (t + 1) * x_floats - stride, stride);
         }
       }
       c.x = reinterpret_cast<const char*>(pack ? p.scratch : p.x + p.column);
@@ -473,6 +491,6 @@ void run_panel(const SpmmPanel& p) {
 }  // namespace
 
 extern const SpmmKernels kSpmmKernels;
-const SpmmKernels kSpmmKernels = {kLanes, &max_vectors, &run_panel};
+const SpmmKernels kSpmmKernels = {kLanes, kLockstep, &max_vectors, &run_panel};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -47,7 +47,8 @@ def random_kernel(out: int, per_group: int, kh: int, kw: int, density: float) ->
 
 
 def legal_variants(block: int) -> list[SpmmVariant]:
-    widest = {g: native().spmm_max_vectors(g, block) for g in (1, 2, 4)}
+    groups = (1, 2, 4, native().spmm_lockstep())
+    widest = {g: native().spmm_max_vectors(g, block) for g in groups}
     return [
         SpmmVariant(vectors, groups, *rest)
         for groups, limit in widest.items()

@@ -107,13 +107,16 @@ def test_variants_and_thread_counts_give_the_same_bits(block: int, layout: str) 
             assert torch.equal(first, again), (variant, threads)
 
 
-def legal_variants(block: int, max_columns: int) -> list[kernels.SpmmVariant]:
-    widest = {g: native().spmm_max_vectors(g, block) for g in (1, 2, 4)}
+def legal_variants(block: int) -> list[kernels.SpmmVariant]:
+    """Every register tile; rows in lockstep need packed activations."""
+    lockstep = native().spmm_lockstep()
+    widest = {g: native().spmm_max_vectors(g, block) for g in (1, 2, 4, lockstep)}
     return [
         kernels.SpmmVariant(vectors, groups, *rest)
         for groups, limit in widest.items()
         for vectors in range(1, limit + 1)
         for rest in ((1, 1, False, 1), (3, 4, True, 3), (2, 2, False, 5), (1, 1, True, 2))
+        if groups < lockstep or rest[2]
     ]
 
 
@@ -125,7 +128,7 @@ def test_every_register_tile_is_right(block: int) -> None:
     how = {"activation": "relu6", "residual": residual}
     first = spmm(x, weight, bias, **how)
     assert_matches(first, x, weight, bias, **how)
-    for variant in legal_variants(block, 211):
+    for variant in legal_variants(block):
         assert torch.equal(first, spmm(x, weight, bias, **how, variant=variant)), variant
 
 
@@ -147,11 +150,26 @@ def test_nan_reaches_the_outputs_that_use_it_and_no_others(activation: str, layo
     weight = BlockRowWeight.pack(dense, 1)
     x = torch.ones(1, 9, 5) if layout == "tokens" else torch.ones(1, 5, 9)
     (x[0, 4] if layout == "tokens" else x[0, :, 4])[3] = float("nan")
-    for variant in spmm_variants(weight, 9, layout):
+    packed = [kernels.SpmmVariant(1, native().spmm_lockstep(), pack=True)]
+    for variant in spmm_variants(weight, 9, layout) + packed:
         y = spmm(x, weight, activation=activation, layout=layout, variant=variant)
         planes = y[0].t() if layout == "tokens" else y[0]
         where = planes.isnan().nonzero().tolist()
         assert where == [[1, 4], [4, 4]]
+
+
+def test_rows_in_lockstep_keep_the_sign_of_zero() -> None:
+    """Their shorter rows are padded with steps that may not even turn -0.0 into 0.0."""
+    lockstep = native().spmm_lockstep()
+    dense = torch.zeros(lockstep, 3)
+    dense[0] = 1.0  # longer than all the others, whose sums are -0.0
+    weight = BlockRowWeight.pack(dense, 1)
+    bias = torch.full((lockstep,), -0.0)
+    variant = kernels.SpmmVariant(1, lockstep, pack=True)
+    y = spmm(torch.ones(1, 3, 5), weight, bias, variant=variant)[0]
+    assert (y[0] == 3).all()
+    assert (y[1:] == 0).all()
+    assert y[1:].signbit().all()
 
 
 def test_infinities_and_nan_weights_propagate() -> None:

@@ -17,7 +17,8 @@ class SpmmVariant(NamedTuple):
 
     Attributes:
         vectors: widest register tile of columns, in vectors of the instruction set.
-        groups: block rows walked together, 1, 2 or 4.
+        groups: block rows walked together: 1, 2, 4, or (single rows whose activations are packed)
+            the instruction set's `lockstep`, 6 or 8.
         k_blocks: slabs into which the input features are cut, to keep them in the first cache.
         row_tiles: tiles into which the outputs are cut, for reuse and for several threads.
         pack: copy slabs to aligned scratch first (always so for tokens).
@@ -42,12 +43,26 @@ def default_variant(weight: BlockRowWeight, columns: int, layout: str = "channel
     return variant
 
 
-# Register tiles worth trying by block, as (groups, share of the widest panel), the likeliest first:
-# a greedy cover of an exhaustive search over MobileNetV1's layers at 70 and 90 % zeros (AVX2).
-_TILES: dict[int, tuple[tuple[int, float], ...]] = {
-    1: ((2, 1.0), (2, 2 / 3), (1, 5 / 6)),
-    2: ((1, 5 / 6), (2, 1.0), (1, 1.0)),
-    4: ((1, 1.0), (1, 2 / 3)),
+# Register tiles worth trying by lanes and block, as (groups, vectors), the likeliest first: a cover
+# of exhaustive searches over MobileNetV1's layers and BERT's at 70 to 90 % zeros (Zen 3 and 4).
+_LOCKSTEP = 0  # stands for the instruction set's own number of groups
+_WIDE_TILES = {
+    1: ((2, 12), (2, 8), (1, 10)),
+    2: ((1, 10), (2, 12), (1, 12)),
+    4: ((1, 6), (1, 4)),
+}
+_TILES: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
+    16: {
+        1: ((_LOCKSTEP, 3), (4, 3), (2, 4), (1, 5)),
+        2: ((2, 2), (2, 3), (4, 3)),
+        4: ((1, 4), (1, 6), (1, 3)),
+    },
+    8: {
+        1: ((2, 5), (_LOCKSTEP, 2), (1, 7), (2, 6)),
+        2: ((2, 3), (1, 5), (1, 4)),
+        4: ((1, 3), (1, 2)),
+    },
+    4: _WIDE_TILES,
 }
 _SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-level cache
 # What a panel that is read in place may take, by block. Where every multiply-add loads, only the
@@ -55,6 +70,8 @@ _SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-lev
 # then make wide panels, whose rows of outputs are written in longer pieces: up to twice as fast.
 _PANEL_BYTES = {1: 48 << 10, 2: 384 << 10, 4: 384 << 10}
 _SLAB_STEPS = 25  # a shorter row per slab costs more in beginnings and ends than the cache returns
+# Density from which most rows of activations serve several rows of a lockstep group: no slabs.
+_DENSE_LOCKSTEP = 0.15
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
 _TASKS = 8  # panels x tiles that keep a few threads busy
 _TILE_ROWS = 64
@@ -81,26 +98,30 @@ def spmm_variants(
     packs = (pack_first, not pack_first) if layout == "channels" else (True,)
     found: dict[SpmmVariant, None] = {}
     for pack in packs:
-        for vectors, groups in _register_tiles(weight.block, columns):
+        for vectors, groups in _register_tiles(weight.block, columns, pack):
             side = 1 if pack else _column_tiles(weight, vectors, columns)
             panels = -(-columns // (side * vectors * native().lanes()))
             tiles = min(-(-_TASKS // max(panels, 1)), max(rows // _TILE_ROWS, 1))
-            for k_blocks in _slab_counts(weight, vectors):
+            for k_blocks in _slab_counts(weight, vectors, groups):
                 found[SpmmVariant(vectors, groups, k_blocks, tiles, pack, side)] = None
     return list(found)
 
 
-def _register_tiles(block: int, columns: int) -> list[tuple[int, int]]:
+def _register_tiles(block: int, columns: int, pack: bool) -> list[tuple[int, int]]:
     """(vectors, groups) worth trying; panels of equal widths, none wider than needed."""
     module = native()
     needed = max(1, -(-columns // module.lanes()))
     found: dict[tuple[int, int], None] = {}
-    widest_of_four = module.spmm_max_vectors(4, block)
-    if needed <= widest_of_four:  # few columns: independent sums come from more rows
-        found[needed, 4] = None
-    for groups, share in _TILES[block]:
-        limit = max(1, round(share * module.spmm_max_vectors(groups, block)))
-        found[-(-needed // -(-needed // limit)), groups] = None
+    tiles = _TILES[module.lanes()][block]
+    if needed <= module.spmm_max_vectors(4, block):  # few columns: more rows, independent sums
+        lockstep = tuple(tile for tile in tiles if tile[0] == _LOCKSTEP)
+        tiles = (*lockstep, (4, needed), *tiles)
+    for groups, wanted in tiles:
+        if groups == _LOCKSTEP and not pack:
+            continue
+        rows = groups or module.spmm_lockstep()
+        limit = min(wanted, module.spmm_max_vectors(rows, block))
+        found[-(-needed // -(-needed // limit)), rows] = None
     return list(found)
 
 
@@ -111,9 +132,11 @@ def _column_tiles(weight: BlockRowWeight, vectors: int, columns: int) -> int:
     return max(1, min(fitting, -(-columns // tile)))
 
 
-def _slab_counts(weight: BlockRowWeight, vectors: int) -> list[int]:
+def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]:
     """Numbers of slabs worth trying: by the rule above, and half of that."""
     if weight.block > 1:  # more multiply-adds than loads: the cache is not the limit
+        return [1]
+    if groups > 4 and weight.density >= _DENSE_LOCKSTEP:
         return [1]
     steps = weight.columns.shape[0] / max(len(weight.row_ptr) - 1, 1)
     slab_bytes = weight.shape[1] * vectors * native().lanes() * 4
