@@ -146,16 +146,31 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
     return sorted({wanted, max(wanted // 2, 1)}, reverse=True)
 
 
-# Register tiles worth trying for convolutions by block, as (groups, share of the widest, register
+# Register tiles worth trying for convolutions by lanes and block, as (groups, vectors, register
 # tiles in a panel), the likeliest first. Wide panels are gathered at up to half the cost a column.
-# From a search over ResNet-50's 3x3 layers at 90 % zeros (AVX2).
-_CONV_TILES: dict[int, tuple[tuple[int, float, int], ...]] = {
-    1: ((2, 2 / 3, 3), (1, 7 / 12, 2), (2, 1.0, 1)),
-    2: ((1, 1.0, 2), (2, 1.0, 3)),
-    4: ((1, 1.0, 3), (1, 1.0, 6)),
+# From searches over ResNet-50's 3x3 layers at 90 % zeros (Zen 3 and 4).
+_WIDE_CONV_TILES = {
+    1: ((2, 8, 3), (1, 7, 2), (2, 12, 1)),
+    2: ((1, 12, 2), (2, 12, 3)),
+    4: ((1, 6, 3), (1, 6, 6)),
 }
-# What a gathered slab may take: where blocks share loads, the second cache is near enough.
-_CONV_SLAB_BYTES = {1: 64 << 10, 2: 128 << 10, 4: 160 << 10}
+_CONV_TILES: dict[int, dict[int, tuple[tuple[int, int, int], ...]]] = {
+    16: {
+        1: ((_LOCKSTEP, 3, 3), (1, 5, 3), (2, 7, 1), (_LOCKSTEP, 3, 6)),
+        2: ((2, 3, 3), (4, 3, 3)),
+        4: ((1, 4, 4), (1, 6, 3), (1, 3, 8)),
+    },
+    8: {
+        1: ((2, 5, 2), (1, 7, 2), (2, 6, 3), (2, 6, 1)),
+        2: ((1, 6, 2), (2, 3, 3)),
+        4: ((1, 3, 3), (1, 3, 6)),
+    },
+    4: _WIDE_CONV_TILES,
+}
+# What a gathered slab may take: where rows in lockstep or blocks share loads, the second cache is
+# near enough.
+_CONV_SLAB_BYTES = {1: 64 << 10, 2: 128 << 10, 4: 256 << 10}
+_LOCKSTEP_SLAB_BYTES = 128 << 10
 
 
 def sparse_conv_variants(
@@ -170,22 +185,25 @@ def sparse_conv_variants(
         threads: that will share the work; default `torch.get_num_threads()`.
 
     Returns:
-        1 to 9 different variants; all of them pack.
+        1 to 12 different variants; all of them pack.
     """
     module = native()
     needed = max(1, -(-columns // module.lanes()))
     rows = max(weight.shape[0] // groups, 1)
     threads = torch.get_num_threads() if threads is None else threads
     found: dict[SpmmVariant, None] = {}
-    for tile_groups, share, side in _CONV_TILES[weight.block]:
-        limit = max(1, round(share * module.spmm_max_vectors(tile_groups, weight.block)))
+    for wanted_groups, wanted, side in _CONV_TILES[module.lanes()][weight.block]:
+        tile_groups = wanted_groups or module.spmm_lockstep()
+        limit = min(wanted, module.spmm_max_vectors(tile_groups, weight.block))
         vectors = -(-needed // -(-needed // limit))  # equal widths, none wider than needed
         tiles = min(side, -(-needed // vectors), _WIDEST_WINDOW // vectors)
         panels = groups * -(-needed // (tiles * vectors))
         # No more than needed: every range of rows gathers its panel again.
         row_tiles = min(-(-threads // panels), max(rows // _TILE_ROWS, 1))
         slab_bytes = weight.shape[1] * tiles * vectors * module.lanes() * 4
-        slabs = max(1, round(slab_bytes / _CONV_SLAB_BYTES[weight.block]))
+        lockstep = wanted_groups == _LOCKSTEP
+        budget = _LOCKSTEP_SLAB_BYTES if lockstep else _CONV_SLAB_BYTES[weight.block]
+        slabs = max(1, round(slab_bytes / budget))
         for k_blocks in (slabs, 2 * slabs, max(slabs // 2, 1)):
             variant = SpmmVariant(vectors, tile_groups, k_blocks, row_tiles, True, tiles)
             found[variant] = None
