@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import aerogel
+from aerogel import kernels
 from aerogel.runtime.strategies import CALLS, EAGER, MIXED, PLANS, TORCH
 
 STRATEGIES = [TORCH, CALLS, PLANS]
@@ -126,6 +127,10 @@ def test_compile_measures_and_agrees_on_the_real_clock() -> None:
     explanation = compiled.explain()
     assert explanation.seconds <= explanation.strategies[EAGER]
     assert seen[0] == ("0", 0, 3)
+    if kernels.native_available() and not kernels.reference_mode():
+        assert all(row.bound in ("FMA", "loads", "bytes") for row in explanation.rows)
+        assert all(row.reach > 0 for row in explanation.rows)
+        assert "FMA" in str(explanation) or "bytes" in str(explanation)
 
 
 def test_reference_mode_compiles_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +139,7 @@ def test_reference_mode_compiles_and_agrees(monkeypatch: pytest.MonkeyPatch) -> 
     for strategy in (CALLS, PLANS):
         compiled = build_with(model, x, strategy=strategy)
         assert_agree(compiled(x), expect(model, x))
+        assert {row.bound for row in compiled.explain().rows} == {None}
 
 
 def test_masks_are_baked_and_the_model_is_left_alone() -> None:

@@ -10,11 +10,12 @@ import torch
 
 from aerogel.kernels._library import native
 
-# Half of a first-level cache of 32 KiB; most of a second level of 512 KiB; far more than any last
-# level. The larger caches of other machines only make the numbers labelled so come from a nearer
-# level.
+# Half of a first-level cache of 32 KiB; most of a second level of 512 KiB; more than any second
+# level, a share of a last one; far more than any last level. The larger caches of other machines
+# only make the numbers labelled so come from a nearer level.
 _L1_BYTES = 16 << 10
 _L2_BYTES = 320 << 10
+_L3_BYTES = 4 << 20
 _DRAM_BYTES = 192 << 20
 
 
@@ -28,6 +29,7 @@ class Roofline:
         fma_gflops: float32 multiply-adds, 10^9 operations a second (two per multiply-add).
         load_gbps_l1: loads that feed multiply-adds, aligned, from the first cache, 10^9 bytes/s.
         load_gbps_l2: the same from the second cache.
+        load_gbps_l3: the same from the last cache.
         load_gbps_dram: the same from memory.
     """
 
@@ -36,6 +38,7 @@ class Roofline:
     fma_gflops: float
     load_gbps_l1: float
     load_gbps_l2: float
+    load_gbps_l3: float
     load_gbps_dram: float
 
 
@@ -60,7 +63,7 @@ def roofline(threads: int | None = None, *, seconds: float = 0.2) -> Roofline:
 
     Args:
         threads: threads at once, default `torch.get_num_threads()`.
-        seconds: time for each of the four measurements, default 0.2.
+        seconds: time for each of the five measurements, default 0.2.
 
     Raises:
         ValueError: threads < 1 or seconds <= 0.
@@ -82,5 +85,6 @@ def roofline(threads: int | None = None, *, seconds: float = 0.2) -> Roofline:
         fma_gflops=_best(lambda rounds: module.fma_gflops(threads, rounds * 1000), seconds),
         load_gbps_l1=load(_L1_BYTES),
         load_gbps_l2=load(_L2_BYTES),
+        load_gbps_l3=load(_L3_BYTES),
         load_gbps_dram=load(_DRAM_BYTES),
     )

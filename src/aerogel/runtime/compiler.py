@@ -23,6 +23,7 @@ from aerogel.runtime.capture import Captured, CaptureError, capture, frozen_copy
 from aerogel.runtime.compiled import CompiledModule, Program
 from aerogel.runtime.explain import Explanation, LayerRow
 from aerogel.runtime.layer import is_layer, read_layer
+from aerogel.runtime.limits import bound_of
 from aerogel.runtime.passes import simplify
 from aerogel.runtime.strategies import EAGER, Contender, Strategist, fastest, flaw_of
 from aerogel.runtime.timing import Measure, Race, measure, race
@@ -259,20 +260,21 @@ def _rows(tuned: Mapping[fx.Node, Tuned], chosen: Contender, total: float) -> li
     rows = []
     for node, each in tuned.items():
         piece = runs_as.get(node)
-        kernel, seconds = TORCH_LAYER, each.seconds_dense
+        kernel, seconds, sparse = TORCH_LAYER, each.seconds_dense, False
         if piece is not None:
-            name = piece.kernels[node].name
+            name, sparse = piece.kernels[node].name, piece.kernels[node].sparse
             seconds = (each.planned if piece.planned else each.direct)[name]
             kernel = name
             if piece.planned:
                 kernel = f"{name.removeprefix('planned ')} (plan {plans.index(piece)})"
-        rows.append(layer_row(each, kernel, seconds / total))
+        rows.append(layer_row(each, kernel, seconds, total, sparse))
     return rows
 
 
-def layer_row(tuned: Tuned, kernel: str, share: float) -> LayerRow:
+def layer_row(tuned: Tuned, kernel: str, seconds: float, total: float, sparse: bool) -> LayerRow:
     """One line of the explanation."""
     layer = tuned.layer
+    bound = bound_of(layer, sparse, torch.get_num_threads())
     return LayerRow(
         layer=layer.name,
         op=layer.op,
@@ -282,7 +284,9 @@ def layer_row(tuned: Tuned, kernel: str, share: float) -> LayerRow:
         kernel=kernel,
         seconds_sparse=tuned.seconds_sparse,
         seconds_dense=tuned.seconds_dense,
-        share=share,
+        share=seconds / total,
+        bound=bound.name if bound else None,
+        reach=bound.seconds / seconds if bound else None,
     )
 
 
@@ -308,8 +312,9 @@ def _plan_by_module(
     used = winner != EAGER
     rows = []
     for each in swaps:
-        best = each.best_direct.name if used else TORCH_LAYER
-        rows.append(layer_row(each, best, each.direct[best] / seconds[winner]))
+        best = each.best_direct
+        name, sparse = (best.name, best.sparse) if used else (TORCH_LAYER, False)
+        rows.append(layer_row(each, name, each.direct[name], seconds[winner], sparse))
     explanation = Explanation(
         rows=rows,
         strategies=seconds,

@@ -20,6 +20,10 @@ class LayerRow:
         seconds_sparse: Fastest kernel that skips zeros, on the example; None if there is none.
         seconds_dense: Dense torch on the example.
         share: Fraction of the compiled model's time spent in this layer.
+        bound: What limits the kernel on this machine, "FMA", "loads" or "bytes"; None if that
+            could not be measured.
+        reach: Fraction of that limit's speed that the kernel has; above 1 where the data is in a
+            nearer cache than the limit supposes.
     """
 
     layer: str
@@ -31,6 +35,8 @@ class LayerRow:
     seconds_sparse: float | None
     seconds_dense: float
     share: float
+    bound: str | None = None
+    reach: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Explanation:
         return {**asdict(self), "rows": [{**asdict(r), "shape": list(r.shape)} for r in self.rows]}
 
     def __str__(self) -> str:
-        head = ("layer", "op", "weight", "zeros", "pattern", "kernel", "sparse", "dense", "share")
+        head = ("layer", "op", "weight", "zeros", "pattern", "kernel", "sparse", "dense", "share",
+                "bound")  # fmt: skip
         table = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]
         lines = [_align(line, widths) for line in table]
@@ -109,6 +116,7 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
         "-" if row.seconds_sparse is None else _time(row.seconds_sparse),
         _time(row.seconds_dense),
         f"{100 * row.share:.1f}%",
+        "-" if row.reach is None else f"{row.bound} {100 * row.reach:.0f}%",
     )
 
 

@@ -19,6 +19,7 @@ _FAR_BELOW = 0.20
 _DENSE_BLOCK = 4
 _DENSE_BELOW = 0.5
 _PAGE = 4096
+_SMALL_GROUPS = 4  # of rows; larger ones walk in lockstep
 # A packed weight that stores nearly everything is no sparse kernel, whatever it is called.
 _DENSE_ABOVE = 0.95
 
@@ -56,9 +57,13 @@ def sparse_pointwise(layer: Layer, threads: int | None) -> Iterator[Candidate]:
             # Each keeps its own native streams, whatever else is being compared.
             yield _called(layer, packed.without_cache(), variant, threads)
         for variant in _variants(packed, layer.planned_columns, "channels"):
-            # A plan's rows are aligned; they are worth repacking only where each has its own pages.
-            if variant is None or not variant.pack or 4 * layer.planned_columns >= _PAGE:
+            if variant is None or not variant.pack or _pays_to_pack(layer, variant):
                 yield _planned(layer, packed, variant)
+
+
+def _pays_to_pack(layer: Layer, variant: kernels.SpmmVariant) -> bool:
+    """A plan's rows are aligned: pack for rows in lockstep, or where each row has its own pages."""
+    return variant.groups > _SMALL_GROUPS or 4 * layer.planned_columns >= _PAGE
 
 
 def blocks_worth_trying(layer: Layer) -> list[int]:

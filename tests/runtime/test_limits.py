@@ -1,0 +1,63 @@
+"""The limit that `explain()` names beside each layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel import kernels
+from aerogel.runtime import limits
+from aerogel.runtime.layer import Layer
+
+pytestmark = pytest.mark.skipif(
+    not kernels.native_available(), reason="the native kernels are not built"
+)
+
+# 1 operation, 1 byte of the first cache or 0.1 bytes of others take a nanosecond each.
+ROOF = kernels.Roofline(1, "test", 1.0, 1.0, 0.1, 0.1, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_roofline", lambda threads, isa: ROOF)
+
+
+def linear(weight: Tensor, tokens: int) -> Layer:
+    rows, cols = weight.shape
+    return Layer("fc", "linear", weight, None, "none", False, (tokens, cols), (tokens, rows))
+
+
+def scattered(rows: int, cols: int, block: int = 1) -> Tensor:
+    """Every fourth column of each block of rows."""
+    at = torch.arange(cols)[None] + torch.arange(rows)[:, None] // block
+    return (at % 4 == 0).float()
+
+
+def test_dense_products_are_bound_by_multiply_adds() -> None:
+    bound = limits.bound_of(linear(torch.ones(64, 64), 4096), False, 1)
+    assert bound is not None
+    assert bound.name == "FMA"
+    assert bound.seconds == pytest.approx(2e-9 * 64 * 64 * 4096)
+
+
+def test_scattered_zeros_are_bound_by_loads_and_blocks_share_them() -> None:
+    alone = limits.bound_of(linear(scattered(256, 256), 4096), True, 1)
+    shared = limits.bound_of(linear(scattered(256, 256, 4), 4096), True, 1)
+    assert alone is not None
+    assert shared is not None
+    assert (alone.name, shared.name) == ("loads", "FMA")
+    assert alone.seconds == pytest.approx(4e-9 * 64 * 256 * 4096)
+    assert shared.seconds == pytest.approx(2e-9 * 64 * 256 * 4096)
+
+
+def test_one_vector_is_bound_by_the_bytes_of_the_weight() -> None:
+    bound = limits.bound_of(linear(torch.ones(64, 64), 1), False, 1)
+    assert bound is not None
+    assert bound.name == "bytes"
+    assert bound.seconds == pytest.approx(4e-8 * (64 * 64 + 2 * 64))
+
+
+def test_the_reference_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AEROGEL_KERNELS", "reference")
+    assert limits.bound_of(linear(torch.ones(4, 4), 1), False, 1) is None
