@@ -166,12 +166,82 @@ class Strip {
   Piece pieces_[kWidestGather];
 };
 
+// Windows of stride 1 over rows as long as those they give. Under any tap, a panel is one run of the
+// plane, but for what lies in the padding: lanes that are masked away.
+class FlatWindow {
+ public:
+  static constexpr int64_t kLongestSide = 16;
+
+  static AEROGEL_INLINE bool fits(const Window& w) {
+    return w.stride_h == 1 && w.stride_w == 1 && w.in_w == w.out_w &&
+           w.kernel_h <= kLongestSide && w.kernel_w <= kLongestSide;
+  }
+
+  AEROGEL_INLINE FlatWindow(const WindowInput& input, Columns columns, const Segments& segments)
+      : in_(input), first_(columns.first), vectors_((columns.width + kLanes - 1) / kLanes) {
+    const Window& w = *in_.window;
+    for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+      fill(rows_[ky], columns.width);
+      const TapRange inside = in_.taps_y[ky];
+      int64_t at = 0;
+      for (int s = 0; s < segments.count; at += segments.list[s++].count) {
+        const Segment& it = segments.list[s];
+        if (it.oy < inside.first || it.oy >= inside.last) hide(rows_[ky], at, at + it.count);
+      }
+    }
+    for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
+      fill(columns_[kx], columns.width);
+      const TapRange inside = in_.taps_x[kx];
+      int64_t at = 0;
+      for (int s = 0; s < segments.count; at += segments.list[s++].count) {
+        const Segment& it = segments.list[s];
+        const int64_t stop = it.ox + it.count;
+        hide(columns_[kx], at, at + smaller(inside.first, stop) - it.ox);
+        hide(columns_[kx], at + larger(inside.last, it.ox) - it.ox, at + it.count);
+      }
+    }
+  }
+
+  AEROGEL_INLINE void give_tap(WindowTap at, float* to) const {
+    const Window& w = *in_.window;
+    const float* from = in_.x + at.channel * in_.ldx + first_ +
+                        (at.ky * w.dilation_h - w.pad_h) * w.in_w + at.kx * w.dilation_w - w.pad_w;
+    const uint32_t* const rows = rows_[at.ky];
+    const uint32_t* const columns = columns_[at.kx];
+    for (int64_t v = 0; v < vectors_; ++v) {
+      store(to + v * kLanes, load_where(from + v * kLanes, rows[v], columns[v]));
+    }
+  }
+
+ private:
+  using Lanes = uint32_t[kWidestWindow];  // a bit for each lane of each vector
+
+  static AEROGEL_INLINE void fill(Lanes& lanes, int64_t count) {
+    for (int64_t v = 0; v * kLanes < count; ++v) {
+      const int64_t left = count - v * kLanes;
+      lanes[v] = (1u << (left < kLanes ? left : kLanes)) - 1u;
+    }
+  }
+  static AEROGEL_INLINE void hide(Lanes& lanes, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) lanes[i / kLanes] &= ~(1u << i % kLanes);
+  }
+
+  const WindowInput in_;
+  const int64_t first_, vectors_;
+  Lanes rows_[kLongestSide], columns_[kLongestSide];
+};
+
 // The input under each of the taps [first, last), zero in the padding: rows of a panel, `stride`
 // floats apart. `strip`: strip_floats() of scratch.
 AEROGEL_NOINLINE void gather_taps(const WindowInput& input, Columns columns, const WindowTap* first,
                                   const WindowTap* last, float* strip, float* panel,
                                   int64_t stride) {
   const Segments segments(*input.window, columns);
+  if (FlatWindow::fits(*input.window)) {
+    const FlatWindow flat(input, columns, segments);
+    for (; first < last; ++first, panel += stride) flat.give_tap(*first, panel);
+    return;
+  }
   if (input.window->stride_w != 1) {
     for (; first < last; ++first, panel += stride) gather_tap(input, *first, segments, panel);
     return;

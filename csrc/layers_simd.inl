@@ -18,6 +18,10 @@ AEROGEL_INLINE Vec odd_of(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, pick, b);
 }
 AEROGEL_INLINE Vec split_order(Vec v) { return v; }
+// The lanes whose bits are set in both a and b, zero in the others, for which nothing is read.
+AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(a & b), p);
+}
 
 #elif defined(AEROGEL_USE_AVX2)
 
@@ -27,6 +31,12 @@ AEROGEL_INLINE Vec even_of(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x88);
 AEROGEL_INLINE Vec odd_of(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xdd); }
 AEROGEL_INLINE Vec split_order(Vec v) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
+  const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(a)),
+                                        _mm256_set1_epi32(static_cast<int>(b)));
+  const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  return _mm256_maskload_ps(p, _mm256_sllv_epi32(bits, to_sign));
 }
 
 #elif defined(AEROGEL_USE_NEON)
@@ -59,6 +69,16 @@ AEROGEL_INLINE Vec odd_of(Vec a, Vec b) {
 }
 AEROGEL_INLINE Vec split_order(Vec v) { return v; }
 
+#endif
+
+#if !defined(AEROGEL_USE_AVX512) && !defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
+  const uint32_t bits = a & b;
+  if (bits == (1u << kLanes) - 1u) return load(p);
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = bits >> i & 1u ? p[i] : 0.0f;
+  return load(lanes);
+}
 #endif
 
 AEROGEL_INLINE float sum_lanes(Vec v) {
