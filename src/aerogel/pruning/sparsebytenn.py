@@ -61,6 +61,7 @@ __all__ = [
     "PruneResult",
     "RearrangementPlan",
     "apply_plan",
+    "default_targets",
     "group_kernel_prune",
     "invert_plan",
     "kernel_group_patterns",
@@ -142,6 +143,16 @@ class PruneResult:
     model: nn.Module
     masks: MaskSet
     plan: RearrangementPlan | None
+
+
+def default_targets(model: nn.Module) -> tuple[str, ...]:
+    """Weights worth pruning in groups: all but those at the ends and in grouped convolutions."""
+    ends = _ends(model)
+    return tuple(
+        name
+        for name, ref in select_parameters(model).items()
+        if name not in ends and getattr(ref.module, "groups", 1) == 1
+    )
 
 
 def kernel_group_patterns(model: nn.Module, config: GroupKernelConfig) -> dict[str, Pattern]:
@@ -362,11 +373,15 @@ def _candidates(model: nn.Module, config: GroupKernelConfig) -> ParamSelection:
             raise ValueError(f"{name!r} is masked or parametrized already; finalize that first")
     if config.include:
         return chosen
-    everything = [*select_parameters(model).values()]
-    first_conv = next((r for r in everything if not isinstance(r.module, nn.Linear)), None)
-    last_linear = everything[-1] if isinstance(everything[-1].module, nn.Linear) else None
-    dense = {ref.name for ref in (first_conv, last_linear) if ref is not None}
-    return ParamSelection([ref for name, ref in chosen.items() if name not in dense])
+    return ParamSelection([ref for name, ref in chosen.items() if name not in _ends(model)])
+
+
+def _ends(model: nn.Module) -> set[str]:
+    """Weights of the first convolution and of the last linear layer."""
+    weights = list(select_parameters(model).values())
+    stem = next((ref for ref in weights if not isinstance(ref.module, nn.Linear)), None)
+    head = weights[-1] if isinstance(weights[-1].module, nn.Linear) else None
+    return {ref.name for ref in (stem, head) if ref is not None}
 
 
 def _kind(ref: ParamRef) -> str:

@@ -92,17 +92,24 @@ def plan_rearrangement(
         ValueError: the model cannot be traced (`NotTraceable`), or is parametrized.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    classes, orders = [], []
+    energies: list[tuple[float, float]] = []
     for each in permutation_classes(model, example):
         layers = list(_blocked_layers(model, each, patterns, density, balanced, rounding))
         if not layers:
             continue
-        order = order_rows(layers, trials=trials, patience=patience, generator=generator)
+        classes.append(each)
+        orders.append(order_rows(layers, trials=trials, patience=patience, generator=generator))
         total = sum(float(layer.energy.sum() + layer.fixed.sum()) for layer in layers) or 1.0
-        shares = [kept_energy(layers, o) / total for o in (torch.arange(each.size), order)]
-        found.append((each, order, *shares))
-    columns = zip(*found, strict=True) if found else ((), (), (), ())
-    return RearrangementPlan(*map(tuple, columns), fingerprint(model))  # type: ignore[arg-type]
+        before, after = (kept_energy(layers, o) for o in (torch.arange(each.size), orders[-1]))
+        energies.append((before / total, after / total))
+    return RearrangementPlan(
+        tuple(classes),
+        tuple(orders),
+        tuple(before for before, _ in energies),
+        tuple(after for _, after in energies),
+        fingerprint(model),
+    )
 
 
 def apply_plan(target: nn.Module | Mapping[str, Tensor], plan: RearrangementPlan) -> None:

@@ -121,7 +121,7 @@ class _Columns:
 
 
 def _greedy(layers: Sequence[BlockedRows], places: list[Tensor], likeness: _Likeness) -> Tensor:
-    """Block by block: the largest row left, then one by one the row that belongs to it most."""
+    """Block by block: the largest row left joins an empty one, then those that belong most."""
     pool = torch.cat([layer.energy for layer in layers], dim=1).float()
     left = torch.arange(pool.shape[0])
     columns = _columns(layers, left)
@@ -131,7 +131,8 @@ def _greedy(layers: Sequence[BlockedRows], places: list[Tensor], likeness: _Like
         chosen: list[int] = []
         for size in range(len(spots)):
             share = (size + 1) / len(spots)
-            score = likeness(pool, block, columns, share) if chosen else pool.sum(dim=1)
+            alone = not bool(block.any())
+            score = pool.sum(dim=1) if alone else likeness(pool, block, columns, share)
             score[chosen] = -torch.inf
             chosen.append(int(score.argmax()))
             block = block + pool[chosen[-1]]
