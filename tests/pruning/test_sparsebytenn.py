@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -16,7 +17,7 @@ from aerogel.pruning import (
     rearrange_network,
 )
 from aerogel.pruning.callbacks import PrunerCallback
-from aerogel.pruning.sparsebytenn import kernel_group_patterns, sparsebytenn
+from aerogel.pruning.sparsebytenn import kernel_group_patterns, layer_rates, sparsebytenn
 from aerogel.sparsity import Cubic, Frozen, Geometric, KernelGroup, KernelPattern, kept_count
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -115,6 +116,24 @@ def test_rates_set_layers_apart():
     assert {n: int(m.sum()) for n, m in found.items()} == {
         n: int(m.sum()) for n, m in masks.items()
     }
+
+
+def test_rates_by_cost_save_the_time_asked_for_where_it_is_cheapest():
+    model, config = network(), GroupKernelConfig(sparsity=0.5)
+    equal = layer_rates(model, config, {"3.weight": 1.0, "9.weight": 1.0, "13.weight": 1.0})
+    seconds = {"3.weight": 8.0, "9.weight": 1.0, "13.weight": 1.0, "0.weight": 5.0}
+    rates = layer_rates(model, config, seconds)
+    assert set(rates) == set(kernel_group_patterns(model, config))
+    assert rates["3.weight"] > equal["3.weight"]
+    saved = sum(rate * seconds[name] for name, rate in rates.items())
+    assert 5.0 - 8.0 / 64 < saved <= 5.0  # a group of kernels of the first takes 8 / 64
+    assert max(rates.values()) <= 0.9
+    masks = group_kernel_prune(model, dataclasses.replace(config, rates=rates))
+    assert float(masks["3.weight"].float().mean()) == pytest.approx(1 - rates["3.weight"])
+    with pytest.raises(ValueError, match=r"seconds of '9.weight' must be given"):
+        layer_rates(network(), config, {"3.weight": 1.0})
+    with pytest.raises(ValueError, match="density must be in"):
+        layer_rates(network(), config, seconds, most=0.4)
 
 
 def test_pruning_by_a_schedule_of_ones_own_never_revives():
@@ -334,7 +353,7 @@ def test_examples_that_do_not_run_are_an_error():
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1}, "leave no room for a ramp"),
         ({"steps": 9, "schedule": "linear"}, "schedule must be 'cubic'"),
-        ({"steps": 9, "schedule": Cubic(0, 0.9, 0, 2, 2)}, "ends at sparsity 0.9, the config"),
+        ({"steps": 9, "schedule": Cubic(0, 0.9, 0, 2, 2)}, "ends at sparsity 0.9, expected 0.3"),
     ],
 )
 def test_schedules_that_do_not_fit_are_refused(arguments, message):

@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from aerogel.sparsity.controller import GradScaler, MaskController
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.schedules import Cubic, OneShot
+
+FineTuning = Literal["cubic", "one-shot"] | Cubic | OneShot
+
+# New masks within a ramp; more make no visible difference.
+_UPDATES = 40
+
+
+def fine_tuning_schedule(schedule: FineTuning, sparsity: float, steps: int) -> Cubic | OneShot:
+    """The schedule of pruning a trained network while it is fine-tuned.
+
+    Args:
+        schedule: ``"cubic"`` (a ramp over the first half), ``"one-shot"`` (all with the first
+            step), or a `Cubic` or `OneShot` of one's own.
+        sparsity: fraction of zeros at its end.
+        steps: optimizer steps of the fine-tuning.
+
+    Raises:
+        ValueError: an unknown name, another sparsity at the end, or too few steps.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(schedule, (Cubic, OneShot)):
+        end = schedule.s_f if isinstance(schedule, Cubic) else schedule.s
+        if abs(end - sparsity) > 1e-9:
+            raise ValueError(f"schedule ends at sparsity {end}, expected {sparsity}")
+        return schedule
+    if schedule == "one-shot":
+        return OneShot(0, sparsity)
+    if schedule != "cubic":
+        raise ValueError(f"schedule must be 'cubic', 'one-shot' or a schedule, got {schedule!r}")
+    ramp = steps // 2
+    if ramp < 1:
+        raise ValueError(f"steps = {steps} leave no room for a ramp; schedule='one-shot'?")
+    every = -(-ramp // _UPDATES)
+    return Cubic(0.0, sparsity, 0, ramp // every, every)
 
 
 class ScheduledPruner:

@@ -29,18 +29,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from aerogel.pruning.scheduled import ScheduledPruner
+from aerogel.pruning.scheduled import FineTuning, ScheduledPruner, fine_tuning_schedule
 from aerogel.runtime import CompiledModule
+from aerogel.sparsity.allocation import densities_by_cost
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling
-from aerogel.sparsity.masks import MaskSet, build_masks
+from aerogel.sparsity.masks import MaskSet, build_masks, find_parameter
 from aerogel.sparsity.patterns import KernelGroup, KernelPattern, Pattern
 from aerogel.sparsity.permute import NotTraceable
 from aerogel.sparsity.rearrange import (
@@ -50,8 +51,14 @@ from aerogel.sparsity.rearrange import (
     invert_plan,
     plan_rearrangement,
 )
-from aerogel.sparsity.schedules import Cubic, OneShot, Schedule
-from aerogel.sparsity.select import ParamRef, ParamSelection, select_parameters, unknown_name
+from aerogel.sparsity.schedules import Schedule
+from aerogel.sparsity.select import (
+    ParamRef,
+    ParamSelection,
+    end_weights,
+    select_parameters,
+    unknown_name,
+)
 from aerogel.sparsity.topk import Rounding, kept_count
 from aerogel.sparsity.updates import Rebuild
 
@@ -65,6 +72,7 @@ __all__ = [
     "group_kernel_prune",
     "invert_plan",
     "kernel_group_patterns",
+    "layer_rates",
     "rearrange_network",
     "sparsebytenn",
 ]
@@ -76,7 +84,6 @@ _CHOICES = {
     "depthwise": ("dense", "pattern"),
 }
 _ROUNDING: Rounding = "round_kept"
-_UPDATES = 40
 
 Wrap = Callable[[nn.Module, torch.optim.Optimizer], "GroupKernelPruner"]
 
@@ -95,7 +102,7 @@ class GroupKernelConfig:
             is ``"dense"`` or ``"pattern"`` (4 of the 9 taps of a 3x3 kernel, one of 8 patterns,
             which the channels of a group share).
         rearrange: whether `sparsebytenn` rearranges channels before pruning.
-        rates: sparsity of single weights by name, in place of ``sparsity``.
+        rates: sparsity of single weights by name, in place of ``sparsity``; see `layer_rates`.
         include: globs of the weights to prune; by default all linear and convolution weights but
             those of the first convolution and of the last linear layer.
         exclude: globs of weights to leave dense.
@@ -147,7 +154,7 @@ class PruneResult:
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
     """Weights worth pruning in groups: all but those at the ends and in grouped convolutions."""
-    ends = _ends(model)
+    ends = end_weights(model)
     return tuple(
         name
         for name, ref in select_parameters(model).items()
@@ -181,6 +188,35 @@ def kernel_group_patterns(model: nn.Module, config: GroupKernelConfig) -> dict[s
         raise ValueError(f"nothing to prune with patterns {dict(config.patterns)}")
     _check_rest(model, config, found)
     return found
+
+
+def layer_rates(
+    model: nn.Module, config: GroupKernelConfig, seconds: Mapping[str, float], most: float = 0.9
+) -> dict[str, float]:
+    """Rates that save ``config.sparsity`` of the layers' time where it costs the least energy.
+
+    Args:
+        model: dense and trained.
+        config: what is pruned; its rates are not looked at.
+        seconds: time of each layer by the name of its weight, e.g. of the rows of
+            ``aerogel.compile(model, example).explain()``: ``f"{row.layer}.weight"`` and
+            ``row.seconds_dense``.
+        most: sparsity of a layer at most.
+
+    Returns:
+        For ``dataclasses.replace(config, rates=...)``.
+
+    Raises:
+        ValueError: see `kernel_group_patterns`; a layer without a time, a sparsity above `most`.
+    """
+    patterns = kernel_group_patterns(model, replace(config, rates={}))
+    energies = {
+        name: pattern.pooled(find_parameter(model, name).detach().square(), "sum")
+        for name, pattern in patterns.items()
+        if isinstance(pattern, KernelGroup)
+    }
+    densities = densities_by_cost(energies, seconds, 1.0 - config.sparsity, least=1.0 - most)
+    return {name: 1.0 - density for name, density in densities.items()}
 
 
 def rearrange_network(
@@ -271,8 +307,7 @@ class GroupKernelPruner(ScheduledPruner):
         optimizer: the `torch.optim` optimizer that fine-tunes it.
         config: what, and how much.
         steps: optimizer steps of the fine-tuning.
-        schedule: ``"cubic"`` (a ramp over the first half), ``"one-shot"`` (all before the second
-            step), or a `Cubic` or `OneShot` that ends at the config's sparsity.
+        schedule: see `fine_tuning_schedule`; ends at the config's sparsity.
         coupling: ``"frozen"`` (removed kernels keep their value and may return while the ramp
             lasts) or another of `aerogel.sparsity.COUPLINGS`.
 
@@ -291,11 +326,11 @@ class GroupKernelPruner(ScheduledPruner):
         config: GroupKernelConfig,
         *,
         steps: int,
-        schedule: Literal["cubic", "one-shot"] | Cubic | OneShot = "cubic",
+        schedule: FineTuning = "cubic",
         coupling: Coupling | str = "frozen",
     ) -> None:
         patterns = kernel_group_patterns(model, config)
-        ramp = _schedule(schedule, config.sparsity, steps)
+        ramp = fine_tuning_schedule(schedule, config.sparsity, steps)
         rates = None
         if config.rates:
             rates = {name: config.rates.get(name, config.sparsity) for name in patterns}
@@ -319,7 +354,7 @@ def sparsebytenn(
     *,
     steps: int,
     example: Any = None,
-    schedule: Literal["cubic", "one-shot"] | Cubic | OneShot = "cubic",
+    schedule: FineTuning = "cubic",
     seed: int = 0,
 ) -> PruneResult:
     """The whole method: rearrange, then prune while fine-tuning.
@@ -373,15 +408,8 @@ def _candidates(model: nn.Module, config: GroupKernelConfig) -> ParamSelection:
             raise ValueError(f"{name!r} is masked or parametrized already; finalize that first")
     if config.include:
         return chosen
-    return ParamSelection([ref for name, ref in chosen.items() if name not in _ends(model)])
-
-
-def _ends(model: nn.Module) -> set[str]:
-    """Weights of the first convolution and of the last linear layer."""
-    weights = list(select_parameters(model).values())
-    stem = next((ref for ref in weights if not isinstance(ref.module, nn.Linear)), None)
-    head = weights[-1] if isinstance(weights[-1].module, nn.Linear) else None
-    return {ref.name for ref in (stem, head) if ref is not None}
+    ends = end_weights(model)
+    return ParamSelection([ref for name, ref in chosen.items() if name not in ends])
 
 
 def _kind(ref: ParamRef) -> str:
@@ -422,24 +450,3 @@ def _densities(
         name: pattern.fixed_density or 1.0 - scale * config.rates.get(name, config.sparsity)
         for name, pattern in patterns.items()
     }
-
-
-def _schedule(
-    schedule: Literal["cubic", "one-shot"] | Cubic | OneShot, sparsity: float, steps: int
-) -> Cubic | OneShot:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if isinstance(schedule, (Cubic, OneShot)):
-        end = schedule.s_f if isinstance(schedule, Cubic) else schedule.s
-        if abs(end - sparsity) > 1e-9:
-            raise ValueError(f"schedule ends at sparsity {end}, the config says {sparsity}")
-        return schedule
-    if schedule == "one-shot":
-        return OneShot(0, sparsity)
-    if schedule != "cubic":
-        raise ValueError(f"schedule must be 'cubic', 'one-shot' or a schedule, got {schedule!r}")
-    ramp = steps // 2
-    if ramp < 1:
-        raise ValueError(f"steps = {steps} leave no room for a ramp; schedule='one-shot'?")
-    every = -(-ramp // _UPDATES)
-    return Cubic(0.0, sparsity, 0, ramp // every, every)
