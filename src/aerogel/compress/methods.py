@@ -41,14 +41,29 @@ class Goal:
     power: float
 
 
-Builder = Callable[["nn.Module", "torch.optim.Optimizer", Goal], Any]
+@dataclass(frozen=True)
+class Method:
+    """A pruning method inside training.
+
+    Attributes:
+        build: Makes the pruner of one phase from the model and its optimizer.
+        patterns: Kinds of pattern it prunes by (what stands before the first colon); all if empty.
+        pattern: What it takes where the recipe chooses none.
+        proposes: Names of the weights to prune where neither the recipe nor the model says.
+        prepare: Changes the network, and the dense one it learns from alike, before training.
+    """
+
+    build: Callable[[nn.Module, torch.optim.Optimizer, Goal], Any]
+    patterns: tuple[str, ...] = ()
+    pattern: str | None = None
+    proposes: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    prepare: Callable[[nn.Module, nn.Module, Any, Goal], None] | None = None
 
 
 def _gradual_pruning(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> Any:
     from aerogel.pruning import GradualPruner
 
-    begin = min(round(goal.begin * goal.steps), goal.steps - 1)
-    end = max(round(goal.end * goal.steps) - 1, begin + 1)
+    begin, end, frequency = _window(goal)
     return GradualPruner(
         model,
         optimizer,
@@ -56,16 +71,71 @@ def _gradual_pruning(model: nn.Module, optimizer: torch.optim.Optimizer, goal: G
         initial_sparsity=goal.initial_sparsity,
         begin_step=begin,
         end_step=end,
-        frequency=max(1, (end - begin) // goal.updates),
+        frequency=frequency,
         power=goal.power,
         pattern=goal.pattern,
         include=goal.parameters,
     )
 
 
-METHODS: dict[str, Builder] = {"gradual-pruning": _gradual_pruning}
+def _window(goal: Goal) -> tuple[int, int, int]:
+    """First and last step of the ramp, and the steps from one new mask to the next."""
+    begin = min(round(goal.begin * goal.steps), goal.steps - 1)
+    end = max(round(goal.end * goal.steps) - 1, begin + 1)
+    return begin, end, max(1, (end - begin) // goal.updates)
+
+
+def _sparsebytenn(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> Any:
+    from aerogel.pruning import GroupKernelPruner
+    from aerogel.sparsity import Cubic
+
+    begin, end, every = _window(goal)
+    ramp = Cubic(
+        goal.initial_sparsity, goal.sparsity, begin, (end - begin) // every, every, goal.power
+    )
+    return GroupKernelPruner(model, optimizer, _groups(goal), steps=goal.steps, schedule=ramp)
+
+
+def _rearrange(model: nn.Module, dense: nn.Module, example: Any, goal: Goal) -> None:
+    from aerogel.pruning import apply_plan, rearrange_network
+
+    plan = rearrange_network(model, example, _groups(goal))
+    apply_plan(model, plan)
+    apply_plan(dense, plan)  # its features are learnt channel by channel
+
+
+def _groups(goal: Goal) -> Any:
+    from aerogel.pruning import GroupKernelConfig
+    from aerogel.sparsity import KernelGroup, parse_pattern
+
+    pattern = parse_pattern(goal.pattern)
+    assert isinstance(pattern, KernelGroup)  # the recipe was checked
+    return GroupKernelConfig(pattern.g, goal.sparsity, include=goal.parameters)
+
+
+def _group_targets(model: nn.Module) -> tuple[str, ...]:
+    from aerogel.pruning.sparsebytenn import default_targets
+
+    return default_targets(model)
+
+
+METHODS: dict[str, Method] = {
+    "gradual-pruning": Method(_gradual_pruning),
+    "sparsebytenn": Method(
+        _sparsebytenn,
+        patterns=("kernel-group",),
+        pattern="kernel-group:4",
+        proposes=_group_targets,
+        prepare=_rearrange,
+    ),
+}
 
 
 def method_names() -> tuple[str, ...]:
     """Slugs of the methods that `aerogel compress --method` takes."""
     return tuple(METHODS)
+
+
+def slug_of(method: str) -> str:
+    """A method's slug from the ways people write it."""
+    return method.strip().lower().replace("_", "-")

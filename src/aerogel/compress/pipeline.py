@@ -36,7 +36,7 @@ from aerogel.compress.measuring import measure, settings_of
 from aerogel.compress.outcome import assemble, data_facts
 from aerogel.compress.recipe import Recipe
 from aerogel.compress.selection import pruned_parameters, unfit_parameters
-from aerogel.compress.training import train_dense, train_sparse
+from aerogel.compress.training import chosen_by, train_dense, train_sparse
 from aerogel.compress.workdir import Marker, RunFolder, key_of
 
 DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
@@ -172,15 +172,12 @@ class _Run:
         return {"curves": curves, "parameters": parameters, **facts}
 
     def _pruned(self, model: nn.Module) -> tuple[str, ...]:
-        recipe = self.recipe
-        return pruned_parameters(model, recipe.pattern, recipe.include, recipe.exclude)
+        return pruned_parameters(model, *chosen_by(self.recipe, model))
 
     def _prune(self) -> dict[str, Any]:
         model = self.load(DENSE_FILE)
         notes = []
-        if unfit := unfit_parameters(
-            model, self.recipe.pattern, self.recipe.include, self.recipe.exclude
-        ):
+        if unfit := unfit_parameters(model, *chosen_by(self.recipe, model)):
             notes.append(
                 f"Pattern {self.recipe.pattern} does not fit {len(unfit)} weights, which stay "
                 f"dense: {', '.join(unfit[:3])}{', ...' * (len(unfit) > 3)}."

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from aerogel.compress.methods import method_names
+from aerogel.compress.methods import METHODS, method_names, slug_of
 
 ENGINES = ("torch eager", "torch channels_last", "torch.compile", "onnxruntime", "openvino")
 
@@ -194,9 +194,10 @@ class Recipe(_Part):
         model, data: What to compress and on which data.
         method: Slug of the pruning method; see `aerogel systems`.
         sparsity: Fraction of zeros in the pruned layers, in [0, 1).
-        pattern: Which weights become zero together: unstructured, 4x1, 2:4, ...
+        pattern: Which weights become zero together: unstructured, 4x1, 2:4, ...; some methods have
+            their own.
         include, exclude: Globs of parameter names (`features.*`); without `include`, what the model
-            proposes (`prune_targets()`), or every linear and convolution weight.
+            proposes (`prune_targets()`), or the method, or every linear and convolution weight.
         schedule, distillation: How pruning proceeds.
         dense, prune: The two training phases.
         measure: How speed is measured.
@@ -220,7 +221,7 @@ class Recipe(_Part):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        name = method.strip().lower().replace("_", "-")
+        name = slug_of(method)
         if name not in method_names():
             raise ValueError(f"{method!r} is unknown; nearest: {nearest(name, method_names())}")
         return name
@@ -239,6 +240,16 @@ class Recipe(_Part):
         if phase.skipped:
             raise ValueError("pruning needs training steps; epochs must be above 0")
         return phase
+
+    @model_validator(mode="after")
+    def _method_has_pattern(self) -> Recipe:
+        kinds = METHODS[self.method].patterns
+        if kinds and self.pattern.strip().lower().partition(":")[0] not in kinds:
+            raise ValueError(
+                f"method = {self.method!r} prunes by {' or '.join(kinds)} "
+                f"(for example {METHODS[self.method].pattern}), not by pattern = {self.pattern!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Recipe:

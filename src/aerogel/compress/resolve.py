@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from aerogel.compress.methods import METHODS, slug_of
 from aerogel.compress.recipe import Measurement, Recipe, nearest
 from aerogel.compress.sources import Location, RecipeError, Source, merge, parse_yaml, read_yaml
 
@@ -48,6 +49,7 @@ def load_recipe(recipe: str | Path | None = None, flags: dict[str, Any] | None =
     sources = [*_base_of([*user, flag_source]), *user, flag_source]
     values = merge(sources)
     values.pop("base", None)
+    _fit_pattern_to_method(values, sources)
     _fit_sparsity_to_pattern(values, sources)
     return _validated(Recipe, values, sources)
 
@@ -137,6 +139,16 @@ def _base_of(sources: list[Source]) -> list[Source]:
     wanted = model.get("name") if isinstance(model, dict) else None
     candidates = (_builtin(name) for name in builtin_recipes())
     return [base for base in candidates if base.values["model"]["name"] == wanted][:1]
+
+
+def _fit_pattern_to_method(values: dict[str, Any], sources: list[Source]) -> None:
+    """A method with a pattern of its own takes it, unless one is chosen along with the method."""
+    method = METHODS.get(slug_of(str(values.get("method"))))
+    if method is None or method.pattern is None:
+        return
+    chosen = next(i for i in reversed(range(len(sources))) if "method" in sources[i].values)
+    if not any("pattern" in source.values for source in sources[chosen:]):
+        values["pattern"] = method.pattern
 
 
 def _fit_sparsity_to_pattern(values: dict[str, Any], sources: list[Source]) -> None:

@@ -10,24 +10,30 @@ if TYPE_CHECKING:
 
 
 def pruned_parameters(
-    model: nn.Module, pattern: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    pattern: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    proposed: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Names of the parameters to prune, in the model's order.
 
-    Those included; else those the model proposes (`prune_targets()`); else every linear and
-    convolution weight that the pattern fits (see `unfit_parameters`).
+    Those included; else those the model proposes (`prune_targets()`); else those proposed; else
+    every linear and convolution weight. Of these, the ones that the pattern fits (see
+    `unfit_parameters`).
 
     Args:
         model: The network.
         pattern: What is zero together.
         include: Globs of parameter names.
         exclude: Globs of parameter names to leave dense.
+        proposed: Names that the method proposes.
 
     Raises:
         ValueError: A glob matches nothing, the pattern does not fit an included weight, or nothing
             is left.
     """
-    fit, unfit = _split(model, pattern, include, exclude)
+    fit, unfit = _split(model, pattern, include, exclude, proposed)
     if not fit:
         example = f", for example {next(iter(unfit.values()))}" if unfit else ""
         raise ValueError(f"nothing to prune: no weight fits pattern {pattern!r}{example}")
@@ -35,19 +41,27 @@ def pruned_parameters(
 
 
 def unfit_parameters(
-    model: nn.Module, pattern: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    pattern: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    proposed: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Weights left dense because the pattern does not fit them, where nobody named them."""
-    return tuple(_split(model, pattern, include, exclude)[1])
+    return tuple(_split(model, pattern, include, exclude, proposed)[1])
 
 
 def _split(
-    model: nn.Module, pattern: str, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    pattern: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    proposed: Sequence[str],
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     from aerogel.sparsity import parse_pattern, select_parameters
 
-    proposed = tuple(f"{name}.weight" for name, _ in _targets(model))
-    selected = select_parameters(model, include=tuple(include) or proposed, exclude=tuple(exclude))
+    wanted = include or [f"{name}.weight" for name, _ in _targets(model)] or proposed
+    selected = select_parameters(model, include=tuple(wanted), exclude=tuple(exclude))
     shape_rule = parse_pattern(pattern)
     fit, unfit = [], {}
     for name, reference in selected.items():

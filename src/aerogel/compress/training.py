@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from aerogel import data, train
 from aerogel.compress.console import Task
+from aerogel.compress.loading import example_inputs
 from aerogel.compress.methods import METHODS, Goal
 from aerogel.compress.recipe import Distillation, Recipe, Training
 from aerogel.compress.selection import pruned_parameters
@@ -69,11 +71,13 @@ def train_sparse(
         Training curves, as `report.Curve` reads them.
     """
     config = _config(recipe, recipe.prune, recipe.distillation)
-    steps = config.total_steps(len(dataset.train))
-    pruners: list[Any] = []
+    goal = _goal(model, recipe, config.total_steps(len(dataset.train)))
+    method, pruners = METHODS[recipe.method], []
+    if method.prepare is not None:  # deterministic, so a run that was stopped finds it as it was
+        method.prepare(model, dense, example_inputs(dataset, 1), goal)
 
     def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        pruners.append(METHODS[recipe.method](model, optimizer, _goal(model, recipe, steps)))
+        pruners.append(method.build(model, optimizer, goal))
         return pruners[-1]
 
     learns = recipe.distillation is not None or dataset.task != "classification"
@@ -90,8 +94,16 @@ def train_sparse(
     return _curves(history, "prune")
 
 
+def chosen_by(
+    recipe: Recipe, model: nn.Module
+) -> tuple[str, Sequence[str], Sequence[str], Sequence[str]]:
+    """What decides which weights are pruned, as `pruned_parameters` takes it after the model."""
+    proposed = METHODS[recipe.method].proposes(model)
+    return recipe.pattern, recipe.include, recipe.exclude, proposed
+
+
 def _goal(model: nn.Module, recipe: Recipe, steps: int) -> Goal:
-    names = pruned_parameters(model, recipe.pattern, recipe.include, recipe.exclude)
+    names = pruned_parameters(model, *chosen_by(recipe, model))
     ramp = recipe.schedule.model_dump()
     return Goal(names, recipe.sparsity, recipe.pattern, steps, **ramp)
 

@@ -5,8 +5,31 @@ and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.sparsebytenn import (
+    GroupKernelConfig,
+    GroupKernelPruner,
+    apply_plan,
+    group_kernel_prune,
+    invert_plan,
+    rearrange_network,
+)
 from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 
-__all__ = ["ITOP", "SET", "GradualPruner", "MaskSet", "RigL", "magnitude_", "sparsegpt_", "wanda_"]
+__all__ = [
+    "ITOP",
+    "SET",
+    "GradualPruner",
+    "GroupKernelConfig",
+    "GroupKernelPruner",
+    "MaskSet",
+    "RigL",
+    "apply_plan",
+    "group_kernel_prune",
+    "invert_plan",
+    "magnitude_",
+    "rearrange_network",
+    "sparsegpt_",
+    "wanda_",
+]

@@ -33,9 +33,10 @@ import torch
 from torch import nn
 
 from aerogel.pruning.callbacks import PrunerCallback, PrunerFactory, make_trainer_callback
-from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.pruning.scheduled import ScheduledPruner
+from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen, make_coupling
-from aerogel.sparsity.masks import MaskSet, Scope
+from aerogel.sparsity.masks import Scope
 from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, parse_pattern
 from aerogel.sparsity.schedules import Cubic, OneShot
 from aerogel.sparsity.select import (
@@ -53,7 +54,7 @@ _COUPLINGS = ("frozen", "hard", "hard_dense_grad")
 _ROUNDING: Rounding = "round_kept"
 
 
-class GradualPruner:
+class GradualPruner(ScheduledPruner):
     """Prunes a model while it trains; call `step` where ``optimizer.step()`` stood.
 
     Args:
@@ -112,29 +113,23 @@ class GradualPruner:
         mode = _checked_coupling(coupling, initial_sparsity > final_sparsity)
         self.pattern = parse_pattern(pattern)
         self.model = model
-        self.optimizer = optimizer
-        self.final_sparsity = final_sparsity
-        self.schedule = _schedule(
+        schedule = _schedule(
             self.pattern, initial_sparsity, final_sparsity, begin_step, end_step, frequency, power
         )
         self.selection = select_parameters(model, types, include, exclude)
         _check_weights(self.selection, self.pattern, final_sparsity)
-        self.controller = MaskController(
-            model,
-            optimizer,
-            self.selection,
-            mode,
-            "uniform",
-            self.schedule,
-            Rebuild(
-                pattern=self.pattern,
-                scope=scope,
-                rounding=_ROUNDING,
-                within=mode.name == "hard",
-                pool=pool,
-                threshold_ema=threshold_ema,
-            ),
+        rule = Rebuild(
+            pattern=self.pattern,
+            scope=scope,
+            rounding=_ROUNDING,
+            within=mode.name == "hard",
+            pool=pool,
+            threshold_ema=threshold_ema,
         )
+        controller = MaskController(
+            model, optimizer, self.selection, mode, "uniform", schedule, rule
+        )
+        super().__init__(controller, schedule, final_sparsity)
 
     @classmethod
     def from_config(
@@ -159,79 +154,6 @@ class GradualPruner:
             if parameters[name].default is inspect.Parameter.empty and name not in config:
                 raise ValueError(f"gradual pruning needs {name!r}")
         return cls(model, optimizer, **config)
-
-    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
-        """Take one optimizer step, and prune if it is time.
-
-        Args:
-            scaler: of mixed precision, if any; call ``scaler.update()`` afterwards as usual.
-            unscaled: gradients were unscaled already (to clip them).
-
-        Returns:
-            Whether the optimizer stepped.
-        """
-        return self.controller.step(scaler, unscaled=unscaled)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, so that a pruner can stand where the optimizer stood."""
-        self.optimizer.zero_grad(set_to_none)
-
-    def follow_optimizer(self) -> None:
-        """Prune around every ``optimizer.step()`` instead, under a trainer that calls it itself."""
-        self.controller.follow_optimizer()
-
-    def after_optimizer_step(self) -> None:
-        """What `step` does after the optimizer has stepped, for trainers that only tell so."""
-        self.controller.after_optimizer_step()
-
-    def sparsity_at(self, t: int) -> float:
-        """Scheduled fraction of zeros after step ``t``."""
-        return 0.0 if t < self._first_due else self.schedule.value(t)
-
-    @property
-    def t(self) -> int:
-        """Optimizer steps taken."""
-        return self.controller.t
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force, ``True`` = kept."""
-        return self.controller.masks
-
-    def finalize(self) -> MaskSet:
-        """Bake the zeros into the weights, leave a plain model behind, and return the masks.
-
-        Raises:
-            RuntimeError: nothing was ever pruned.
-        """
-        sparsity = self.masks.sparsity()
-        if self.final_sparsity > 0 and sparsity == 0:
-            raise RuntimeError(
-                f"nothing was pruned in {self.t} steps: is pruner.step() called in place of "
-                f"optimizer.step(), and begin_step={self._first_due} within the training?"
-            )
-        if self.t <= self._last_due:
-            warnings.warn(
-                f"finalized after {self.t} steps, before the ramp's end at step {self._last_due}: "
-                f"sparsity is {sparsity:.4f}, not {self.final_sparsity}"
-            )
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to resume from, bit for bit: nested dicts of tensors and plain numbers."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
-
-    @property
-    def _first_due(self) -> int:
-        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.begin
-
-    @property
-    def _last_due(self) -> int:
-        return self.schedule.at if isinstance(self.schedule, OneShot) else self.schedule.end
 
 
 def train_callback(**config: Any) -> PrunerCallback:

@@ -93,6 +93,49 @@ def allocate(
     return _erdos_renyi(selection, density, raw)
 
 
+def densities_by_cost(
+    energies: Mapping[str, Tensor],
+    seconds: Mapping[str, float],
+    density: float,
+    *,
+    least: float = 0.1,
+) -> dict[str, float]:
+    """Densities that spend a share of the time, greedily by kept energy per second saved.
+
+    Units leave one by one, first those that lose the least of their layer's energy for the time
+    they take, until ``1 - density`` of all layers' time is saved.
+
+    Args:
+        energies: energy of every unit by layer, not negative.
+        seconds: time of each layer when dense; a unit takes an equal share. Others are ignored.
+        density: fraction of the time that may be spent, in (0, 1].
+        least: density that no layer goes below.
+
+    Raises:
+        ValueError: density outside [least, 1], or a layer whose time is missing or not positive.
+    """
+    if not 0.0 < least <= density <= 1.0:
+        raise ValueError(f"density must be in [least, 1] with least={least} above 0, got {density}")
+    for name in energies:
+        if not seconds.get(name, 0.0) > 0.0:
+            raise ValueError(f"seconds of {name!r} must be given and positive")
+    rank, saved, owner = [], [], []
+    for index, (name, energy) in enumerate(energies.items()):
+        flat = energy.flatten().double()
+        lost = flat.sort().values[: int((1.0 - least) * flat.numel() + 1e-9)]
+        share = seconds[name] / flat.numel()
+        rank.append(lost / flat.sum().clamp_min(1e-300) / share)
+        saved.append(torch.full_like(lost, share))
+        owner.append(torch.full(lost.shape, index))
+    order = torch.cat(rank).sort(stable=True).indices
+    budget = (1.0 - density) * sum(seconds[name] for name in energies)
+    gone = torch.cat(saved)[order].cumsum(0) <= budget * (1.0 + 1e-9)
+    count = torch.cat(owner)[order][gone].bincount(minlength=len(energies))
+    numels = [energy.numel() for energy in energies.values()]
+    pairs = zip(energies, count.tolist(), numels, strict=True)
+    return {name: 1.0 - pruned / numel for name, pruned, numel in pairs}
+
+
 def _raw_density(shape: torch.Size, all_dimensions: bool) -> float:
     """Sum of the dimensions over their product; er looks at channels only."""
     dimensions = list(shape if all_dimensions else shape[:2])

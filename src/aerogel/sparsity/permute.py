@@ -27,7 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.sparsity.channels.graph import ChannelGraph, ParamAxis
-from aerogel.sparsity.channels.trace import trace_channels
+from aerogel.sparsity.channels.trace import NotTraceable, trace_channels
+
+__all__ = [
+    "ClassAxis",
+    "NotTraceable",
+    "PermutationClass",
+    "apply_permutation",
+    "invert",
+    "permutation_classes",
+]
 
 State = nn.Module | Mapping[str, Tensor]
 
@@ -93,7 +102,8 @@ def permutation_classes(model: nn.Module, example: Any) -> list[PermutationClass
         Classes of at least two channels, in the order of their first tensor.
 
     Raises:
-        ValueError: a model that cannot be traced (says where), or is parametrized.
+        NotTraceable: a `ValueError`: the model runs, but cannot be traced (says where).
+        ValueError: the example does not run, or the model is parametrized.
     """
     graph = trace_channels(model, example)
     members = _partition(graph)

@@ -182,6 +182,14 @@ def select_parameters(
     return ParamSelection([ref for ref in candidates.values() if ref.name in kept])
 
 
+def end_weights(model: nn.Module) -> set[str]:
+    """Names of the first convolution's weight and, if a linear layer ends the model, of its."""
+    weights = list(select_parameters(model).values())
+    stem = next((ref for ref in weights if not isinstance(ref.module, nn.Linear)), None)
+    head = weights[-1] if isinstance(weights[-1].module, nn.Linear) else None
+    return {ref.name for ref in (stem, head) if ref is not None}
+
+
 def unknown_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     """Message for a name that is not known, with the nearest names that are."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)

@@ -123,7 +123,9 @@ class Rebuild(UpdateRule):
 
     Args:
         score: name or function, see `scores`.
-        pattern: what is zero together; a function of the step for patterns that change.
+        pattern: what is zero together, one for all or one per name; a function of the step for
+            patterns that change. Of several, those that fix their density apply from the first
+            sparsity above 0 on.
         scope: who competes.
         rounding: of counts, see `pruned_count`.
         within: never revive what is pruned.
@@ -131,15 +133,20 @@ class Rebuild(UpdateRule):
         threshold_ema: weight of the old threshold in a smoothed one, in [0, 1). 0 = exact counts;
             above, an entry is kept if its score exceeds the smoothed threshold, so that the
             realised sparsity lags the schedule (as in the first TensorFlow release).
+        rates: per name, what the schedule's sparsity is multiplied by (scope ``"layer"`` or
+            ``"row"``); uniform by default.
     """
 
     score: str | ScoreFunction = "magnitude"
-    pattern: Pattern | Callable[[int], Pattern | None] = field(default_factory=Unstructured)
+    pattern: Pattern | Mapping[str, Pattern] | Callable[[int], Pattern | None] = field(
+        default_factory=Unstructured
+    )
     scope: Scope = "layer"
     rounding: Rounding = "round_kept"
     within: bool = False
     pool: Pool = "l2"
     threshold_ema: float = 0.0
+    rates: Mapping[str, float] | None = None
     needs_gradient: bool = False
 
     def __post_init__(self) -> None:
@@ -159,7 +166,7 @@ class Rebuild(UpdateRule):
             return self._smoothed(scores, self._densities(ctx), pattern, within)
         return build_masks(
             scores,
-            self._densities(ctx) if pattern.fixed_density is None else None,
+            self._fitted_densities(ctx, pattern),
             pattern,
             self.scope,
             within,
@@ -175,17 +182,30 @@ class Rebuild(UpdateRule):
 
     def _densities(self, ctx: UpdateContext) -> float | dict[str, float]:
         density = 1.0 - ctx.value
+        if self.rates is not None:
+            return {name: 1.0 - ctx.value * self.rates[name] for name in ctx.selection}
         if self.scope == "global":
             return density
         if isinstance(ctx.allocation, Mapping):
             return allocate(ctx.selection, density, "fixed", densities=ctx.allocation)
         return allocate(ctx.selection, density, ctx.allocation)
 
+    def _fitted_densities(
+        self, ctx: UpdateContext, pattern: Pattern | Mapping[str, Pattern]
+    ) -> float | dict[str, float] | None:
+        """Densities as the patterns allow them."""
+        if isinstance(pattern, Pattern):
+            return self._densities(ctx) if pattern.fixed_density is None else None
+        densities = self._densities(ctx)
+        if not isinstance(densities, dict):
+            return densities
+        return {name: pattern[name].fixed_density or d for name, d in densities.items()}
+
     def _smoothed(
         self,
         scores: Mapping[str, Tensor],
         densities: float | dict[str, float],
-        pattern: Pattern,
+        pattern: Pattern | Mapping[str, Pattern],
         within: MaskSet | None,
     ) -> MaskSet:
         masks = {}

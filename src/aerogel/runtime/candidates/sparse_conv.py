@@ -12,9 +12,10 @@ from aerogel.runtime.candidates.registry import Candidate, provides
 from aerogel.runtime.layer import Layer
 
 # Sparsity at which the kernel overtakes dense torch, by block width: 3x3 layers of ResNet-50 on
-# AVX2 (benchmarks/conv.py). Only layers far below are left unmeasured.
-BREAK_EVEN = {1: 0.60, 2: 0.55, 4: 0.50}
-_FAR_BELOW = 0.20
+# AVX2 (benchmarks/conv.py, benchmarks/group_kernels.py). Only layers far below are left unmeasured,
+# and those with next to no zeros.
+BREAK_EVEN = {1: 0.60, 2: 0.55, 4: 0.15}
+_FAR_BELOW, _LEAST = 0.20, 0.05
 
 
 class SparseConvLayer(nn.Module):
@@ -46,7 +47,7 @@ def sparse_convolution(layer: Layer, threads: int | None) -> Iterator[Candidate]
     if layer.is_pointwise or depthwise:
         return
     block = _block(layer)
-    if layer.zeros.sparsity < BREAK_EVEN[block] - _FAR_BELOW:
+    if layer.zeros.sparsity < max(BREAK_EVEN[block] - _FAR_BELOW, _LEAST):
         return
     packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
     for variant in _variants(packed, layer, threads):

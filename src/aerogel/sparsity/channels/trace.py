@@ -23,11 +23,16 @@ from aerogel.sparsity.channels.graph import ChannelGraph, Op
 from aerogel.sparsity.channels.rules import apply_rule, has_tensor
 
 
+class NotTraceable(ValueError):
+    """The model runs on the example, but its operations cannot be recorded."""
+
+
 def trace_channels(model: nn.Module, example: Any) -> ChannelGraph:
     """Walk the network on an example and gather its channel graph.
 
     Raises:
-        ValueError: parametrized, not traceable by `torch.fx`, or the example does not run.
+        NotTraceable: the model runs, but not under `torch.fx`; says where.
+        ValueError: parametrized, or the example does not run.
     """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -37,9 +42,10 @@ def trace_channels(model: nn.Module, example: Any) -> ChannelGraph:
         try:
             recorded = tracer.trace(model)
         except Exception as error:  # the model's own code runs here
-            branches = isinstance(error, fx.proxy.TraceError)
-            what = "cannot be traced by torch.fx" if branches else "does not run on the example"
-            raise ValueError(f"{type(model).__name__} {what}: {error} ({_where(error)})") from error
+            runs = isinstance(error, fx.proxy.TraceError) or _runs(model, tracer.given)
+            kind = NotTraceable if runs else ValueError
+            what = "cannot be traced by torch.fx" if runs else "does not run on the example"
+            raise kind(f"{type(model).__name__} {what}: {error} ({_where(error)})") from error
     for node in recorded.nodes:
         if node.op == "output":
             Op(tracer.channels, node, None).pinned()
@@ -147,6 +153,14 @@ class _ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         return len(self.node.meta["value"])
+
+
+def _runs(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    try:
+        model(**given)
+    except Exception:  # whatever the model's own code raises
+        return False
+    return True
 
 
 def _value_of(arg: Any) -> Any:
