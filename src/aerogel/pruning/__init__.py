@@ -4,9 +4,20 @@ Methods that others build on live there and are shown here too: the dynamic trai
 and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
+from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 
-__all__ = ["ITOP", "SET", "GradualPruner", "MaskSet", "RigL", "magnitude_", "sparsegpt_", "wanda_"]
+__all__ = [
+    "ITOP",
+    "SET",
+    "GradualPruner",
+    "MaskSet",
+    "PointwisePruner",
+    "RigL",
+    "magnitude_",
+    "sparsegpt_",
+    "wanda_",
+]

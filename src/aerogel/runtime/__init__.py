@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from aerogel.runtime.compiler import compile
     from aerogel.runtime.detect import Zeros, detect_zeros
     from aerogel.runtime.explain import Explanation, LayerRow
+    from aerogel.runtime.sparsify_convs import Cluster, sparsify_convs
 
 # Resolved on first use: checkpoints need no kernels, and kernels no checkpoints.
 _PUBLIC = {
     "CheckpointInfo": "checkpoint",
+    "Cluster": "sparsify_convs",
     "CompiledModule": "compiled",
     "Explanation": "explain",
     "LayerRow": "explain",
@@ -24,10 +26,12 @@ _PUBLIC = {
     "inspect": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
+    "sparsify_convs": "sparsify_convs",
 }
 
 __all__ = [
     "CheckpointInfo",
+    "Cluster",
     "CompiledModule",
     "Explanation",
     "LayerRow",
@@ -37,6 +41,7 @@ __all__ = [
     "inspect",
     "load",
     "save",
+    "sparsify_convs",
 ]
 
 

@@ -123,7 +123,8 @@ class Rebuild(UpdateRule):
 
     Args:
         score: name or function, see `scores`.
-        pattern: what is zero together; a function of the step for patterns that change.
+        pattern: what is zero together; one for each name, or a function of the step for patterns
+            that change.
         scope: who competes.
         rounding: of counts, see `pruned_count`.
         within: never revive what is pruned.
@@ -134,7 +135,9 @@ class Rebuild(UpdateRule):
     """
 
     score: str | ScoreFunction = "magnitude"
-    pattern: Pattern | Callable[[int], Pattern | None] = field(default_factory=Unstructured)
+    pattern: Pattern | Mapping[str, Pattern] | Callable[[int], Pattern | None] = field(
+        default_factory=Unstructured
+    )
     scope: Scope = "layer"
     rounding: Rounding = "round_kept"
     within: bool = False
@@ -147,6 +150,12 @@ class Rebuild(UpdateRule):
             raise ValueError(f"threshold_ema must be in [0, 1), got {self.threshold_ema}")
         if self.threshold_ema and self.scope != "layer":
             raise ValueError(f"threshold_ema needs scope='layer', got {self.scope!r}")
+        if isinstance(self.pattern, Mapping):
+            if self.threshold_ema:
+                raise ValueError("threshold_ema needs one pattern for all")
+            for name, each in self.pattern.items():
+                if each.fixed_density is not None:
+                    raise ValueError(f"pattern of {name!r} fixes its density: {each}")
         self._thresholds: dict[str, float] = {}
 
     def update(self, ctx: UpdateContext) -> MaskSet:
@@ -155,11 +164,14 @@ class Rebuild(UpdateRule):
         within = ctx.masks if self.within else None
         if ctx.value <= 0.0 or pattern is None:
             return ctx.masks.clone() if self.within else MaskSet.ones(ctx.selection)
-        if self.threshold_ema:
+        if isinstance(pattern, Mapping):
+            pattern = {name: pattern[name] for name in scores}
+        elif self.threshold_ema:
             return self._smoothed(scores, self._densities(ctx), pattern, within)
+        fixed = isinstance(pattern, Pattern) and pattern.fixed_density is not None
         return build_masks(
             scores,
-            self._densities(ctx) if pattern.fixed_density is None else None,
+            None if fixed else self._densities(ctx),
             pattern,
             self.scope,
             within,
