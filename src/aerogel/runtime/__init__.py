@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, save
+    from aerogel.runtime.clusters import XNNPACK_THRESHOLD, Cluster, sparsify_convs
     from aerogel.runtime.compiled import CompiledModule
     from aerogel.runtime.compiler import compile
     from aerogel.runtime.detect import Zeros, detect_zeros
     from aerogel.runtime.explain import Explanation, LayerRow
-    from aerogel.runtime.sparsify_convs import Cluster, sparsify_convs
 
 # Resolved on first use: checkpoints need no kernels, and kernels no checkpoints.
 _PUBLIC = {
+    "XNNPACK_THRESHOLD": "clusters",
     "CheckpointInfo": "checkpoint",
-    "Cluster": "sparsify_convs",
+    "Cluster": "clusters",
     "CompiledModule": "compiled",
     "Explanation": "explain",
     "LayerRow": "explain",
@@ -26,10 +27,11 @@ _PUBLIC = {
     "inspect": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
-    "sparsify_convs": "sparsify_convs",
+    "sparsify_convs": "clusters",
 }
 
 __all__ = [
+    "XNNPACK_THRESHOLD",
     "CheckpointInfo",
     "Cluster",
     "CompiledModule",

@@ -159,8 +159,10 @@ def find_clusters(
 
 def _cluster(segment: Segment, tuned: Mapping[fx.Node, Tuned]) -> Cluster:
     layers = [tuned[node].layer for node in segment.layers]
-    # Convolutions of pooled values (squeeze-excite) are no products over pixels.
-    pointwise = [each for each in layers if each.is_pointwise and each.columns > 1]
+    # Linear layers and convolutions of pooled values (squeeze-excite) are no products over pixels.
+    pointwise = [
+        each for each in layers if each.op == "conv2d" and each.is_pointwise and each.columns > 1
+    ]
     return Cluster(
         tuple(each.name for each in pointwise),
         sum(each.weight.numel() for each in pointwise),
