@@ -47,8 +47,7 @@ Builder = Callable[["nn.Module", "torch.optim.Optimizer", Goal], Any]
 def _gradual_pruning(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> Any:
     from aerogel.pruning import GradualPruner
 
-    begin = min(round(goal.begin * goal.steps), goal.steps - 1)
-    end = max(round(goal.end * goal.steps) - 1, begin + 1)
+    begin, end = _window(goal)
     return GradualPruner(
         model,
         optimizer,
@@ -63,7 +62,49 @@ def _gradual_pruning(model: nn.Module, optimizer: torch.optim.Optimizer, goal: G
     )
 
 
-METHODS: dict[str, Builder] = {"gradual-pruning": _gradual_pruning}
+def _fast_sparse_convnets(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> Any:
+    from aerogel.pruning import PointwisePruner
+    from aerogel.pruning.fast_sparse_convnets import is_pointwise
+
+    begin, end = _window(goal)
+    modules = {name: name.removesuffix(".weight") for name in goal.parameters}
+    other = [n for n, module in modules.items() if not is_pointwise(model.get_submodule(module))]
+    if other:
+        raise ValueError(
+            f"method = 'fast-sparse-convnets' prunes 1x1 convolutions only, not {other[0]!r}; "
+            "exclude it, or use gradual-pruning"
+        )
+    if goal.pattern not in _BLOCKS:
+        raise ValueError(
+            f"pattern = {goal.pattern!r}: fast-sparse-convnets takes {', '.join(_BLOCKS)}"
+        )
+    return PointwisePruner(
+        model,
+        optimizer,
+        goal.sparsity,
+        steps=goal.steps,
+        blocks=_BLOCKS[goal.pattern],
+        layers=tuple(modules.values()),
+        begin=begin / goal.steps,
+        end=end / goal.steps,
+        frequency=max(1, (end - begin) // goal.updates),
+        initial_sparsity=goal.initial_sparsity,
+        power=goal.power,
+    )
+
+
+def _window(goal: Goal) -> tuple[int, int]:
+    """First and last step of the ramp."""
+    begin = min(round(goal.begin * goal.steps), goal.steps - 1)
+    return begin, max(round(goal.end * goal.steps) - 1, begin + 1)
+
+
+_BLOCKS = {"unstructured": 1, "2x1": 2, "4x1": 4}  # pattern -> output channels that share zeros
+
+METHODS: dict[str, Builder] = {
+    "gradual-pruning": _gradual_pruning,
+    "fast-sparse-convnets": _fast_sparse_convnets,
+}
 
 
 def method_names() -> tuple[str, ...]:

@@ -343,7 +343,7 @@ def _numbered_widths(selection: ParamSelection, numbers: range, width: int) -> d
 
 def _globbed_widths(selection: ParamSelection, globs: Mapping[str, int]) -> dict[str, int]:
     widths = dict.fromkeys(selection, 1)
-    for glob, width in reversed(globs.items()):
+    for glob, width in reversed(list(globs.items())):
         inside = [n for n in selection if fnmatchcase(n.removesuffix(".weight"), glob)]
         if not inside:
             raise ValueError(unknown_name("blocks: layer", glob, selection))
