@@ -5,7 +5,7 @@ its 13 blocks on maps of 14, 7 and 4 pixels, trains for 6 epochs; its 1x1 layers
 zeros between a tenth and three quarters of that. The narrow network is the narrowest of the same
 shape with at least as many multiplications in dense 1x1 layers as the sparse one keeps. All train
 alike: SGD, learning rate 0.1 to 0 along a cosine, Nesterov momentum 0.9, weight decay 1e-4, batch
-64, labels smoothed by 0.1.
+32, labels smoothed by 0.1.
 
 Speed: the trained 1x1 weights, at the map sizes that the network has at 224 pixels, one thread:
 the fastest of torch's dense calls against the fastest variant of the packed kernel, in turn.
@@ -34,7 +34,7 @@ from aerogel.runtime.timing import race, timed
 SLUG = "fast-sparse-convnets"
 SEEDS = (0, 1, 2)
 
-TRAIN_IMAGES, EPOCHS, BATCH = 8_000, 6, 64
+TRAIN_IMAGES, EPOCHS, BATCH = 8_000, 6, 32
 WIDTH, SPARSITY, PRUNE_EVERY = 0.25, 0.8, 20
 # MobileNet v1's blocks with the last two of their halvings: 28 pixels become 14, 7, 4.
 BLOCKS = tuple((chs, stride if chs >= 512 else 1) for chs, stride in V1_BLOCKS)
