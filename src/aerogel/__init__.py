@@ -24,7 +24,10 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import aerogel` and `aerogel --help` stay quick.
 _PUBLIC = dict.fromkeys(("compile", "CompiledModule", "save", "load", "inspect"), "aerogel.runtime")
 _PUBLIC["sparse_training"] = "aerogel.train"
-_ROOMS = ("kernels", "sparsity", "runtime", "pruning", "models", "data", "train", "bench", "report")
+_ROOMS = (
+    *("kernels", "sparsity", "runtime", "pruning", "nn"),
+    *("models", "data", "train", "bench", "report"),
+)
 
 __all__ = ["CompiledModule", "__version__", "compile", "inspect", "load", "save", "sparse_training"]
 

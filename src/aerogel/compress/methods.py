@@ -96,6 +96,42 @@ def _sparsebytenn(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal
     return GroupKernelPruner(model, optimizer, _groups(goal), steps=goal.steps, schedule=ramp)
 
 
+def _fast_sparse_convnets(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> Any:
+    from aerogel.pruning import PointwisePruner
+    from aerogel.pruning.fast_sparse_convnets import is_pointwise
+
+    begin, end, frequency = _window(goal)
+    modules = {name: name.removesuffix(".weight") for name in goal.parameters}
+    other = [n for n, module in modules.items() if not is_pointwise(model.get_submodule(module))]
+    if other:
+        raise ValueError(
+            f"method = 'fast-sparse-convnets' prunes 1x1 convolutions only, not {other[0]!r}; "
+            "exclude it, or use gradual-pruning"
+        )
+    return PointwisePruner(
+        model,
+        optimizer,
+        goal.sparsity,
+        steps=goal.steps,
+        blocks=_BLOCKS[goal.pattern],
+        layers=tuple(modules.values()),
+        begin=begin / goal.steps,
+        end=end / goal.steps,
+        frequency=frequency,
+        initial_sparsity=goal.initial_sparsity,
+        power=goal.power,
+    )
+
+
+def _pointwise_targets(model: nn.Module) -> tuple[str, ...]:
+    from aerogel.pruning.fast_sparse_convnets import select_pointwise
+
+    return tuple(select_pointwise(model))
+
+
+_BLOCKS = {"unstructured": 1, "2x1": 2, "4x1": 4}  # pattern -> output channels that share zeros
+
+
 def _rearrange(model: nn.Module, dense: nn.Module, example: Any, goal: Goal) -> None:
     from aerogel.pruning import apply_plan, rearrange_network
 
@@ -121,6 +157,9 @@ def _group_targets(model: nn.Module) -> tuple[str, ...]:
 
 METHODS: dict[str, Method] = {
     "gradual-pruning": Method(_gradual_pruning),
+    "fast-sparse-convnets": Method(
+        _fast_sparse_convnets, patterns=tuple(_BLOCKS), proposes=_pointwise_targets
+    ),
     "sparsebytenn": Method(
         _sparsebytenn,
         patterns=("kernel-group",),

@@ -210,6 +210,48 @@ _MOBILENET_V2 = Asset(
     address="https://download.pytorch.org/models/",
 )
 
+# Number and ImageNet class, as the file names spell them: imagenet_00_243.jpg.
+_PHOTOS = (
+    ("00_243", "28b7b933c8028c6e20bf74a86a709eda42ce99f14c8742cb657cb386f08a4c9d", 86_225),
+    ("01_559", "5f03b0c74dff01b5b4195d0beabcae2a625a406e6917957ab9c455b5b7dea6d6", 60_981),
+    ("02_438", "ccef0734c1a65549c6cb5adb0f5d9b1c0b2e2104aba50a9e5f9202dc6d4532ed", 38_174),
+    ("03_990", "c7f0b2f1e9ee39d8f900759e8983afa2e4a2d7de090060e8bb947f6e90cace5f", 91_433),
+    ("04_949", "a7f62f3c1d214de4718c7253871ab38209283249e131faf65b8f2b7fdc970669", 64_224),
+    ("05_853", "8a449436c61da867528b1f4efaf8ae832ab9c9201705eae0d3af1353fbdac131", 82_330),
+    ("06_609", "fb061102a4e58b3ed942bb2a4f9542e1e1acdc8f225ef95498e93889290e192f", 91_478),
+    ("07_609", "2c297ad1e5c4804a647e9b34bc02ee2fc348b05a4d49050d170fb61c948efa5c", 93_555),
+    ("08_915", "c6a3411a3987799f0de45adc142f00ca412c3e14073c635e2adfae1f3913180c", 92_322),
+    ("09_455", "ace3716b60ac5843269b270e17020e4f8138440cd30ef3487f7d6e54da9745a4", 130_424),
+    ("10_541", "f325c71d9f4290ee45e99bd7ad42f4bffe513b1450ad21e7bd61c7cb137395d9", 99_497),
+    ("11_630", "892dff58fc528fe63d2df0c783aa3eca2342637798578ce01763fbc0553eda01", 27_498),
+    ("12_741", "6c256e17545b25bbf2e06cf6513ff48d049583569515ac4d4c3a52aea804a529", 112_576),
+    ("13_471", "52ed0e738b90d27afcabc3e92c81ae637f160c2d9f75b93a65211005ab5dcd81", 72_748),
+    ("14_129", "ad9371d813bf24b0365ee2f78f28c08718ee7c5975f060caa16c3f264e828139", 18_186),
+    ("15_99", "4b588649cd835d4c65521727ebee03d9621baff1f54d3e8a53a26b53d983ec2e", 111_008),
+    ("16_251", "ce3440a3b7beb6ca3009817504c44d39fa789e7c2f70a2eef7e2f9cc9a87b129", 73_665),
+    ("17_22", "b432341845620e9cfd67d848c4783c32dd6eaddad45513866b17180d2b09fcf5", 30_745),
+    ("18_317", "b9412f92f0b1c3faede45b55a44940977daa744f2040118d0538cf597fca785d", 35_421),
+    ("19_305", "e1f58f00e2e47ce930d7ecab0e46a78316054f68c10d0742e87c1cc092324556", 38_110),
+)
+
+_IMAGENET_PHOTOS = Asset(
+    name="imagenet-photos",
+    about="20 photographs of ImageNet, their classes in the file names; to check networks with",
+    license="photographs for research; the package that holds them is MIT",
+    files=tuple(File(f"imagenet_{name}.jpg", digest, size) for name, digest, size in _PHOTOS),
+    packages=(
+        Package(
+            "pip",
+            "foolbox",
+            "3.3.4",
+            "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+            1_677_112,
+            "foolbox/data",
+        ),
+    ),
+)
+
 ASSETS: dict[str, Asset] = {
-    asset.name: asset for asset in (_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2)
+    asset.name: asset
+    for asset in (_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2, _IMAGENET_PHOTOS)
 }

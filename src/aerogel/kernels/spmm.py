@@ -10,7 +10,9 @@ Reference: Elsen, Dukhan, Gale, Simonyan, Fast Sparse ConvNets, arXiv 1911.09723
 from __future__ import annotations
 
 import difflib
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -145,8 +147,9 @@ def spmm(
 ) -> Tensor:
     """Multiplies a packed weight by dense activations.
 
-    Native for float32 on the CPU; other dtypes and devices, and `AEROGEL_KERNELS=reference`, take
-    the torch reference. Where a gradient is needed it goes through `torch.ops.aerogel.spmm`.
+    Native for float32 on the CPU; other dtypes and devices (with a warning, once), and
+    `AEROGEL_KERNELS=reference`, take the torch reference. Where a gradient is needed it goes
+    through `torch.ops.aerogel.spmm`.
 
     Args:
         x: (batch, in, *spatial) for layout "channels", (*, in) for "tokens"; other strides than
@@ -173,6 +176,7 @@ def spmm(
         parts = (weight.values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
         return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
     if reference_mode() or not (native_available() and all(map(fits_native, operands))):
+        _warn_of_device(x.device.type)
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout
         )
@@ -181,6 +185,17 @@ def spmm(
     y = x.new_empty(call.shape) if out is None else checked_out(out, x, call.shape)
     call.run(x, y, bias, residual)
     return y
+
+
+@functools.cache
+def _warn_of_device(kind: str) -> None:
+    """Says once for each kind of device that nothing is gained there."""
+    if kind != "cpu":
+        warnings.warn(
+            f"aerogel's kernels run on the CPU: activations on {kind!r} are multiplied by the "
+            "dense weight in torch, zeros included",
+            stacklevel=3,
+        )
 
 
 def _prepared_call(

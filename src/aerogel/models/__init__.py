@@ -5,6 +5,7 @@ weights = aerogel.data.fetch_checkpoint("mobilenet_v2")
 model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 """
 
+from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
 from aerogel.models.registry import create_model, list_models, model_config, register_model
@@ -13,6 +14,7 @@ from aerogel.models.vision import VisionModel
 
 __all__ = [
     "MLP",
+    "EfficientNet",
     "MobileNetV1",
     "MobileNetV2",
     "SentenceEncoder",

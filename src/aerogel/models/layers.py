@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,6 +48,31 @@ def conv_norm_act(
         nn.BatchNorm2d(out_chs),
         make_activation(act_layer),
     )
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's residual branch is left out with probability `rate`.
+
+    Reference:
+        Huang et al., "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"rate must be in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, ...); what stays is scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0.0:
+            return x
+        kept = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        return x * kept.bernoulli_(1.0 - self.rate).div_(1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"rate={self.rate:g}"
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

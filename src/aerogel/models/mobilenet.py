@@ -62,12 +62,10 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.use_residual else self.conv(x)
 
 
-class _MobileNet(VisionModel):
-    """What v1 and v2 share: initialisation, the head, the stages, the checks."""
+class MobileNetBase(VisionModel):
+    """What the family shares: initialisation, the head, the stages, the checks."""
 
-    def _finish(
-        self, channels: int, num_classes: int, global_pool: str, drop_rate: float, dropout: bool
-    ) -> None:
+    def _finish(self, channels: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         if num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
         if not 0.0 <= drop_rate < 1.0:
@@ -85,6 +83,8 @@ class _MobileNet(VisionModel):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _describe_stages(self, strides: Sequence[int], channels: Sequence[int]) -> None:
         """A stage ends where the next block halves the map, and at the last block."""
@@ -97,7 +97,7 @@ class _MobileNet(VisionModel):
                 )
 
 
-class MobileNetV1(_MobileNet):
+class MobileNetV1(MobileNetBase):
     """MobileNet v1: a stem, then blocks of a depthwise 3x3 and a 1x1 convolution.
 
     Args:
@@ -142,10 +142,10 @@ class MobileNetV1(_MobileNet):
             layers.append(nn.Sequential(depthwise, pointwise))
         self.features = nn.Sequential(*layers)
         self._describe_stages(strides, channels)
-        self._finish(channels[-1], num_classes, global_pool, drop_rate, dropout=True)
+        self._finish(channels[-1], num_classes, global_pool, drop_rate)
 
 
-class MobileNetV2(_MobileNet):
+class MobileNetV2(MobileNetBase):
     """MobileNet v2, with the state-dict names of torchvision's `mobilenet_v2`.
 
     Args:
@@ -154,6 +154,8 @@ class MobileNetV2(_MobileNet):
         in_chans: input channels.
         num_classes: outputs; 0 for pooled features.
         width: multiplier of all channel counts (the last one never below its own).
+        cache_aware: change expansions so that what a sparse 1x1 kernel reads stays in the first
+            cache (`cache_aware_channels`); the weights have other shapes then.
         blocks: (expansion, output channels, repeats, stride of the first) of each stage, taken as
             they are. Default: the paper's, fitted to `img_size`.
         stem_chs: channels of the first convolution.
@@ -171,6 +173,7 @@ class MobileNetV2(_MobileNet):
         in_chans: int = 3,
         num_classes: int = 1000,
         width: float = 1.0,
+        cache_aware: bool = False,
         blocks: Sequence[tuple[int, int, int, int]] | None = None,
         stem_chs: int = 32,
         stem_stride: int = 2,
@@ -180,9 +183,15 @@ class MobileNetV2(_MobileNet):
         act_layer: Activation = "relu6",
     ) -> None:
         super().__init__()
-        plan = [
-            (expansion, scale_channels(chs, width), stride if repeat == 0 else 1)
+        stages = [
+            (expansion, scale_channels(chs, width), repeats, stride)
             for expansion, chs, repeats, stride in blocks or V2_BLOCKS
+        ]
+        if cache_aware:
+            stages = cache_aware_channels(stages, in_chs=scale_channels(stem_chs, width))
+        plan = [
+            (expansion, chs, stride if repeat == 0 else 1)
+            for expansion, chs, repeats, stride in stages
             for repeat in range(repeats)
         ]
         strides = [stem_stride, *(stride for _, _, stride in plan), 1]
@@ -201,7 +210,7 @@ class MobileNetV2(_MobileNet):
         layers.append(conv_norm_act(channels[-1], last, act_layer=act_layer))
         self.features = nn.Sequential(*layers)
         self._describe_stages(strides, [*channels, last])
-        self._finish(last, num_classes, global_pool, drop_rate, dropout=True)
+        self._finish(last, num_classes, global_pool, drop_rate)
 
 
 def scale_channels(channels: int, width: float) -> int:
@@ -209,6 +218,59 @@ def scale_channels(channels: int, width: float) -> int:
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
     return channels if width == 1.0 else make_divisible(channels * width)
+
+
+def cache_aware_channels(
+    config: Sequence[tuple[int, int, int, int]],
+    l1_bytes: int = 32 * 1024,
+    mr: int = 16,
+    in_chs: int = 32,
+) -> list[tuple[int, int, int, int]]:
+    """Inverted residuals whose 1x1 convolutions read no more channels than the first cache holds.
+
+    A sparse 1x1 kernel works on `mr` pixels of all its input channels at a time: K * mr floats.
+    Where K (the input of a block, or its expanded width) is too large for the cache, the expansion
+    falls, and the stage gets more blocks instead, so that its 1x1 weights stay about as many.
+
+    Args:
+        config: (expansion, output channels, repeats, stride of the first) of each stage.
+        l1_bytes: size of the first data cache.
+        mr: pixels that the kernel works on at a time; 16 in the paper.
+        in_chs: channels that the first stage reads.
+
+    Returns:
+        Stages of the same strides.
+
+    Raises:
+        ValueError: not even one channel fits, or a malformed stage.
+
+    Reference:
+        Elsen et al., arXiv 1911.09723, "cache aware MobileNet v2". The paper gives the aim; this
+        rule is ours.
+    """
+    most = l1_bytes // (4 * mr) if mr > 0 else 0
+    if most < 1:
+        raise ValueError(f"l1_bytes={l1_bytes}, mr={mr}: not one channel of {mr} pixels fits")
+    stages = []
+    for expansion, chs, repeats, stride in config:
+        if min(expansion, chs, repeats, stride) < 1:
+            raise ValueError(f"config: {(expansion, chs, repeats, stride)} is no inverted residual")
+        fitted = min(chs, most // 8 * 8 or most)
+        widest = in_chs if repeats == 1 else max(in_chs, fitted)
+        lower = max(1, min(expansion, most // widest))
+        if lower < expansion and fitted * lower <= most:
+            wanted = _pointwise_weights(in_chs, chs, expansion, repeats)
+            while _pointwise_weights(in_chs, fitted, lower, repeats + 1) <= wanted:
+                repeats += 1
+        stages.append((lower, fitted, repeats, stride))
+        in_chs = fitted
+    return stages
+
+
+def _pointwise_weights(in_chs: int, chs: int, expansion: int, repeats: int) -> int:
+    """1x1 weights of a stage of inverted residuals."""
+    inputs = [in_chs] + [chs] * (repeats - 1)
+    return sum(expansion * each * ((each if expansion > 1 else 0) + chs) for each in inputs)
 
 
 def fit_strides(img_size: int, strides: list[int]) -> list[int]:

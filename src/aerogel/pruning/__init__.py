@@ -4,6 +4,7 @@ Methods that others build on live there and are shown here too: the dynamic trai
 and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
+from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "GroupKernelConfig",
     "GroupKernelPruner",
     "MaskSet",
+    "PointwisePruner",
     "RigL",
     "apply_plan",
     "group_kernel_prune",

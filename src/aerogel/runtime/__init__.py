@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, save
+    from aerogel.runtime.clusters import XNNPACK_THRESHOLD, Cluster, sparsify_convs
     from aerogel.runtime.compiled import CompiledModule
     from aerogel.runtime.compiler import compile
     from aerogel.runtime.detect import Zeros, detect_zeros
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 # Resolved on first use: checkpoints need no kernels, and kernels no checkpoints.
 _PUBLIC = {
+    "XNNPACK_THRESHOLD": "clusters",
     "CheckpointInfo": "checkpoint",
+    "Cluster": "clusters",
     "CompiledModule": "compiled",
     "Explanation": "explain",
     "LayerRow": "explain",
@@ -24,10 +27,13 @@ _PUBLIC = {
     "inspect": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
+    "sparsify_convs": "clusters",
 }
 
 __all__ = [
+    "XNNPACK_THRESHOLD",
     "CheckpointInfo",
+    "Cluster",
     "CompiledModule",
     "Explanation",
     "LayerRow",
@@ -37,6 +43,7 @@ __all__ = [
     "inspect",
     "load",
     "save",
+    "sparsify_convs",
 ]
 
 

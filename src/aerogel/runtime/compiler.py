@@ -35,6 +35,10 @@ _SECONDS_END_TO_END = 3.0
 _COMPILING = threading.RLock()
 
 
+# (simplified graph, its measured layers) -> more contenders, and notes for the explanation
+Extension = Callable[[fx.GraphModule, Mapping[fx.Node, Tuned]], tuple[list[Contender], list[str]]]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to compile.
@@ -45,6 +49,7 @@ class Settings:
         cache_path: The tuning cache's file, or None.
         strategy: "fastest", or the name of the only contender to build.
         on_progress: Called with (layer name, layers done, layers in all).
+        extension: Adds contenders of its own, if any.
         measure: Times whole models and segments; a fake one in tests.
         race: Times the candidates of a layer, likewise.
     """
@@ -54,6 +59,7 @@ class Settings:
     cache_path: Path | None = None
     strategy: str = "fastest"
     on_progress: Progress | None = None
+    extension: Extension | None = None
     measure: Measure = field(default=measure)
     race: Race = field(default=race)
 
@@ -103,7 +109,7 @@ def compile(
             argument is out of range.
         TypeError: `model` is not a module.
     """
-    _check_arguments(model, threads, tolerance)
+    check_arguments(model, threads, tolerance)
     args, kwargs = normalize_example(example_inputs)
     original = frozen_copy(model.original if isinstance(model, CompiledModule) else model)
     settings = Settings(
@@ -137,7 +143,8 @@ def _isa() -> str:
     return kernels.isa()
 
 
-def _check_arguments(model: object, threads: int | None, tolerance: float) -> None:
+def check_arguments(model: object, threads: int | None, tolerance: float) -> None:
+    """Refuse what cannot be compiled; warn of weights that are not finite."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if threads is not None and threads < 1:
@@ -197,6 +204,9 @@ def _plan_by_graph(
     )
     contenders = strategist.contenders()
     notes = tuner.notes + strategist.notes
+    if settings.extension is not None:
+        more, said = settings.extension(fused, tuned)
+        contenders, notes = contenders + more, notes + said
     runs = {EAGER: lambda: original(*args, **kwargs)}
     runs |= {
         each.name: partial(each.run, *leaves)
