@@ -8,6 +8,7 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
 from aerogel.models.registry import create_model, list_models, model_config, register_model
+from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.vision import VisionModel
 
@@ -15,6 +16,7 @@ __all__ = [
     "MLP",
     "MobileNetV1",
     "MobileNetV2",
+    "ResNet",
     "SentenceEncoder",
     "VisionModel",
     "create_model",
