@@ -8,6 +8,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
+constexpr int64_t kDirectChannels = 16;  // more repay a gathered panel
 constexpr int64_t kTasksPerThread = 6;  // enough for a thread that loses its core for a while
 
 struct Range {
@@ -47,12 +48,29 @@ bool ConvOp::pointwise() const {
          w.pad_h == 0 && w.pad_w == 0;
 }
 
+namespace {
+
+// Few channels, and rows that fill their vectors.
+bool runs_by_rows(const ConvSource& source, int64_t lanes) {
+  const Window& w = source.window;
+  const int64_t vectors = (w.out_w + lanes - 1) / lanes;
+  return source.groups == 1 && source.in_channels <= kDirectChannels &&
+         source.in_channels * w.kernel_h * w.kernel_w <= kConvDepthBlock &&
+         8 * w.out_w >= 7 * vectors * lanes;
+}
+
+}  // namespace
+
 void ConvOp::prepare(const std::vector<Value>&, const KernelTable& table) {
   kernels = &layer_kernels(table);
   weight = std::make_unique<ConvWeight>(source, kernels->tile);
+  if (!pointwise() && runs_by_rows(source, table.lanes)) {
+    direct = direct_shape(source.window, source.in_channels);
+  }
 }
 
 int64_t ConvOp::scratch_floats() const {
+  if (direct.rows) return direct.floats;
   const int64_t width = kernels->tile.width();
   return (kConvDepthBlock + 1) * width + strip_floats(source.window, width);
 }
@@ -84,11 +102,15 @@ int64_t ConvOp::tasks(const Frame& frame) const {
   if (frame.threads <= 1) return 1;
   const ConvLayer& layer = weight->layer();
   const int64_t columns = frame.operand(output).columns;
+  if (direct.rows) {
+    const int64_t strips = (source.window.out_h + direct.rows - 1) / direct.rows;
+    return worthwhile_tasks(strips, columns * source.out_channels * layer.depth, frame.threads);
+  }
   const int64_t units = conv_grid(layer, kernels->tile, columns, frame.threads).units();
   return worthwhile_tasks(units, columns * source.out_channels * layer.depth, frame.threads);
 }
 
-void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+ConvArgs ConvOp::args(const Frame& frame) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
   ConvArgs args{};
   args.layer = &weight->layer();
@@ -104,7 +126,16 @@ void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
   }
   args.activation = epilogue.activation;
   args.columns = y.columns;
-  const ConvGrid grid = conv_grid(*args.layer, kernels->tile, y.columns, frame.threads);
+  return args;
+}
+
+void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+  const ConvArgs args = this->args(frame);
+  if (direct.rows) {
+    const Range rows = share(source.window.out_h, task, tasks);
+    return kernels->conv_direct(args, rows.first, rows.last, scratch);
+  }
+  const ConvGrid grid = conv_grid(*args.layer, kernels->tile, args.columns, frame.threads);
   const Range units = share(grid.units(), task, tasks);
   for (int64_t unit = units.first; unit < units.last;) {  // panels vary fastest
     const int64_t panel = unit % grid.panels, part = unit / grid.panels;
