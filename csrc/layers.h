@@ -44,7 +44,7 @@ struct WindowInput {
 };
 
 // The widest panel that is gathered, in vectors.
-constexpr int64_t kWidestWindow = 48;
+constexpr int64_t kWidestWindow = 3;
 
 // Windows of stride 1 read most inputs several times. The rows of a channel that a panel needs are
 // first copied side by side with their padding (a strip), so that a tap is a plain copy out of it.

@@ -261,21 +261,16 @@ void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const 
 
 SparseConvOp::SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
                            const Window& window, const SpmmVariant& variant, Epilogue epilogue)
-    : source(source), groups(groups), window(window), taps(window), variant(variant),
-      epilogue(epilogue) {
+    : source(source), groups(groups), window(window), variant(variant), epilogue(epilogue) {
   if (bias_data) bias.assign(bias_data, bias_data + source.rows);
 }
 
 void SparseConvOp::prepare(const std::vector<Value>&, const KernelTable&) {
-  weight = std::make_unique<SparseConvWeight>(source, groups, window.kernel_h, window.kernel_w,
-                                              variant);
+  weight = std::make_unique<SparseConvWeight>(source, groups, window, variant);
 }
 
 SparseConvArgs SparseConvOp::args(const Frame& frame) const {
-  SparseConvArgs args{weight.get(), &window, &taps, end_of(frame, inputs[0]),
-                      product_args(*this, frame, bias, epilogue)};
-  args.product.padded = true;
-  return args;
+  return {weight.get(), product_args(*this, frame, bias, epilogue)};
 }
 
 int64_t SparseConvOp::tasks(const Frame& frame) const {

@@ -93,7 +93,6 @@ struct SparseConvOp : Op {
   BlockRows source;
   int64_t groups;
   Window window;
-  Taps taps;
   SpmmVariant variant;
   Epilogue epilogue;
   std::vector<float> bias;
