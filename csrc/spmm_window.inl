@@ -108,6 +108,34 @@ AEROGEL_INLINE void run_row_tiles(const RunContext& context, const SpmmPanel& p,
   }
 }
 
+// Brings the input of the next slab, or of the next panel, from memory while this one is multiplied.
+PanelPrefetch next_strips(const SpmmPanel& p, int64_t slab) {
+  const SpmmStream& s = *p.stream;
+  const SpmmWindow& window = *p.args->window;
+  const Window& w = *window.window;
+  PanelPrefetch f;
+  const bool turn = slab + 1 == s.slabs;
+  const int64_t number = p.panel + turn, next = turn ? 0 : slab + 1;
+  if (number == window.strips->panels(w)) return f;
+  const StripPanel panel = strip_panel(*window.strips, w, number);
+  const int64_t top = larger(0, panel.oy * w.stride_h - w.pad_h);
+  const int64_t bottom = smaller(w.in_h, (panel.oy + panel.rows - 1) * w.stride_h - w.pad_h +
+                                             (w.kernel_h - 1) * w.dilation_h + 1);
+  const int64_t first = window.slab_channels[next];
+  f.rows = window.slab_channels[next + 1] - first;
+  if (f.rows == 0 || bottom <= top) return PanelPrefetch{};
+  f.next = reinterpret_cast<const char*>(p.x + window.channels[first] * p.args->ldx + top * w.in_w);
+  f.row_bytes = p.args->ldx * static_cast<int64_t>(sizeof(float));
+  f.width = (bottom - top) * w.in_w * static_cast<int64_t>(sizeof(float));
+  int64_t runs = 0;
+  for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
+    const SpmmSegment* at = s.segments + range * s.slabs + slab;
+    runs += at[1].run - at[0].run;
+  }
+  f.per_run = (f.rows + runs - 1) / larger(runs, 1);
+  return f;
+}
+
 AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
@@ -123,7 +151,6 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   float* const sums = p.scratch + window.slab_floats + strips.grid();
   clear(p.scratch, window.slab_floats + strips.grid());  // padding, and what padded steps read
 
-  PanelPrefetch ahead;
   RunContext c{};
   c.bias = a.bias;
   c.activation = Activation::kNone;
@@ -144,6 +171,7 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
       copy_channel(*window.window, strips, panel, p.x + window.channels[i] * a.ldx,
                    p.scratch + (i - first) * strips.channel);
     }
+    PanelPrefetch ahead = next_strips(p, slab);
     c.x = reinterpret_cast<const char*>(p.scratch - first * strips.channel);
     c.first = slab == 0;
     c.last = slab == s.slabs - 1;

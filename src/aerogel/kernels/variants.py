@@ -149,29 +149,27 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
 
 
 # Register tiles worth trying for convolutions by lanes and block, as (groups, vectors, register
-# tiles in a panel), the likeliest first. Wide panels are gathered at up to half the cost a column.
-# From searches over ResNet-50's 3x3 layers at 90 % zeros (Zen 3 and 4).
-_WIDE_CONV_TILES = {
-    1: ((2, 8, 3), (1, 7, 2), (2, 12, 1)),
-    2: ((1, 12, 2), (2, 12, 3)),
-    4: ((1, 6, 3), (1, 6, 6)),
-}
+# tiles in a panel), the likeliest first: a cover of exhaustive searches over ResNet-50's 3x3 layers
+# at 90 % zeros (Zen 4 with either width). Higher panels copy less input at their borders.
 _CONV_TILES: dict[int, dict[int, tuple[tuple[int, int, int], ...]]] = {
     16: {
-        1: ((_LOCKSTEP, 3, 3), (1, 5, 3), (2, 7, 1), (_LOCKSTEP, 3, 6)),
-        2: ((2, 3, 3), (4, 3, 3)),
-        4: ((1, 4, 4), (1, 6, 3), (1, 3, 8)),
+        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (2, 8, 1)),
+        2: ((2, 2, 8), (4, 2, 8)),
+        4: ((1, 4, 8), (1, 5, 4)),
     },
     8: {
-        1: ((2, 5, 2), (1, 7, 2), (2, 6, 3), (2, 6, 1)),
-        2: ((1, 6, 2), (2, 3, 3)),
-        4: ((1, 3, 3), (1, 3, 6)),
+        1: ((1, 7, 3), (2, 6, 3), (1, 10, 1), (2, 5, 2)),
+        2: ((2, 2, 8), (1, 5, 6)),
+        4: ((1, 3, 8), (1, 3, 6)),
     },
-    4: _WIDE_CONV_TILES,
+    4: {
+        1: ((1, 12, 3), (2, 12, 1)),
+        2: ((1, 12, 3), (2, 6, 3)),
+        4: ((1, 6, 4), (1, 6, 8)),
+    },
 }
-# What a gathered slab may take: where rows in lockstep or blocks share loads, the second cache is
-# near enough.
-_CONV_SLAB_BYTES = {1: 64 << 10, 2: 128 << 10, 4: 256 << 10}
+# What a slab of strips may take: about a first-level cache, where rows in lockstep share loads more.
+_CONV_SLAB_BYTES = {1: 40 << 10, 2: 48 << 10, 4: 56 << 10}
 _LOCKSTEP_SLAB_BYTES = 128 << 10
 
 
