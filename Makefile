@@ -76,7 +76,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/spmm.py
 	$(BIN)/python benchmarks/conv.py
-	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/sparse_training.py
 
 clean:

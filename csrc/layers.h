@@ -224,8 +224,10 @@ struct LayerKernels {
   void (*conv_direct)(const ConvArgs& args, int64_t first, int64_t last, float* scratch);
   // Blocks of kGemvRows outputs [first, last); the last one may be incomplete.
   void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);
+  // Output rows [first_row, last_row) of channels [first, last).
+  void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
+                    int64_t last_row);
   // All of the following handle channels [first, last).
-  void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last);
   void (*pool)(const PoolArgs& args, int64_t first, int64_t last);
   void (*binary)(const BinaryArgs& args, int64_t first, int64_t last);
   void (*channel_mean)(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,

@@ -154,16 +154,43 @@ void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
   weight = std::make_unique<DepthwiseWeight>(source, table.lanes);
 }
 
+namespace {
+
+// Large planes are cut into bands of rows, as the layers around a depthwise one cut their columns, and
+// small ones by channels, as the others then do: a core finds its own part in its cache. Bands are
+// whole numbers of the kernel's tiles.
+constexpr int64_t kBandedRows = 28, kBandTile = 7;
+
+int64_t band_count(const Window& w, int threads) {
+  if (threads <= 1 || w.out_h < kBandedRows) return 1;
+  return std::min<int64_t>(w.out_h / (2 * kBandTile), 2 * threads);
+}
+
+Range band_rows(const Window& w, int64_t band, int64_t bands) {
+  const int64_t tile = w.stride_h == 1 ? kBandTile : 4;
+  const Range tiles = share((w.out_h + tile - 1) / tile, band, bands);
+  return {tile * tiles.first, std::min(tile * tiles.last, w.out_h)};
+}
+
+}  // namespace
+
 int64_t DepthwiseOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t taps = source.window.kernel_h * source.window.kernel_w;
-  return worthwhile_tasks(y.channels, y.channels * y.columns * taps, frame.threads);
+  const int64_t bands = band_count(source.window, frame.threads);
+  const int64_t wanted =
+      worthwhile_tasks(bands * y.channels, y.channels * y.columns * taps, frame.threads);
+  return (wanted + bands - 1) / bands * bands;
 }
 
 void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const Range c = share(y.channels, task, tasks);
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last);
+  const int64_t bands = band_count(source.window, frame.threads);
+  const int64_t parts = tasks / bands;
+  const Range c = share(y.channels, task % parts, parts);
+  const Range rows = band_rows(source.window, task / parts, bands);
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last,
+                     rows.first, rows.last);
 }
 
 // dense linear layer

@@ -416,9 +416,10 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   const SpmmWeight& weight = *a.weight;
   const int64_t panels = panel_count(a);
   const int64_t ranges = tasks / (a.batch * panels);
-  const int64_t range = task % ranges;
-  const int64_t panel = task / ranges % panels;
-  const int64_t image = task / ranges / panels;
+  // Ranges of outputs vary slowest: a thread that takes neighbouring tasks makes whole channels.
+  const int64_t panel = task % panels;
+  const int64_t image = task / panels % a.batch;
+  const int64_t range = task / panels / a.batch;
   const Range columns = a.window ? Range{0, 0} : panel_columns(a, panel, panels);
   SpmmPanel p;
   p.stream = &weight.stream();
