@@ -77,7 +77,7 @@ bench: setup
 	$(BIN)/python benchmarks/spmm.py
 	$(BIN)/python benchmarks/conv.py
 	$(BIN)/python benchmarks/group_kernels.py
-	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/sparse_training.py
 
 clean:

@@ -30,6 +30,7 @@ from spmm import Call, Timer
 
 # (channels in and out, plane side): the 3x3 layers of ResNet-50 at 224 x 224, stride 1.
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
+GEOMETRY = kernels.ConvGeometry.of(3, padding=1)
 PATTERNS = tuple(itertools.product((0.8, 0.9, 0.95), (1, 4)))
 QUICK_PATTERNS = ((0.9, 1), (0.9, 4))
 # What the geometric mean over the layers must reach on one thread.
@@ -64,7 +65,7 @@ class Contest:
         self.dense: Call = lambda: F.conv2d(x, weight, bias, padding=1)
         self.sparse = {
             tuple(variant): call_of(x, packed, bias, variant)
-            for variant in kernels.sparse_conv_variants(packed, side * side)
+            for variant in kernels.sparse_conv_variants(packed, GEOMETRY, (side, side))
         }
         self.operations = 2 * packed.values.numel() * side * side
         self.variant: tuple[int, ...] | None = None

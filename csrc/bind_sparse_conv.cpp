@@ -2,6 +2,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "kernels.h"
 #include "sparse_conv.h"
 
 namespace nb = nanobind;
@@ -10,24 +11,32 @@ namespace aerogel {
 namespace {
 
 SparseConvWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, int64_t rows,
-                       int64_t cols, int32_t block, int64_t groups, int64_t kernel_h,
-                       int64_t kernel_w, const SpmmVariant& variant) {
+                       int64_t cols, int32_t block, int64_t groups, int64_t in_h, int64_t in_w,
+                       const std::vector<int64_t>& geometry, const SpmmVariant& variant) {
   const BlockRows source{reinterpret_cast<const float*>(values),
                          reinterpret_cast<const int32_t*>(columns),
                          reinterpret_cast<const int64_t*>(row_ptr), rows, cols, block};
+  const Window window = make_window(in_h, in_w, geometry);
   nb::gil_scoped_release release;
-  return new SparseConvWeight(source, groups, kernel_h, kernel_w, variant);
+  return new SparseConvWeight(source, groups, window, variant);
+}
+
+// Panels of an image, and floats that a panel needs of each input channel.
+std::vector<int64_t> panels(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
+                            const SpmmVariant& variant) {
+  const Window window = make_window(in_h, in_w, geometry);
+  const StripLayout layout(window, variant, active_table().lanes);
+  return {layout.strips().panels(window), layout.strips().channel};
 }
 
 // Everything about a convolution but the addresses; calling it is the hot path.
 class SparseConvCall {
  public:
-  SparseConvCall(const SparseConvWeight& weight, int64_t in_h, int64_t in_w,
-                 const std::vector<int64_t>& geometry, int64_t ldx, int64_t x_stride, int64_t ldr,
+  SparseConvCall(const SparseConvWeight& weight, int64_t ldx, int64_t x_stride, int64_t ldr,
                  int64_t residual_stride, int64_t batch, int32_t activation, int threads)
-      : window_(make_window(in_h, in_w, geometry)), taps_(window_), threads_(threads) {
+      : threads_(threads) {
     const int64_t groups = static_cast<int64_t>(weight.groups().size());
-    const int64_t columns = window_.out_h * window_.out_w;
+    const int64_t columns = weight.window().out_h * weight.window().out_w;
     args_.weight = &weight;
     SpmmArgs& p = args_.product;
     p.ldx = ldx;
@@ -39,28 +48,21 @@ class SparseConvCall {
     p.columns = columns;
     p.batch = batch;
     p.activation = static_cast<Activation>(activation);
-    x_span_ = (batch - 1) * x_stride + (groups * weight.group_inputs() - 1) * ldx + in_h * in_w;
   }
 
   void operator()(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual) const {
     SparseConvArgs call = args_;
-    call.window = &window_;
-    call.taps = &taps_;
     call.product.x = reinterpret_cast<const float*>(x);
     call.product.y = reinterpret_cast<float*>(y);
     call.product.bias = reinterpret_cast<const float*>(bias);
     call.product.residual = reinterpret_cast<const float*>(residual);
-    call.x_end = call.product.x + x_span_;
     sparse_conv_check(call);
     nb::gil_scoped_release release;
     sparse_conv_run(call, threads_);
   }
 
  private:
-  Window window_;
-  Taps taps_;
   int threads_;
-  int64_t x_span_ = 0;
   SparseConvArgs args_;
 };
 
@@ -70,9 +72,10 @@ void bind_sparse_conv(nb::module_& m) {
   nb::class_<SparseConvWeight>(m, "SparseConvWeight")
       .def_prop_ro("nbytes", &SparseConvWeight::nbytes);
   m.def("sparse_conv_pack", &pack, nb::rv_policy::take_ownership);
+  m.def("sparse_conv_panels", &panels);
   nb::class_<SparseConvCall>(m, "SparseConvCall")
-      .def(nb::init<const SparseConvWeight&, int64_t, int64_t, const std::vector<int64_t>&, int64_t,
-                    int64_t, int64_t, int64_t, int64_t, int32_t, int>(),
+      .def(nb::init<const SparseConvWeight&, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t,
+                    int>(),
            nb::keep_alive<1, 2>())
       .def("__call__", &SparseConvCall::operator());
 }

@@ -1,5 +1,5 @@
-// The input of a sliding window, row by row of the product it stands for (im2col): what dense and
-// sparse convolutions gather into scratch, a panel of output columns at a time.
+// The input of a sliding window, row by row of the product it stands for (im2col): what dense
+// convolutions gather into scratch, a panel of output columns at a time.
 #pragma once
 
 #include "layers.h"

@@ -44,7 +44,7 @@ struct WindowInput {
 };
 
 // The widest panel that is gathered, in vectors.
-constexpr int64_t kWidestWindow = 48;
+constexpr int64_t kWidestWindow = 3;
 
 // Windows of stride 1 read most inputs several times. The rows of a channel that a panel needs are
 // first copied side by side with their padding (a strip), so that a tap is a plain copy out of it.
@@ -72,6 +72,34 @@ __attribute__((always_inline)) constexpr int64_t strip_size(const StripShape& sh
 
 // Floats of both strips of any panel up to `columns` wide.
 int64_t strip_floats(const Window& window, int64_t columns);
+
+// Convolutions of few channels are multiplied straight from input rows (layers_direct.inl): so many
+// output rows at a time, from `in_rows` rows of each channel, each split into stride_w phases of
+// `pitch` floats that begin with `front` of padding.
+struct DirectShape {
+  int64_t rows, in_rows, front, pitch, floats;
+};
+
+__attribute__((always_inline)) constexpr DirectShape direct_shape_of(const Window& w,
+                                                                     int64_t channels,
+                                                                     int64_t rows) {
+  const int64_t in_rows = (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1;
+  const int64_t front = ((w.pad_w + w.stride_w - 1) / w.stride_w + 15) / 16 * 16;
+  const int64_t reach = front + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
+  const int64_t pitch = ((w.out_w + 15) / 16 * 16 + reach + 15) / 16 * 16;
+  return {rows, in_rows, front, pitch, channels * in_rows * w.stride_w * pitch};
+}
+
+// As many rows as stay in L1; 0 if not even one does.
+__attribute__((always_inline)) constexpr DirectShape direct_shape(const Window& w,
+                                                                  int64_t channels) {
+  constexpr int64_t kMostRows = 4, kMostFloats = 8192;
+  DirectShape shape = direct_shape_of(w, channels, kMostRows);
+  while (shape.rows > 0 && shape.floats > kMostFloats) {
+    shape = direct_shape_of(w, channels, shape.rows - 1);
+  }
+  return shape;
+}
 
 // Register tile of the dense product: `rows` output channels x up to `vectors` vectors of columns.
 struct DenseTile {
@@ -191,10 +219,15 @@ struct LayerKernels {
   DenseTile tile;
   // `scratch`: (kConvDepthBlock + 1) * tile.width() floats and the strip, aligned.
   void (*conv)(const ConvArgs& args, const ConvSlice& slice, float* scratch);
+  // Output rows [first, last) of all channels: one group, at most kConvDepthBlock deep, for which
+  // direct_shape has rows. `scratch`: its floats.
+  void (*conv_direct)(const ConvArgs& args, int64_t first, int64_t last, float* scratch);
   // Blocks of kGemvRows outputs [first, last); the last one may be incomplete.
   void (*gemv)(const GemvArgs& args, int64_t first, int64_t last);
+  // Output rows [first_row, last_row) of channels [first, last).
+  void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
+                    int64_t last_row);
   // All of the following handle channels [first, last).
-  void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last);
   void (*pool)(const PoolArgs& args, int64_t first, int64_t last);
   void (*binary)(const BinaryArgs& args, int64_t first, int64_t last);
   void (*channel_mean)(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,

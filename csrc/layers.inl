@@ -9,6 +9,7 @@
 
 #include "layers_pointwise.inl"
 #include "layers_conv.inl"
+#include "layers_direct.inl"
 #include "layers_depthwise.inl"
 #include "layers_pool.inl"
 #include "layers_gemv.inl"
@@ -17,7 +18,7 @@ namespace aerogel::AEROGEL_ISA {
 
 extern const LayerKernels kLayerKernels;
 const LayerKernels kLayerKernels = {
-    kDenseTile,       &conv_slice,    &gemv_blocks,   &depthwise_channels, &pool_channels,
-    &binary_channels, &mean_channels, &activate_span, &transpose};
+    kDenseTile,     &conv_slice,      &direct_rows,   &gemv_blocks,   &depthwise_channels,
+    &pool_channels, &binary_channels, &mean_channels, &activate_span, &transpose};
 
 }  // namespace aerogel::AEROGEL_ISA

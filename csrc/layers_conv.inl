@@ -34,7 +34,6 @@ AEROGEL_NOINLINE void gather_pointwise(const ConvArgs& a, const PanelPart& part,
 // One register tile: `rows` <= kRows output rows, kWide vectors of columns, one block of depth.
 struct TileArgs {
   const float* weight;
-  const float* panel;
   int64_t depth;
   const float* bias;  // null: continue the sums in y
   const float* residual;
@@ -42,16 +41,30 @@ struct TileArgs {
   float* y;
   int64_t ldy;
   int64_t rows;
+  int64_t tail;           // lanes of the last vector that are written
   Activation activation;  // kNone until the last block of depth
 };
 
+// A gathered panel, row by row of depth.
 template <int kWide>
-AEROGEL_INLINE void conv_tile(const TileArgs& t) {
+struct PanelRows {
+  const float* data;
+
+  AEROGEL_INLINE const float* operator()(int64_t k) const { return data + k * kWide * kLanes; }
+};
+
+// `rows`: k -> the input vectors under depth k.
+template <int kWide, class Rows>
+AEROGEL_INLINE void conv_tile(const TileArgs& t, const Rows& rows) {
   // A single vector per row leaves too few independent sums: even and odd depth get their own.
   constexpr int kChains = kWide == 1 ? 2 : 1;
   Vec acc[kChains][kRows][kWide];
+  // Unrolled by hand: an accumulator that is indexed by a variable lives in memory.
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
     for (int v = 0; v < kWide; ++v) {
+#pragma GCC unroll 2
       for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = zero();
       if (t.bias) {
         acc[0][r][v] = broadcast(t.bias[r]);
@@ -61,29 +74,36 @@ AEROGEL_INLINE void conv_tile(const TileArgs& t) {
     }
   }
   const float* weight = t.weight;
-  const float* panel = t.panel;
-  const auto step = [&](Vec(&sums)[kRows][kWide]) {
+  const auto step = [&](Vec(&sums)[kRows][kWide], int64_t k) {
+    const float* from = rows(k);
     Vec x[kWide];
-    for (int v = 0; v < kWide; ++v) x[v] = load(panel + v * kLanes);
+#pragma GCC unroll 3
+    for (int v = 0; v < kWide; ++v) x[v] = load(from + v * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec w = broadcast(weight[r]);
+#pragma GCC unroll 3
       for (int v = 0; v < kWide; ++v) sums[r][v] = fma(w, x[v], sums[r][v]);
     }
     weight += kRows;
-    panel += kWide * kLanes;
   };
   int64_t k = 0;
   for (; k + kChains <= t.depth; k += kChains) {
-    for (int chain = 0; chain < kChains; ++chain) step(acc[chain]);
+#pragma GCC unroll 2
+    for (int chain = 0; chain < kChains; ++chain) step(acc[chain], k + chain);
   }
-  for (; k < t.depth; ++k) step(acc[0]);
+  for (; k < t.depth; ++k) step(acc[0], k);
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     if (r >= t.rows) break;
+#pragma GCC unroll 3
     for (int v = 0; v < kWide; ++v) {
       Vec sum = acc[0][r][v];
+#pragma GCC unroll 2
       for (int chain = 1; chain < kChains; ++chain) sum = add(sum, acc[chain][r][v]);
       if (t.residual) sum = add(sum, load(t.residual + r * t.ldr + v * kLanes));
-      store(t.y + r * t.ldy + v * kLanes, activate_cheaply(sum, t.activation));
+      sum = activate_cheaply(sum, t.activation);
+      store_upto(t.y + r * t.ldy + v * kLanes, sum, v == kWide - 1 ? t.tail : kLanes);
     }
   }
 }
@@ -105,7 +125,6 @@ AEROGEL_NOINLINE void multiply_panel(const ConvArgs& a, const ConvSlice& slice, 
   TileArgs t;
   t.weight = layer.weight + slice.group * group_rows * layer.depth + k0 * group_rows +
              block * kRows * (k1 - k0);
-  t.panel = panel.data;
   t.depth = k1 - k0;
   t.bias = k0 == 0 ? layer.bias + slice.group * group_rows + block * kRows : nullptr;
   t.residual = last && a.residual ? a.residual + row * a.ldr + panel.column : nullptr;
@@ -113,8 +132,9 @@ AEROGEL_NOINLINE void multiply_panel(const ConvArgs& a, const ConvSlice& slice, 
   t.y = a.y + row * a.ldy + panel.column;
   t.ldy = a.ldy;
   t.rows = smaller(kRows, layer.group_outputs - block * kRows);
+  t.tail = kLanes;
   t.activation = in_registers ? a.activation : Activation::kNone;
-  conv_tile<kWide>(t);
+  conv_tile<kWide>(t, PanelRows<kWide>{panel.data});
   if (!last || in_registers) return;
   for (int64_t r = 0; r < t.rows; ++r) {
     activate_span(a.activation, t.y + r * a.ldy, t.y + r * a.ldy, panel.count);

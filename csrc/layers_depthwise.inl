@@ -92,13 +92,13 @@ AEROGEL_NOINLINE void depthwise_rows(const DepthwiseLayer& layer, const Depthwis
 
 template <int kKernel, int kStride>
 void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
-                     Activation activation, float* y) {
+                     Activation activation, float* y, int64_t first_row, int64_t last_row) {
   const Window& w = layer.window;
   // Seven rows divide the usual planes; with stride 2 four already amortise the input rows.
   const bool seven = w.out_h % 7 == 0 || w.out_h > 16;
   const int64_t whole = seven && (kStride == 1 || w.out_h % 4 != 0) ? 7 : 4;
-  for (int64_t oy = 0; oy < w.out_h;) {
-    const int64_t left = w.out_h - oy;
+  for (int64_t oy = first_row; oy < last_row;) {
+    const int64_t left = last_row - oy;
     const int64_t count = left >= whole ? whole : (left >= 4 ? 4 : 1);
     const float* rows[6 * kStride + kKernel];
     for (int64_t r = 0; r < (count - 1) * kStride + kKernel; ++r) {
@@ -120,9 +120,10 @@ void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* w
 
 // Any window: one tap at a time over its valid part of each output row.
 void depthwise_general(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
-                       Activation, float* y) {
+                       Activation, float* y, int64_t first_row, int64_t last_row) {
   const Window& w = layer.window;
-  for (int64_t oy = 0; oy < w.out_h; ++oy, y += w.out_w) {
+  y += first_row * w.out_w;
+  for (int64_t oy = first_row; oy < last_row; ++oy, y += w.out_w) {
     for (int64_t ox = 0; ox < w.out_w; ++ox) y[ox] = bias;
     for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
       if (oy < layer.taps_y[ky].first || oy >= layer.taps_y[ky].last) continue;
@@ -142,7 +143,8 @@ void depthwise_general(const DepthwiseLayer& layer, const float* x, const float*
 }
 
 using DepthwisePlane = void (*)(const DepthwiseLayer&, const float* x, const float* weight,
-                                float bias, Activation, float* y);
+                                float bias, Activation, float* y, int64_t first_row,
+                                int64_t last_row);
 
 AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
   if (!layer.tiles) return &depthwise_general;
@@ -152,7 +154,8 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
   return layer.window.stride_w == 1 ? &depthwise_plane<5, 1> : &depthwise_plane<5, 2>;
 }
 
-void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last) {
+void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
+                        int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);
@@ -160,9 +163,10 @@ void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last) 
   for (int64_t c = first; c < last; ++c) {
     float* y = args.y + c * args.ldy;
     plane(layer, args.x + c / layer.multiplier * args.ldx, layer.weight + c * taps, layer.bias[c],
-          in_registers ? args.activation : Activation::kNone, y);
+          in_registers ? args.activation : Activation::kNone, y, first_row, last_row);
     if (!in_registers) {
-      activate_span(args.activation, y, y, layer.window.out_h * layer.window.out_w);
+      float* row = y + first_row * layer.window.out_w;
+      activate_span(args.activation, row, row, (last_row - first_row) * layer.window.out_w);
     }
   }
 }

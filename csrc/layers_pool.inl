@@ -1,34 +1,53 @@
-// Max and average pooling: taps of one window column are combined over whole input rows first
-// (unit stride, so the compiler vectorises it), then the columns of each window.
+// Max and average pooling: taps of one window column are combined over whole input rows first, then
+// the columns of each window.
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
 constexpr int64_t kPoolSpan = 2048;  // input columns combined at a time, on the stack
 
-AEROGEL_INLINE float pool_combine(bool is_max, float acc, float x) {
-  if (!is_max) return acc + x;
-  return (x > acc) | (x != x) ? x : acc;  // NaN wins, as in torch
+template <bool kMax>
+AEROGEL_INLINE Vec pool_combine(Vec acc, Vec x) {
+  return kMax ? max_or_nan(acc, x) : add(acc, x);
 }
 
-// row[i] = combination of the valid window rows of output row oy at input column i.
+template <bool kMax>
+AEROGEL_INLINE Vec pool_nothing() {
+  return broadcast(kMax ? -__builtin_inff() : 0.0f);
+}
+
+// row[i] = combination of the valid window rows of output row oy at input columns from + i, i < count.
 template <bool kMax>
 AEROGEL_INLINE void pool_rows(const PoolArgs& a, const float* plane, int64_t oy, int64_t from,
-                              int64_t to, float* row) {
+                              int64_t count, float* row) {
   const Window& w = a.window;
-  bool first = true;
-  for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
-    if (oy < a.taps_y[ky].first || oy >= a.taps_y[ky].last) continue;
-    const float* x = plane + (oy * w.stride_h - w.pad_h + ky * w.dilation_h) * w.in_w;
-    if (first) {
-      for (int64_t i = from; i < to; ++i) row[i - from] = x[i];
-    } else {
-      for (int64_t i = from; i < to; ++i) row[i - from] = pool_combine(kMax, row[i - from], x[i]);
+  int64_t first = 0, last = w.kernel_h;
+  while (first < last && (oy < a.taps_y[first].first || oy >= a.taps_y[first].last)) ++first;
+  while (first < last && (oy < a.taps_y[last - 1].first || oy >= a.taps_y[last - 1].last)) --last;
+  const float* x = plane + (oy * w.stride_h - w.pad_h) * w.in_w + from;
+  const int64_t step = w.dilation_h * w.in_w;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = count - i;
+    Vec v = pool_nothing<kMax>();
+    for (int64_t ky = first; ky < last; ++ky) {
+      v = pool_combine<kMax>(v, load_upto(x + ky * step + i, n));
     }
-    first = false;
+    store(row + i, v);
   }
-  if (first) {
-    for (int64_t i = from; i < to; ++i) row[i - from] = kMax ? -__builtin_inff() : 0.0f;
+}
+
+// y[i] combined with row[i * stride], i < count.
+template <bool kMax>
+AEROGEL_INLINE void pool_columns(const float* row, int64_t stride, int64_t count, float* y) {
+  int64_t i = 0;
+  for (; stride <= 2 && i + kLanes <= count; i += kLanes) {
+    Vec x = load(row + i * stride);
+    if (stride == 2) x = split_order(even_of(x, load(row + 2 * i + kLanes)));
+    store(y + i, pool_combine<kMax>(load(y + i), x));
+  }
+  for (; i < count; ++i) {
+    const float x = row[i * stride], v = y[i];
+    y[i] = kMax ? (v > x || v != v ? v : x) : v + x;
   }
 }
 
@@ -46,27 +65,21 @@ void pool_plane(const PoolArgs& a, const float* x, float* y) {
   const Window& w = a.window;
   const int64_t reach = (w.kernel_w - 1) * w.dilation_w + 1;
   const int64_t chunk = larger(1, (kPoolSpan - reach) / w.stride_w + 1);
-  float row[kPoolSpan];
+  float row[kPoolSpan + 2 * kLanes];
   for (int64_t oy = 0; oy < w.out_h; ++oy, y += w.out_w) {
     for (int64_t ox0 = 0; ox0 < w.out_w; ox0 += chunk) {
       const int64_t ox1 = smaller(ox0 + chunk, w.out_w);
       const int64_t from = larger(0, ox0 * w.stride_w - w.pad_w);
       const int64_t to = smaller(w.in_w, (ox1 - 1) * w.stride_w - w.pad_w + reach);
-      pool_rows<kMax>(a, x, oy, from, larger(from, to), row);
-      for (int64_t ox = ox0; ox < ox1; ++ox) y[ox] = kMax ? -__builtin_inff() : 0.0f;
+      pool_rows<kMax>(a, x, oy, from, larger(to - from, 0), row);
+      for (int64_t ox = ox0; ox < ox1; ox += kLanes) {
+        store_upto(y + ox, pool_nothing<kMax>(), ox1 - ox);
+      }
       for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
         const int64_t first = larger(ox0, a.taps_x[kx].first);
         const int64_t last = smaller(ox1, a.taps_x[kx].last);
         const float* tap = row + (kx * w.dilation_w - w.pad_w - from);
-        if (w.stride_w == 1) {
-          for (int64_t ox = first; ox < last; ++ox) y[ox] = pool_combine(kMax, y[ox], tap[ox]);
-        } else if (w.stride_w == 2) {
-          for (int64_t ox = first; ox < last; ++ox) y[ox] = pool_combine(kMax, y[ox], tap[2 * ox]);
-        } else {
-          for (int64_t ox = first; ox < last; ++ox) {
-            y[ox] = pool_combine(kMax, y[ox], tap[ox * w.stride_w]);
-          }
-        }
+        pool_columns<kMax>(tap + first * w.stride_w, w.stride_w, last - first, y + first);
       }
     }
     if (kMax) continue;

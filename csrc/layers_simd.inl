@@ -81,6 +81,25 @@ AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
 }
 #endif
 
+// The maximum, or NaN if either is one.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE Vec max_or_nan(Vec a, Vec b) {
+  return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+#elif defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE Vec max_or_nan(Vec a, Vec b) {
+  return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+#elif defined(AEROGEL_USE_NEON)
+AEROGEL_INLINE Vec max_or_nan(Vec a, Vec b) { return vmaxq_f32(a, b); }
+#else
+AEROGEL_INLINE Vec max_or_nan(Vec a, Vec b) {
+  return lanewise([&](int i) {
+    return a.lane[i] > b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i];
+  });
+}
+#endif
+
 AEROGEL_INLINE float sum_lanes(Vec v) {
   float lanes[kLanes];
   store(lanes, v);

@@ -8,6 +8,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
+constexpr int64_t kDirectChannels = 16;  // more repay a gathered panel
 constexpr int64_t kTasksPerThread = 6;  // enough for a thread that loses its core for a while
 
 struct Range {
@@ -47,12 +48,29 @@ bool ConvOp::pointwise() const {
          w.pad_h == 0 && w.pad_w == 0;
 }
 
+namespace {
+
+// Few channels, and rows that fill their vectors.
+bool runs_by_rows(const ConvSource& source, int64_t lanes) {
+  const Window& w = source.window;
+  const int64_t vectors = (w.out_w + lanes - 1) / lanes;
+  return source.groups == 1 && source.in_channels <= kDirectChannels &&
+         source.in_channels * w.kernel_h * w.kernel_w <= kConvDepthBlock &&
+         8 * w.out_w >= 7 * vectors * lanes;
+}
+
+}  // namespace
+
 void ConvOp::prepare(const std::vector<Value>&, const KernelTable& table) {
   kernels = &layer_kernels(table);
   weight = std::make_unique<ConvWeight>(source, kernels->tile);
+  if (!pointwise() && runs_by_rows(source, table.lanes)) {
+    direct = direct_shape(source.window, source.in_channels);
+  }
 }
 
 int64_t ConvOp::scratch_floats() const {
+  if (direct.rows) return direct.floats;
   const int64_t width = kernels->tile.width();
   return (kConvDepthBlock + 1) * width + strip_floats(source.window, width);
 }
@@ -84,11 +102,15 @@ int64_t ConvOp::tasks(const Frame& frame) const {
   if (frame.threads <= 1) return 1;
   const ConvLayer& layer = weight->layer();
   const int64_t columns = frame.operand(output).columns;
+  if (direct.rows) {
+    const int64_t strips = (source.window.out_h + direct.rows - 1) / direct.rows;
+    return worthwhile_tasks(strips, columns * source.out_channels * layer.depth, frame.threads);
+  }
   const int64_t units = conv_grid(layer, kernels->tile, columns, frame.threads).units();
   return worthwhile_tasks(units, columns * source.out_channels * layer.depth, frame.threads);
 }
 
-void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+ConvArgs ConvOp::args(const Frame& frame) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
   ConvArgs args{};
   args.layer = &weight->layer();
@@ -104,7 +126,16 @@ void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
   }
   args.activation = epilogue.activation;
   args.columns = y.columns;
-  const ConvGrid grid = conv_grid(*args.layer, kernels->tile, y.columns, frame.threads);
+  return args;
+}
+
+void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+  const ConvArgs args = this->args(frame);
+  if (direct.rows) {
+    const Range rows = share(source.window.out_h, task, tasks);
+    return kernels->conv_direct(args, rows.first, rows.last, scratch);
+  }
+  const ConvGrid grid = conv_grid(*args.layer, kernels->tile, args.columns, frame.threads);
   const Range units = share(grid.units(), task, tasks);
   for (int64_t unit = units.first; unit < units.last;) {  // panels vary fastest
     const int64_t panel = unit % grid.panels, part = unit / grid.panels;
@@ -123,16 +154,43 @@ void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
   weight = std::make_unique<DepthwiseWeight>(source, table.lanes);
 }
 
+namespace {
+
+// Large planes are cut into bands of rows, as the layers around a depthwise one cut their columns, and
+// small ones by channels, as the others then do: a core finds its own part in its cache. Bands are
+// whole numbers of the kernel's tiles.
+constexpr int64_t kBandedRows = 28, kBandTile = 7;
+
+int64_t band_count(const Window& w, int threads) {
+  if (threads <= 1 || w.out_h < kBandedRows) return 1;
+  return std::min<int64_t>(w.out_h / (2 * kBandTile), 2 * threads);
+}
+
+Range band_rows(const Window& w, int64_t band, int64_t bands) {
+  const int64_t tile = w.stride_h == 1 ? kBandTile : 4;
+  const Range tiles = share((w.out_h + tile - 1) / tile, band, bands);
+  return {tile * tiles.first, std::min(tile * tiles.last, w.out_h)};
+}
+
+}  // namespace
+
 int64_t DepthwiseOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t taps = source.window.kernel_h * source.window.kernel_w;
-  return worthwhile_tasks(y.channels, y.channels * y.columns * taps, frame.threads);
+  const int64_t bands = band_count(source.window, frame.threads);
+  const int64_t wanted =
+      worthwhile_tasks(bands * y.channels, y.channels * y.columns * taps, frame.threads);
+  return (wanted + bands - 1) / bands * bands;
 }
 
 void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const Range c = share(y.channels, task, tasks);
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last);
+  const int64_t bands = band_count(source.window, frame.threads);
+  const int64_t parts = tasks / bands;
+  const Range c = share(y.channels, task % parts, parts);
+  const Range rows = band_rows(source.window, task / parts, bands);
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last,
+                     rows.first, rows.last);
 }
 
 // dense linear layer
@@ -230,21 +288,16 @@ void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const 
 
 SparseConvOp::SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
                            const Window& window, const SpmmVariant& variant, Epilogue epilogue)
-    : source(source), groups(groups), window(window), taps(window), variant(variant),
-      epilogue(epilogue) {
+    : source(source), groups(groups), window(window), variant(variant), epilogue(epilogue) {
   if (bias_data) bias.assign(bias_data, bias_data + source.rows);
 }
 
 void SparseConvOp::prepare(const std::vector<Value>&, const KernelTable&) {
-  weight = std::make_unique<SparseConvWeight>(source, groups, window.kernel_h, window.kernel_w,
-                                              variant);
+  weight = std::make_unique<SparseConvWeight>(source, groups, window, variant);
 }
 
 SparseConvArgs SparseConvOp::args(const Frame& frame) const {
-  SparseConvArgs args{weight.get(), &window, &taps, end_of(frame, inputs[0]),
-                      product_args(*this, frame, bias, epilogue)};
-  args.product.padded = true;
-  return args;
+  return {weight.get(), product_args(*this, frame, bias, epilogue)};
 }
 
 int64_t SparseConvOp::tasks(const Frame& frame) const {

@@ -28,11 +28,13 @@ struct ConvOp : Op {
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
   bool pointwise() const;
+  ConvArgs args(const Frame& frame) const;
 
   ConvSource source;
   Epilogue epilogue;
   const LayerKernels* kernels = nullptr;
   std::unique_ptr<ConvWeight> weight;
+  DirectShape direct{};  // of a convolution that runs row by row; else without rows
 };
 
 struct DepthwiseOp : Op {
@@ -91,7 +93,6 @@ struct SparseConvOp : Op {
   BlockRows source;
   int64_t groups;
   Window window;
-  Taps taps;
   SpmmVariant variant;
   Epilogue epilogue;
   std::vector<float> bias;

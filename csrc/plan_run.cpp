@@ -1,6 +1,7 @@
-// How a plan runs: one parallel region per call, tasks handed out by a counter, and between
-// operations a barrier that spins briefly, then yields, then sleeps. A foreign process that takes a
-// core away costs its time slice, not a spinning stand-off.
+// How a plan runs: one parallel region per call, in which every thread has a share of each operation's
+// tasks and helps the others when it is done, and between operations a barrier that spins briefly,
+// then yields, then sleeps. A foreign process that takes a core away costs its time slice, not a
+// spinning stand-off.
 #include <time.h>
 
 #include <algorithm>
@@ -44,13 +45,14 @@ inline void relax() {
 #endif
 }
 
-// A thread's patience: about 20 us of spinning, then 50 yields, then naps.
+// A thread's patience: about 10 us of spinning, then about a millisecond of yields, then naps, which
+// last longer than most operations.
 class Patience {
  public:
   void wait() {
     if (++waited_ <= 512) {
       relax();
-    } else if (waited_ <= 562) {
+    } else if (waited_ <= 2512) {
       std::this_thread::yield();
     } else {
       std::this_thread::sleep_for(std::chrono::microseconds(30));
@@ -61,25 +63,29 @@ class Patience {
   int waited_ = 0;
 };
 
-// Shared by the threads of one run. All of them pass through the same sequence of steps; each step
-// has a counter that hands out its tasks. Three counters suffice: while step s runs, nobody is
-// still in step s - 2, whose counter is prepared for step s + 1.
+// Shared by the threads of one run. All of them pass through the same sequence of steps. In each, a
+// thread takes tasks from its own share first, because neighbouring tasks touch neighbouring data and
+// what a core wrote in one step is likely to be what it reads in the next. Every share has a counter.
+// Three rows of counters suffice: while step s runs, nobody is still in step s - 2, whose counters are
+// prepared for step s + 1.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads) {}
+  explicit Team(int threads) : threads_(threads), counters_(3 * static_cast<size_t>(threads)) {}
 
   // Every thread of the team calls it for the same step; returns when the step is done.
   template <class Task>
   void share(int64_t step, int64_t tasks, int thread, Task&& task) {
-    std::atomic<int64_t>& next = counters_[step % 3].value;
-    for (;;) {
-      const int64_t i = tasks == 1 ? (thread == 0 ? 0 : 1)
-                                   : next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= tasks) break;
-      guard([&] { task(i); });
-      if (tasks == 1) break;
+    for (int helped = 0; helped < threads_; ++helped) {
+      const int owner = (thread + helped) % threads_;
+      const int64_t begin = first_task(tasks, owner), end = first_task(tasks, owner + 1);
+      std::atomic<int64_t>& taken = counter(step, owner);
+      while (taken.load(std::memory_order_relaxed) < end - begin) {
+        const int64_t i = begin + taken.fetch_add(1, std::memory_order_relaxed);
+        if (i >= end) break;
+        guard([&] { task(i); });
+      }
     }
-    if (thread == 0) counters_[(step + 1) % 3].value.store(0, std::memory_order_relaxed);
+    counter(step + 1, thread).store(0, std::memory_order_relaxed);
     arrived_.value.fetch_add(1, std::memory_order_acq_rel);
     const int64_t all = (step + 1) * threads_;
     for (Patience patience; arrived_.value.load(std::memory_order_acquire) < all;) patience.wait();
@@ -103,8 +109,17 @@ class Team {
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
+  // A single task is the first thread's.
+  int64_t first_task(int64_t tasks, int owner) const {
+    return (tasks * owner + threads_ - 1) / threads_;
+  }
+
+  std::atomic<int64_t>& counter(int64_t step, int owner) {
+    return counters_[static_cast<size_t>(step % 3 * threads_ + owner)].value;
+  }
+
   const int threads_;
-  Counter counters_[3];
+  std::vector<Counter> counters_;
   Counter arrived_;
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;

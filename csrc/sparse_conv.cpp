@@ -1,5 +1,7 @@
 #include "sparse_conv.h"
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +9,114 @@
 #include "parallel.h"
 
 namespace aerogel {
+
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+int64_t index_of(const std::vector<int32_t>& list, int64_t value) {
+  return std::find(list.begin(), list.end(), value) - list.begin();
+}
+
+// A pitch of whole vectors, as long as the gaps cost no more than aligned rows are worth.
+int64_t align_pitch(int64_t pitch, int64_t columns, int64_t lanes) {
+  for (const int64_t to : {lanes, int64_t{8}, int64_t{4}}) {
+    if (7 * round_up(pitch, to) <= 8 * columns) return round_up(pitch, to);
+  }
+  return pitch;
+}
+
+}  // namespace
+
+StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t lanes) {
+  Strips& s = strips_;
+  for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
+    const auto phase = static_cast<int32_t>(kx * w.dilation_w % w.stride_w);
+    if (index_of(column_phases_, phase) == static_cast<int64_t>(column_phases_.size())) {
+      column_phases_.push_back(phase);
+    }
+  }
+  choose_panel(w, spmm_panel_vectors(variant) * lanes, lanes);
+  choose_phases(w);
+  // Behind its last row a plane has the zeros that the row's last taps read.
+  const int64_t reach = s.columns + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
+  s.plane = round_up(s.plane_rows * s.pitch + std::max<int64_t>(0, reach - s.pitch), 16);
+  s.channel = s.row_phase_count * s.column_phase_count * s.plane;
+  for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+    const int64_t row = ky * w.dilation_h;
+    const bool apart = s.row_phase_count == w.kernel_h && s.plane_rows == s.rows;
+    const int64_t phase = apart ? ky : index_of(row_phases_, row % w.stride_h);
+    row_offsets_.push_back(phase * s.column_phase_count * s.plane +
+                           (apart ? 0 : row / w.stride_h * s.pitch));
+  }
+  for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
+    const int64_t column = kx * w.dilation_w;
+    column_offsets_.push_back(index_of(column_phases_, column % w.stride_w) * s.plane +
+                              column / w.stride_w);
+  }
+}
+
+// As many outputs as fit into `most` places of the grid: whole rows, or a part of one.
+void StripLayout::choose_panel(const Window& w, int64_t most, int64_t lanes) {
+  Strips& s = strips_;
+  const int64_t row = round_up(w.out_w, lanes);
+  if (most < row) {
+    const int64_t across = (w.out_w + most - 1) / most;
+    s.rows = 1;
+    s.columns = round_up((w.out_w + across - 1) / across, lanes);
+    s.pitch = s.columns + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
+    s.linear = s.bare = true;
+    return;
+  }
+  s.columns = w.out_w;
+  s.pitch = least_pitch(w);
+  if (s.pitch > w.out_w) s.pitch = align_pitch(s.pitch, w.out_w, lanes);
+  s.linear = s.pitch <= row;
+  s.rows = std::clamp<int64_t>(most / (s.linear ? s.pitch : row), 1, w.out_h);
+  s.bare = s.rows == 1 || s.pitch == w.out_w;
+  s.linear = s.linear || s.rows == 1;
+}
+
+// Rows may overlap: what lies beyond the right border of one may be the left border of the next.
+int64_t StripLayout::least_pitch(const Window& w) const {
+  const auto fits = [&w](int64_t pitch) {
+    for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
+      const int64_t column = kx * w.dilation_w, phase = column % w.stride_w - w.pad_w;
+      const int64_t beyond = w.out_w + column / w.stride_w - pitch;
+      const int64_t border = phase < 0 ? (w.stride_w - 1 - phase) / w.stride_w : 0;
+      if (beyond > 0 && (beyond > border || pitch * w.stride_w + phase < w.in_w)) return false;
+    }
+    return true;
+  };
+  int64_t pitch = w.out_w;
+  while (!fits(pitch)) ++pitch;
+  return pitch;
+}
+
+// Rows of taps share the rows of their stride's phase, or have rows of their own if these are fewer.
+void StripLayout::choose_phases(const Window& w) {
+  Strips& s = strips_;
+  for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+    const auto phase = static_cast<int32_t>(ky * w.dilation_h % w.stride_h);
+    if (index_of(row_phases_, phase) == static_cast<int64_t>(row_phases_.size())) {
+      row_phases_.push_back(phase);
+    }
+  }
+  s.row_step = w.stride_h;
+  s.plane_rows = s.rows + (w.kernel_h - 1) * w.dilation_h / w.stride_h;
+  if (static_cast<int64_t>(row_phases_.size()) * s.plane_rows >= w.kernel_h * s.rows) {
+    row_phases_.clear();
+    for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+      row_phases_.push_back(static_cast<int32_t>(ky * w.dilation_h));
+    }
+    s.plane_rows = s.rows;
+  }
+  s.row_phases = row_phases_.data();
+  s.row_phase_count = static_cast<int64_t>(row_phases_.size());
+  s.column_phases = column_phases_.data();
+  s.column_phase_count = static_cast<int64_t>(column_phases_.size());
+}
+
 namespace {
 
 // The block rows of one group, over the columns that any of them uses.
@@ -44,86 +154,103 @@ class GroupRows {
 
 }  // namespace
 
-SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, int64_t kernel_h,
-                                   int64_t kernel_w, const SpmmVariant& variant) {
-  const int64_t taps = kernel_h * kernel_w;
+SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, const Window& window,
+                                   const SpmmVariant& variant)
+    : window_(window), layout_(window, variant, active_table().lanes) {
+  const int64_t taps = window.kernel_h * window.kernel_w;
   if (groups < 1 || source.rows % groups || (groups > 1 && source.rows / groups % source.block)) {
     throw std::invalid_argument("groups=" + std::to_string(groups) + ": expected a divisor of " +
                                 std::to_string(source.rows) + " outputs into whole blocks of " +
                                 std::to_string(source.block));
   }
-  if (kernel_h < 1 || kernel_w < 1 || source.cols % taps) {
+  if (source.cols % taps) {
     throw std::invalid_argument("kernel_size: expected a divisor of " +
                                 std::to_string(source.cols) + " columns");
   }
   group_inputs_ = source.cols / taps;
   group_outputs_ = source.rows / groups;
-  const std::vector<WindowTap> all = window_taps(group_inputs_, kernel_h, kernel_w);
-  if (spmm_panel_vectors(variant) > kWidestWindow) {
-    throw std::invalid_argument("vectors=" + std::to_string(variant.vectors) +
-                                ", column_tiles=" + std::to_string(variant.column_tiles) +
-                                ": expected at most " + std::to_string(kWidestWindow) +
-                                " vectors in a panel");
+  if (group_inputs_ * strips().channel > std::numeric_limits<int32_t>::max() / 8) {
+    throw std::invalid_argument("width=" + std::to_string(window.in_w) + ": too large for " +
+                                std::to_string(group_inputs_) + " channels");
+  }
+  groups_.resize(static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g) pack_group(source, g, groups, variant);
+}
+
+void SparseConvWeight::pack_group(const BlockRows& source, int64_t g, int64_t groups,
+                                  const SpmmVariant& variant) {
+  const GroupRows part(source, g, groups);
+  const int64_t kernel_w = window_.kernel_w, taps = window_.kernel_h * kernel_w;
+  Group& group = groups_[static_cast<size_t>(g)];
+  SpmmPlaces places;
+  std::vector<int64_t> first_tap;  // of each channel that is used
+  for (const int32_t k : part.used()) {
+    const auto channel = static_cast<int32_t>(k / taps);
+    if (group.channels.empty() || group.channels.back() != channel) {
+      first_tap.push_back(static_cast<int64_t>(places.columns.size()));
+      group.channels.push_back(channel);
+    }
+    const int64_t at = (static_cast<int64_t>(group.channels.size()) - 1) * strips().channel +
+                       layout_.offset(k % taps / kernel_w, k % kernel_w);
+    places.columns.push_back(static_cast<int32_t>(4 * at));
+  }
+  first_tap.push_back(static_cast<int64_t>(places.columns.size()));
+  const auto count = static_cast<int64_t>(group.channels.size());
+  const int64_t slabs = std::clamp<int64_t>(variant.k_blocks, 1, std::max<int64_t>(count, 1));
+  const int64_t slab_floats = (count + slabs - 1) / slabs * strips().channel;
+  for (int64_t s = 0; s <= slabs; ++s) {
+    group.slab_channels.push_back(count * s / slabs);
+    places.slab_cols.push_back(first_tap[static_cast<size_t>(group.slab_channels.back())]);
+    // Slabs take turns in one place, where the zeros come behind the longest.
+    const int64_t zeros = group.slab_channels.back() * strips().channel + slab_floats;
+    if (s < slabs) places.zeros.push_back(static_cast<int32_t>(4 * zeros));
   }
   SpmmVariant gathered = variant;
   gathered.pack = 0;
-  const int64_t width = spmm_panel_vectors(variant) * active_table().lanes;
-  for (int64_t g = 0; g < groups; ++g) {
-    const GroupRows part(source, g, groups);
-    Group group;
-    group.weight = std::make_unique<SpmmWeight>(part.rows(), gathered, width, false,
-                                                SpmmWeight::Reads::kWindow);
-    for (const int32_t k : part.used()) group.taps.push_back(all[static_cast<size_t>(k)]);
-    groups_.push_back(std::move(group));
-  }
+  group.weight = std::make_unique<SpmmWeight>(part.rows(), gathered, places);
+  group.window = {&window_, &strips(), group.channels.data(), group.slab_channels.data(),
+                  slab_floats};
 }
 
 int64_t SparseConvWeight::nbytes() const {
   int64_t bytes = 0;
   for (const Group& group : groups_) {
-    bytes += group.weight->nbytes() + static_cast<int64_t>(group.taps.size() * sizeof(WindowTap));
+    bytes += group.weight->nbytes() +
+             static_cast<int64_t>(group.channels.size() * sizeof(int32_t) +
+                                  group.slab_channels.size() * sizeof(int64_t));
   }
   return bytes;
 }
 
 namespace {
 
-// One group as a product; `window` must outlive it.
-SpmmArgs group_product(const SparseConvArgs& args, int64_t g, SpmmWindow* window) {
+SpmmArgs group_product(const SparseConvArgs& args, int64_t g) {
   const SparseConvWeight& weight = *args.weight;
   const SparseConvWeight::Group& group = weight.groups()[static_cast<size_t>(g)];
   const int64_t row = g * weight.group_outputs();
   SpmmArgs product = args.product;
   product.weight = group.weight.get();
+  product.window = &group.window;
   product.x += g * weight.group_inputs() * product.ldx;
   product.y += row * product.ldy;
   if (product.bias) product.bias += row;
   if (product.residual) product.residual += row * product.ldr;
-  *window = {{args.window, args.taps->x.data(), args.taps->y.data(), nullptr, product.ldx,
-              args.x_end},
-             group.taps.data()};
-  product.window = window;
   return product;
 }
 
 }  // namespace
 
-void sparse_conv_check(const SparseConvArgs& args) {
-  SpmmWindow window;
-  spmm_check(group_product(args, 0, &window));
-}
+void sparse_conv_check(const SparseConvArgs& args) { spmm_check(group_product(args, 0)); }
 
 int64_t sparse_conv_task_count(const SparseConvArgs& args, int threads) {
-  SpmmWindow window;
   const int64_t groups = static_cast<int64_t>(args.weight->groups().size());
   const int64_t share = (threads + groups - 1) / groups;  // threads for each group
-  return groups * spmm_task_count(group_product(args, 0, &window), static_cast<int>(share));
+  return groups * spmm_task_count(group_product(args, 0), static_cast<int>(share));
 }
 
 void sparse_conv_run_task(const SparseConvArgs& args, int64_t task, int64_t tasks) {
-  SpmmWindow window;
   const int64_t each = tasks / static_cast<int64_t>(args.weight->groups().size());
-  spmm_run_task(group_product(args, task / each, &window), task % each, each);
+  spmm_run_task(group_product(args, task / each), task % each, each);
 }
 
 void sparse_conv_run(const SparseConvArgs& args, int threads) {

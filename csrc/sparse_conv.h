@@ -1,5 +1,5 @@
-// Sparse convolution: the sparse product of spmm.h on panels of the input gathered under each tap,
-// so that the unfolded image never exists. Taps that no row of the weight uses are left out.
+// Sparse convolution: the sparse product of spmm.h on strips of the input (strips.h), so that the
+// unfolded image never exists. Channels that no row of the weight uses are left out.
 #pragma once
 
 #include <memory>
@@ -7,30 +7,63 @@
 
 #include "layers_weights.h"
 #include "spmm.h"
+#include "strips.h"
 
 namespace aerogel {
 
+// How strips lie in scratch for one window, and where each tap reads them.
+class StripLayout {
+ public:
+  StripLayout(const Window& window, const SpmmVariant& variant, int64_t lanes);
+  StripLayout(const StripLayout&) = delete;
+  StripLayout& operator=(const StripLayout&) = delete;
+
+  const Strips& strips() const { return strips_; }
+  // Floats from the beginning of a channel's strips to what tap (ky, kx) reads.
+  int64_t offset(int64_t ky, int64_t kx) const {
+    return row_offsets_[static_cast<size_t>(ky)] + column_offsets_[static_cast<size_t>(kx)];
+  }
+
+ private:
+  void choose_panel(const Window& window, int64_t most, int64_t lanes);
+  void choose_phases(const Window& window);
+  int64_t least_pitch(const Window& window) const;
+
+  Strips strips_{};
+  std::vector<int32_t> row_phases_, column_phases_;
+  std::vector<int64_t> row_offsets_, column_offsets_;
+};
+
 // The packed weight of one convolution: [out][in / groups * kernel_h * kernel_w] rows in torch's
-// order. Independent of the size of the image. Immutable: threads share it.
+// order, for one size of image. Immutable: threads share it.
 class SparseConvWeight {
  public:
   // Throws std::invalid_argument for malformed input, or if blocks of rows cross groups.
-  SparseConvWeight(const BlockRows& source, int64_t groups, int64_t kernel_h, int64_t kernel_w,
+  SparseConvWeight(const BlockRows& source, int64_t groups, const Window& window,
                    const SpmmVariant& variant);
   SparseConvWeight(const SparseConvWeight&) = delete;
   SparseConvWeight& operator=(const SparseConvWeight&) = delete;
 
   struct Group {
     std::unique_ptr<SpmmWeight> weight;
-    std::vector<WindowTap> taps;  // of each column that is left; channels count within the group
+    std::vector<int32_t> channels;        // that some row uses, counted within the group
+    std::vector<int64_t> slab_channels;   // first of each slab, an index of `channels`
+    SpmmWindow window;
   };
   const std::vector<Group>& groups() const { return groups_; }
+  const Window& window() const { return window_; }
+  const Strips& strips() const { return layout_.strips(); }
   int64_t group_inputs() const { return group_inputs_; }
   int64_t group_outputs() const { return group_outputs_; }
   int64_t nbytes() const;
 
  private:
-  int64_t group_inputs_, group_outputs_;
+  void pack_group(const BlockRows& source, int64_t group, int64_t groups,
+                  const SpmmVariant& variant);
+
+  Window window_;
+  StripLayout layout_;
+  int64_t group_inputs_ = 0, group_outputs_ = 0;
   std::vector<Group> groups_;
 };
 
@@ -38,9 +71,6 @@ class SparseConvWeight {
 // are those of the first group.
 struct SparseConvArgs {
   const SparseConvWeight* weight = nullptr;
-  const Window* window = nullptr;
-  const Taps* taps = nullptr;
-  const float* x_end = nullptr;
   SpmmArgs product;
 };
 

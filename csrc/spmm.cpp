@@ -118,10 +118,10 @@ struct Span {
 
 class Packer {
  public:
-  Packer(const BlockRows& source, const SpmmVariant& variant, int64_t row_bytes,
+  Packer(const BlockRows& source, const SpmmVariant& variant, const std::vector<int32_t>& places,
          std::vector<SpmmRun>* runs, std::vector<int32_t>* rows, std::vector<int32_t>* sources,
          std::vector<int32_t>* offsets)
-      : source_(source), variant_(variant), row_bytes_(row_bytes), runs_(runs), rows_(rows),
+      : source_(source), variant_(variant), places_(places), runs_(runs), rows_(rows),
         sources_(sources), offsets_(offsets) {}
 
   // Tiles of about equal work that begin at multiples of kTileRows outputs.
@@ -145,9 +145,9 @@ class Packer {
     return spans;
   }
 
-  // zeros: the number of the row that padded steps read.
+  // zeros: the place of those that padded steps read.
   void pack_segment(Span tile, int64_t k_begin, int64_t k_end, bool keep_empty_rows,
-                    int64_t zeros) {
+                    int32_t zeros) {
     zeros_ = zeros;
     members_.clear();
     for (int64_t r = tile.first; r < tile.last; ++r) {
@@ -217,7 +217,7 @@ class Packer {
         const Member& member = members_[i + g];
         if (s >= member.count) {
           sources_->push_back(-1);
-          offsets_->push_back(static_cast<int32_t>(zeros_ * row_bytes_));
+          offsets_->push_back(zeros_);
           continue;
         }
         const int64_t value = value_of(source_, member.row, member.from + s);
@@ -226,8 +226,7 @@ class Packer {
           sources_->push_back(source_.order ? source_.order[number]
                                             : static_cast<int32_t>(number));
         }
-        offsets_->push_back(
-            static_cast<int32_t>(source_.columns[member.from + s] * row_bytes_));
+        offsets_->push_back(places_[static_cast<size_t>(source_.columns[member.from + s])]);
       }
     }
     sources_->resize((sources_->size() + 3) / 4 * 4);  // with value 0, which nothing multiplies
@@ -235,13 +234,13 @@ class Packer {
 
   const BlockRows& source_;
   const SpmmVariant& variant_;
-  int64_t row_bytes_;
+  const std::vector<int32_t>& places_;
   std::vector<SpmmRun>* runs_;
   std::vector<int32_t>* rows_;
   std::vector<int32_t>* sources_;
   std::vector<int32_t>* offsets_;
   std::vector<Member> members_;
-  int64_t zeros_ = 0;
+  int32_t zeros_ = 0;
 };
 
 void gather(const float* values, const std::vector<int32_t>& sources, float* to) {
@@ -252,21 +251,40 @@ void gather(const float* values, const std::vector<int32_t>& sources, float* to)
 }  // namespace
 
 SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
-                       bool updatable, Reads reads)
+                       bool updatable)
     : variant_(variant), kernels_(active_table().spmm), ldx_(variant.pack ? 0 : ldx),
       storage_(std::make_unique<Storage>()) {
   spmm_check_source(source);
-  check_variant(variant, source.block, variant.pack || reads == Reads::kWindow, *kernels_);
+  check_variant(variant, source.block, variant.pack, *kernels_);
   const int64_t row_floats = variant.pack ? variant.vectors * kernels_->lanes : ldx;
   if (row_floats < 1 || (source.cols + 2) * row_floats > std::numeric_limits<int32_t>::max() / 4) {
     fail(quoted("ldx", row_floats) + ": expected a positive stride whose " +
          std::to_string(source.cols) + " rows span less than 2 GiB");
   }
-  Storage& out = *storage_;
-  Packer packer(source, variant, row_floats * 4, &out.runs, &out.rows, &out.sources, &out.offsets);
+  SpmmPlaces places;
+  const auto row = [&](int64_t k) { return static_cast<int32_t>(k * row_floats * 4); };
+  for (int64_t k = 0; k < source.cols; ++k) places.columns.push_back(row(k));
   const int64_t slabs = std::clamp<int64_t>(variant.k_blocks, 1, std::max<int64_t>(source.cols, 1));
-  for (int64_t s = 0; s <= slabs; ++s) out.slab_cols.push_back(source.cols * s / slabs);
-  const int64_t longest = (source.cols + slabs - 1) / slabs;
+  for (int64_t s = 0; s <= slabs; ++s) places.slab_cols.push_back(source.cols * s / slabs);
+  places.zeros.assign(static_cast<size_t>(slabs), row(source.cols));
+  pack(source, places, updatable);
+}
+
+SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant,
+                       const SpmmPlaces& places)
+    : variant_(variant), kernels_(active_table().spmm), ldx_(0),
+      storage_(std::make_unique<Storage>()) {
+  spmm_check_source(source);
+  check_variant(variant, source.block, true, *kernels_);
+  pack(source, places, false);
+}
+
+void SpmmWeight::pack(const BlockRows& source, const SpmmPlaces& places, bool updatable) {
+  Storage& out = *storage_;
+  out.slab_cols = places.slab_cols;
+  const int64_t slabs = static_cast<int64_t>(places.slab_cols.size()) - 1;
+  Packer packer(source, variant_, places.columns, &out.runs, &out.rows, &out.sources,
+                &out.offsets);
   const auto mark = [&out] {
     out.segments.push_back({static_cast<int64_t>(out.runs.size()),
                             static_cast<int64_t>(out.rows.size()),
@@ -278,10 +296,8 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
                                                             : source.rows);
     for (int64_t s = 0; s < slabs; ++s) {
       mark();
-      // A window's slabs take turns in one place, where the zeros come behind the longest.
-      const int64_t zeros = reads == Reads::kWindow ? out.slab_cols[s] + longest : source.cols;
       packer.pack_segment(tile, out.slab_cols[s], out.slab_cols[s + 1], s == 0 || s == slabs - 1,
-                          zeros);
+                          places.zeros[static_cast<size_t>(s)]);
     }
   }
   mark();
@@ -292,8 +308,7 @@ SpmmWeight::SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int6
   out.offsets.resize(out.offsets.size() + kStreamSlack);
   stream_ = {out.runs.data(), out.rows.data(), out.weights.data(), out.offsets.data(),
              out.segments.data(), out.tile_rows.data(), out.slab_cols.data(),
-             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols,
-             longest};
+             static_cast<int64_t>(out.tile_rows.size()) - 1, slabs, source.rows, source.cols};
 }
 
 SpmmWeight::~SpmmWeight() = default;
@@ -318,6 +333,7 @@ namespace {
 
 // Panels of a whole number of vectors and nearly equal widths, at most the variant's.
 int64_t panel_count(const SpmmArgs& a) {
+  if (a.window) return a.window->strips->panels(*a.window->window);
   const int64_t lanes = a.weight->kernels().lanes;
   const int64_t vectors = (a.columns + lanes - 1) / lanes;
   const int64_t widest = spmm_panel_vectors(a.weight->variant());
@@ -335,13 +351,16 @@ Range panel_columns(const SpmmArgs& a, int64_t panel, int64_t panels) {
           std::min(a.columns, vectors * (panel + 1) / panels * lanes)};
 }
 
+// A slab of strips, zeros, and sums unless they go to the output at once.
+int64_t window_floats(const SpmmWindow& window, int64_t outputs) {
+  const Strips& s = *window.strips;
+  return window.slab_floats + s.grid() * (1 + (s.bare ? 0 : outputs)) + kLineFloats;
+}
+
 int64_t scratch_floats(const SpmmArgs& a) {
   const SpmmStream& s = a.weight->stream();
-  const int64_t width = spmm_panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
-  if (a.window) {
-    return (s.longest_slab + 1) * width + kScratchSlack + strip_floats(*a.window->input.window, width);
-  }
   if (!a.weight->variant().pack) return 0;
+  const int64_t width = spmm_panel_vectors(a.weight->variant()) * a.weight->kernels().lanes;
   int64_t rows = s.cols_total + 1;
   if (a.tokens) {
     int64_t tallest = 0;
@@ -361,15 +380,12 @@ void spmm_check(const SpmmArgs& a) {
   const bool pack = a.weight->variant().pack != 0;
   if (a.columns < 0 || a.batch < 0) fail("columns, batch: expected non-negative sizes");
   if (a.tokens && !pack) fail("tokens: expected a packing variant");
-  const SpmmVariant& v = a.weight->variant();
-  const int64_t read =
-      a.window ? spmm_panel_vectors(v) * a.weight->kernels().lanes : a.ldx;  // row by row
-  if (!pack && read != a.weight->ldx()) {
-    fail(quoted("ldx", read) + ": the weight was packed for " + std::to_string(a.weight->ldx()));
+  if (!pack && !a.window && a.ldx != a.weight->ldx()) {
+    fail(quoted("ldx", a.ldx) + ": the weight was packed for " + std::to_string(a.weight->ldx()));
   }
   if (a.window && (a.tokens || pack)) fail("window: expected planes and a weight read in place");
   const int64_t x_row = a.tokens   ? s.cols_total
-                        : a.window ? a.window->input.window->in_h * a.window->input.window->in_w
+                        : a.window ? a.window->window->in_h * a.window->window->in_w
                                    : a.columns;
   const int64_t y_row = a.tokens ? s.rows_total : a.columns;
   if (a.ldx < x_row) fail(quoted("ldx", a.ldx) + ": expected at least " + std::to_string(x_row));
@@ -400,10 +416,11 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   const SpmmWeight& weight = *a.weight;
   const int64_t panels = panel_count(a);
   const int64_t ranges = tasks / (a.batch * panels);
-  const int64_t range = task % ranges;
-  const int64_t panel = task / ranges % panels;
-  const int64_t image = task / ranges / panels;
-  const Range columns = panel_columns(a, panel, panels);
+  // Ranges of outputs vary slowest: a thread that takes neighbouring tasks makes whole channels.
+  const int64_t panel = task % panels;
+  const int64_t image = task / panels % a.batch;
+  const int64_t range = task / panels / a.batch;
+  const Range columns = a.window ? Range{0, 0} : panel_columns(a, panel, panels);
   SpmmPanel p;
   p.stream = &weight.stream();
   p.variant = &weight.variant();
@@ -411,11 +428,17 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   p.x = a.x + image * a.x_stride;
   p.y = a.y + image * a.y_stride;
   p.residual = a.residual ? a.residual + image * a.residual_stride : nullptr;
+  p.panel = panel;
   p.column = columns.begin;
   p.width = columns.end - columns.begin;
   p.tile_begin = weight.stream().tiles * range / ranges;
   p.tile_end = weight.stream().tiles * (range + 1) / ranges;
-  p.scratch = scratch.at_least(scratch_floats(a));
+  if (a.window) {
+    const int64_t* rows = weight.stream().tile_rows;
+    p.scratch = scratch.at_least(window_floats(*a.window, rows[p.tile_end] - rows[p.tile_begin]));
+  } else {
+    p.scratch = scratch.at_least(scratch_floats(a));
+  }
   weight.kernels().run_panel(p);
 }
 

@@ -11,6 +11,7 @@
 
 #include "epilogue.h"
 #include "layers.h"
+#include "strips.h"
 
 namespace aerogel {
 
@@ -69,21 +70,27 @@ struct SpmmStream {
   const int64_t* tile_rows;     // first output row of each tile, tiles + 1 entries
   const int64_t* slab_cols;     // first input feature of each slab, slabs + 1 entries
   int64_t tiles, slabs, rows_total, cols_total;
-  int64_t longest_slab;  // in input features
+};
+
+// Where a product finds its activations, slab by slab, in bytes from an origin that the caller sets
+// for each slab.
+struct SpmmPlaces {
+  std::vector<int32_t> columns;    // of every input feature
+  std::vector<int64_t> slab_cols;  // first input feature of each slab, slabs + 1 entries
+  std::vector<int32_t> zeros;      // of the zeros that padded steps read, for each slab
 };
 
 // One weight packed for one variant, one row stride and the instruction set active at the time.
 // Threads share it; only `update` changes it.
 class SpmmWeight {
  public:
-  enum class Reads { kRows, kWindow };
-
   // ldx: distance of activation rows in floats (ignored if the variant packs). updatable: keep the
-  // number of every value, for `update`. reads: rows of x, or what a window gathers slab by slab.
-  // Throws std::invalid_argument for malformed input or a row stride too large for 32-bit byte
-  // offsets.
+  // number of every value, for `update`. Throws std::invalid_argument for malformed input or a row
+  // stride too large for 32-bit byte offsets.
   SpmmWeight(const BlockRows& source, const SpmmVariant& variant, int64_t ldx,
-             bool updatable = false, Reads reads = Reads::kRows);
+             bool updatable = false);
+  // Activations that the caller puts into scratch.
+  SpmmWeight(const BlockRows& source, const SpmmVariant& variant, const SpmmPlaces& places);
   ~SpmmWeight();
   SpmmWeight(const SpmmWeight&) = delete;
   SpmmWeight& operator=(const SpmmWeight&) = delete;
@@ -100,6 +107,8 @@ class SpmmWeight {
 
  private:
   struct Storage;
+  void pack(const BlockRows& source, const SpmmPlaces& places, bool updatable);
+
   SpmmVariant variant_;
   const SpmmKernels* kernels_;
   int64_t ldx_;
@@ -107,12 +116,13 @@ class SpmmWeight {
   SpmmStream stream_{};
 };
 
-// Makes a product a convolution: instead of rows of x, each slab takes the input under these taps,
-// gathered into scratch. The weight is one that reads in place, and its row stride is the width of
-// the variant's widest panel.
+// Makes a product a convolution: instead of rows of x, each slab takes strips of these channels.
 struct SpmmWindow {
-  WindowInput input;      // x is set for each image
-  const WindowTap* taps;  // one per column of the weight
+  const Window* window;
+  const Strips* strips;
+  const int32_t* channels;       // of x, in the order of the strips
+  const int64_t* slab_channels;  // first of each slab, an index of `channels`, slabs + 1 entries
+  int64_t slab_floats;           // of the longest slab
 };
 
 struct SpmmArgs {
@@ -143,9 +153,6 @@ void spmm_run_task(const SpmmArgs& args, int64_t task, int64_t tasks);
 // All of it on `threads` threads.
 void spmm_run(const SpmmArgs& args, int threads);
 
-// Floats behind a gathered slab: gathering writes whole vectors.
-constexpr int64_t kScratchSlack = 16;
-
 __attribute__((always_inline)) constexpr int64_t spmm_panel_vectors(const SpmmVariant& v) {
   return static_cast<int64_t>(v.vectors) * v.column_tiles;
 }
@@ -158,7 +165,8 @@ struct SpmmPanel {
   const float* x;  // of this image
   float* y;
   const float* residual;
-  int64_t column, width;  // first column, number of columns
+  int64_t panel;          // its number
+  int64_t column, width;  // first column, number of columns (not of a window)
   int64_t tile_begin, tile_end;
   float* scratch;  // spmm_scratch_floats(...) floats, 64-byte aligned
 };

@@ -7,7 +7,6 @@
 // Reading order: one step -> one group of block rows -> one run of groups -> one panel. A panel is
 // one register tile wide, so that its activations stay in the first cache; where blocks of outputs
 // share every load, the second cache is near enough, and several tiles share the weights instead.
-#include "gather.inl"
 #include "kernels.h"
 #include "simd_math.h"
 #include "spmm.h"
@@ -21,7 +20,6 @@ constexpr int kMaxVectors = 12;
 // Single rows in lockstep: where one of them has brought a row of activations into the first cache,
 // others that want it soon follow. Tiles of 2 vectors (16 registers) or 3 (32) are left for each.
 constexpr int kLockstep = kRegisters == 32 ? 8 : 6;
-static_assert(kMaxVectors <= kWidestWindow);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
 
@@ -398,41 +396,13 @@ AEROGEL_INLINE void clear(float* row, int64_t floats) {
   for (int64_t j = 0; j < floats; j += kLanes) store(row + j, zero());
 }
 
-// A convolution: slab by slab, so that only one of them is in scratch, for all rows at a time. The
-// register tiles lie side by side there, so that the whole panel is gathered in one go.
-AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
-  const SpmmStream& s = *p.stream;
-  const SpmmArgs& a = *p.args;
-  const ColumnTiles tiles(p);
-  const int64_t stride = spmm_panel_vectors(*p.variant) * kLanes;
-  float* const strip = p.scratch + (s.longest_slab + 1) * stride + kScratchSlack;
-  WindowInput input = a.window->input;
-  input.x = p.x;
-  const WindowTap* const taps = a.window->taps;
-  PanelPrefetch ahead;
-  RunContext c{};
-  c.bias = a.bias;
-  c.tail = a.padded ? kLanes : (p.width - 1) % kLanes + 1;
-  c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
-  c.y = p.y + p.column;
-  c.ldy = a.ldy;
-  c.residual = p.residual ? p.residual + p.column : nullptr;
-  c.ldr = a.ldr;
-  for (int64_t slab = 0; slab < s.slabs; ++slab) {
-    const int64_t k_begin = s.slab_cols[slab], k_end = s.slab_cols[slab + 1];
-    gather_taps(input, {p.column, p.width}, taps + k_begin, taps + k_end, strip, p.scratch, stride);
-    clear(p.scratch + s.longest_slab * stride, stride);  // gathering may have written there
-    c.x = reinterpret_cast<const char*>(p.scratch - k_begin * stride);
-    c.first = slab == 0;
-    c.last = slab == s.slabs - 1;
-    for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
-      run_tiles(c, s, range * s.slabs + slab, tiles, {0, 0}, false, ahead);
-    }
-  }
-  if (!is_inline_activation(a.activation)) {
-    finish_rows(p, s.tile_rows[p.tile_begin], s.tile_rows[p.tile_end]);
-  }
-}
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA
+
+#include "spmm_window.inl"
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
 
 void run_panel(const SpmmPanel& p) {
   if (p.args->window) return run_window_panel(p);

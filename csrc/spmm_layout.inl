@@ -2,13 +2,17 @@
 // the columns of one register tile side by side. Token-major data is transposed on the way.
 #pragma once
 
-#include "gather.inl"
 #include "simd_math.h"
 #include "spmm.h"
 #include "transpose.inl"
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
+
+// Columns [first, first + width) of the activations.
+struct Columns {
+  int64_t first, width;
+};
 
 // Activation rows [k_begin, k_end) of these columns into scratch[k][stride]. Columns up to the next
 // whole vector are zeroed: the kernels load them.

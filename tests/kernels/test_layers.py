@@ -94,6 +94,38 @@ def test_dense_convolution_equals_torch(case: dict, activation: str) -> None:
     assert_close(got, expected)
 
 
+@st.composite
+def stems(draw: st.DrawFn) -> dict:
+    """Few channels on rows that fill their vectors: these run without a gathered panel."""
+    kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    stride = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    out = (draw(st.integers(1, 9)), draw(st.sampled_from((4, 7, 14, 16, 28, 47, 56))))
+    padding, size = [], []
+    for i in (0, 1):
+        need = (out[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
+        padding.append(draw(st.integers(0, min(5, (need - 1) // 2))))
+        size.append(need - 2 * padding[i] + draw(st.integers(0, stride[i] - 1)))
+    return {
+        "channels": draw(st.integers(1, 5)),
+        "out": draw(st.integers(1, 19)),
+        "size": tuple(size),
+        "kernel": kernel,
+        "geometry": (stride, tuple(padding), dilation),
+    }
+
+
+@PROPERTY
+@given(case=stems(), activation=st.sampled_from(("none", "relu", "relu6", "silu")))
+def test_convolution_of_few_channels_equals_torch(case: dict, activation: str) -> None:
+    x = seeded(2, case["channels"], *case["size"])
+    weight = seeded(case["out"], case["channels"], *case["kernel"], seed=1)
+    bias = seeded(case["out"], seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, *case["geometry"], 1, activation))
+    plain = F.conv2d(x, weight, bias, *case["geometry"])
+    assert_close(got, kernels.reference_activation(plain, activation))
+
+
 @PROPERTY
 @given(
     channels=st.integers(2, 9),
@@ -140,12 +172,27 @@ def test_convolutions_of_the_usual_networks_equal_torch(
     assert_close(got, F.conv2d(x, weight, bias, stride, kernel // 2))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_and_infinity_reach_the_outputs_that_see_them(stride: int) -> None:
+    x = seeded(1, 3, 33, 57)
+    x[0, 1, 7, 11], x[0, 2, 20, 56] = NAN, float("inf")
+    weight, bias = seeded(9, 3, 5, 5, seed=1), seeded(9, seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, stride, 2))
+    expected = F.conv2d(x, weight, bias, stride, 2)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize("groups", [1, 8])
 def test_residual_is_added_before_the_activation(groups: int) -> None:
     x = seeded(2, 8, 9, 9)
     weight, bias = seeded(8, 8 // groups, 3, 3, seed=1), seeded(8, seed=2)
     got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, 1, 1, 1, groups, "relu", residual=v))
     assert_close(got, F.relu(F.conv2d(x, weight, bias, 1, 1, 1, groups) + x))
+    wide = seeded(2, 8, 9, 28)
+    got = run_one(wide, lambda b, v: b.conv2d(v, weight, bias, 1, 1, 1, groups, "relu", residual=v))
+    assert_close(got, F.relu(F.conv2d(wide, weight, bias, 1, 1, 1, groups) + wide))
 
 
 @PROPERTY

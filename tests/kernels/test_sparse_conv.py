@@ -114,8 +114,8 @@ def test_any_geometry_matches_torch(
     if data.draw(st.booleans()):
         how["residual"] = torch.randn(shape)
     bias = [torch.randn(groups * outputs)] if data.draw(st.booleans()) else []
-    columns = shape[2] * shape[3]
-    offered = sparse_conv_variants(packed, columns, groups)
+    geometry = ConvGeometry.of(kernel, stride, padding, dilation, groups)
+    offered = sparse_conv_variants(packed, geometry, size)
     variant = data.draw(st.sampled_from([None, *offered, *legal_variants(block)]))
     threads = data.draw(st.integers(1, 3))
     got = sparse_conv2d(

@@ -217,8 +217,8 @@ class PlanBuilder:
             raise TypeError(f"weight: expected a BlockRowWeight, got {type(weight).__name__}")
         geometry = ConvGeometry.of(kernel_size, stride, padding, dilation, groups)
         if variant is None and native_available():
-            size = geometry.output_shape(weight, x.shape)[1:]
-            variant = sparse_conv_variants(weight, math.prod(size), groups, self.threads)[0]
+            geometry.output_shape(weight, x.shape)  # names what does not fit
+            variant = sparse_conv_variants(weight, geometry, x.shape[1:], self.threads)[0]
         layer = SparseConv2d(
             bias=_optional_bias(bias, weight.shape[0]),
             activation=_checked_activation(activation),

@@ -1,14 +1,14 @@
 """Convolution with sparse weights, any kernel, without unfolding the image.
 
 The weight is a packed matrix (out, in / groups * kh * kw), each row a flattened kernel:
-`BlockRowWeight.pack(conv.weight.flatten(1))`. Panels of columns are gathered into scratch that the
-caches hold, only under taps that some row uses, and multiplied as in `spmm`. Values that are not
-stored do not take part: infinities and NaN in `x` reach exactly the outputs whose row stores a tap
-over them.
+`BlockRowWeight.pack(conv.weight.flatten(1))`. For a panel of outputs the input rows it needs are
+copied once, with their padding, to scratch that the caches hold, and every tap reads them from its
+own offset; otherwise the product is that of `spmm`. Values that are not stored do not take part:
+infinities and NaN in `x` reach exactly the outputs whose row stores a tap over them.
 
 Reference: Elsen, Dukhan, Gale, Simonyan, Fast Sparse ConvNets, arXiv 1911.09723 (the product);
-Chellapilla, Puri, Simard, High Performance Convolutional Neural Networks for Document Processing,
-2006 (unfolding).
+Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning, arXiv 1608.01409 (taps
+as offsets).
 """
 
 from __future__ import annotations
@@ -211,11 +211,9 @@ def _prepare(
     if residual is not None:
         extra = row_strides(residual, columns, "channels")
     if variant is None:
-        variant = sparse_conv_variants(weight, columns, geometry.groups, threads)[0]
+        variant = sparse_conv_variants(weight, geometry, x.shape[2:], threads)[0]
     call = native().SparseConvCall(
-        native_conv_weight(weight, variant, geometry),
-        *x.shape[2:],
-        geometry.numbers,
+        native_conv_weight(weight, variant, geometry, x.shape[2:]),
         *source[:2],
         *extra[:2],
         *(batch, code, threads),
@@ -223,27 +221,30 @@ def _prepare(
     return PreparedCall(call, shape, source.copy, extra.copy)
 
 
-def native_conv_weight(weight: BlockRowWeight, variant: SpmmVariant, geometry: ConvGeometry) -> Any:
-    """The native streams of a weight for one variant and kernel; packed once, then kept.
+def native_conv_weight(
+    weight: BlockRowWeight, variant: SpmmVariant, geometry: ConvGeometry, size: Sequence[int]
+) -> Any:
+    """The native streams of a weight for one variant and size of image; packed once, then kept.
 
     Args:
         weight: float32 weight on the CPU that fits the geometry.
         variant: how it will be executed.
-        geometry: of which only the kernel and the groups matter.
+        geometry: the window.
+        size: height and width of the image.
 
     Returns:
         A `_native.SparseConvWeight`, immutable.
     """
     module = native()
-    kernel, groups = geometry.kernel, geometry.groups
     execution = variant._replace(pack=True)
-    key = ("conv", execution, kernel, groups, module.isa(), version(weight))
+    key = ("conv", execution, geometry, tuple(size), module.isa(), version(weight))
 
     def pack() -> Any:
         values, columns, row_ptr = native_arrays(weight)
         return module.sparse_conv_pack(
             *(part.data_ptr() for part in (values, columns, row_ptr)),
-            *(*weight.shape, weight.block, groups, *kernel),
+            *(*weight.shape, weight.block, geometry.groups, *size),
+            geometry.numbers,
             module.SpmmVariant(*execution),
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.window import ConvGeometry
 
 LAYOUTS = ("channels", "tokens")
 
@@ -75,7 +78,6 @@ _DENSE_LOCKSTEP = 0.15
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
 _TASKS = 8  # panels x tiles that keep a few threads busy
 _TILE_ROWS = 64
-_WIDEST_WINDOW = 48  # vectors of a gathered panel (csrc/layers.h)
 
 
 def spmm_variants(
@@ -147,64 +149,65 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
 
 
 # Register tiles worth trying for convolutions by lanes and block, as (groups, vectors, register
-# tiles in a panel), the likeliest first. Wide panels are gathered at up to half the cost a column.
-# From searches over ResNet-50's 3x3 layers at 90 % zeros (Zen 3 and 4).
-_WIDE_CONV_TILES = {
-    1: ((2, 8, 3), (1, 7, 2), (2, 12, 1)),
-    2: ((1, 12, 2), (2, 12, 3)),
-    4: ((1, 6, 3), (1, 6, 6)),
-}
+# tiles in a panel), the likeliest first: a cover of exhaustive searches over ResNet-50's 3x3 layers
+# at 90 % zeros (Zen 4 with either width). Higher panels copy less input at their borders.
 _CONV_TILES: dict[int, dict[int, tuple[tuple[int, int, int], ...]]] = {
     16: {
-        1: ((_LOCKSTEP, 3, 3), (1, 5, 3), (2, 7, 1), (_LOCKSTEP, 3, 6)),
-        2: ((2, 3, 3), (4, 3, 3)),
-        4: ((1, 4, 4), (1, 6, 3), (1, 3, 8)),
+        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (2, 8, 1)),
+        2: ((2, 2, 8), (4, 2, 8)),
+        4: ((1, 4, 8), (1, 5, 4)),
     },
     8: {
-        1: ((2, 5, 2), (1, 7, 2), (2, 6, 3), (2, 6, 1)),
-        2: ((1, 6, 2), (2, 3, 3)),
-        4: ((1, 3, 3), (1, 3, 6)),
+        1: ((1, 7, 3), (2, 6, 3), (1, 10, 1), (2, 5, 2)),
+        2: ((2, 2, 8), (1, 5, 6)),
+        4: ((1, 3, 8), (1, 3, 6)),
     },
-    4: _WIDE_CONV_TILES,
+    4: {
+        1: ((1, 12, 3), (2, 12, 1)),
+        2: ((1, 12, 3), (2, 6, 3)),
+        4: ((1, 6, 4), (1, 6, 8)),
+    },
 }
-# What a gathered slab may take: where rows in lockstep or blocks share loads, the second cache is
-# near enough.
-_CONV_SLAB_BYTES = {1: 64 << 10, 2: 128 << 10, 4: 256 << 10}
+# What a slab of strips may take: about a first-level cache, or more where rows in lockstep share
+# loads.
+_CONV_SLAB_BYTES = {1: 40 << 10, 2: 48 << 10, 4: 56 << 10}
 _LOCKSTEP_SLAB_BYTES = 128 << 10
 
 
 def sparse_conv_variants(
-    weight: BlockRowWeight, columns: int, groups: int = 1, threads: int | None = None
+    weight: BlockRowWeight,
+    geometry: ConvGeometry,
+    size: Sequence[int],
+    threads: int | None = None,
 ) -> list[SpmmVariant]:
     """The variants worth timing for a packed convolution, the likeliest first.
 
     Args:
         weight: packed (out, in / groups * kh * kw).
-        columns: pixels of one output image.
-        groups: of the convolution.
+        geometry: of the convolution.
+        size: height and width of an input image.
         threads: that will share the work; default `torch.get_num_threads()`.
 
     Returns:
         1 to 12 different variants; all of them pack.
     """
     module = native()
-    needed = max(1, -(-columns // module.lanes()))
-    rows = max(weight.shape[0] // groups, 1)
+    channels = weight.shape[1] // math.prod(geometry.kernel)
+    rows = max(weight.shape[0] // geometry.groups, 1)
     threads = torch.get_num_threads() if threads is None else threads
     found: dict[SpmmVariant, None] = {}
     for wanted_groups, wanted, side in _CONV_TILES[module.lanes()][weight.block]:
         tile_groups = wanted_groups or module.spmm_lockstep()
-        limit = min(wanted, module.spmm_max_vectors(tile_groups, weight.block))
-        vectors = -(-needed // -(-needed // limit))  # equal widths, none wider than needed
-        tiles = min(side, -(-needed // vectors), _WIDEST_WINDOW // vectors)
-        panels = groups * -(-needed // (tiles * vectors))
-        # No more than needed: every range of rows gathers its panel again.
-        row_tiles = min(-(-threads // panels), max(rows // _TILE_ROWS, 1))
-        slab_bytes = weight.shape[1] * tiles * vectors * module.lanes() * 4
+        vectors = min(wanted, module.spmm_max_vectors(tile_groups, weight.block))
+        whole = SpmmVariant(vectors, tile_groups, 1, 1, True, side)
+        panels, floats = module.sparse_conv_panels(
+            *size, geometry.numbers, module.SpmmVariant(*whole)
+        )
+        # No more than needed: every range of rows copies its panel's input again.
+        row_tiles = min(-(-threads // (panels * geometry.groups)), max(rows // _TILE_ROWS, 1))
         lockstep = wanted_groups == _LOCKSTEP
         budget = _LOCKSTEP_SLAB_BYTES if lockstep else _CONV_SLAB_BYTES[weight.block]
-        slabs = max(1, round(slab_bytes / budget))
+        slabs = max(1, round(4 * channels * floats / budget))
         for k_blocks in (slabs, 2 * slabs, max(slabs // 2, 1)):
-            variant = SpmmVariant(vectors, tile_groups, k_blocks, row_tiles, True, tiles)
-            found[variant] = None
+            found[whole._replace(k_blocks=k_blocks, row_tiles=row_tiles)] = None
     return list(found)

@@ -9,6 +9,7 @@ from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
 from aerogel.models.registry import create_model, list_models, model_config, register_model
+from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.vision import VisionModel
 
@@ -17,6 +18,7 @@ __all__ = [
     "EfficientNet",
     "MobileNetV1",
     "MobileNetV2",
+    "ResNet",
     "SentenceEncoder",
     "VisionModel",
     "create_model",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+Activation = str | Callable[[], nn.Module]
+
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -18,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_activation(act_layer: str | Callable[[], nn.Module]) -> nn.Module:
+def make_activation(act_layer: Activation) -> nn.Module:
     """An activation from its name or class.
 
     Raises:
@@ -39,7 +41,7 @@ def conv_norm_act(
     kernel_size: int = 1,
     stride: int = 1,
     groups: int = 1,
-    act_layer: str | Callable[[], nn.Module] = "relu6",
+    act_layer: Activation = "relu6",
 ) -> nn.Sequential:
     """Convolution without bias, batch norm, activation; names `0`, `1`, `2` as in torchvision."""
     padding = (kernel_size - 1) // 2

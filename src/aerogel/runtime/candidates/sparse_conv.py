@@ -79,7 +79,8 @@ def _geometry(layer: Layer) -> dict[str, Any]:
 def _variants(packed: kernels.BlockRowWeight, layer: Layer, threads: int | None) -> list[Any]:
     if kernels.reference_mode() or not kernels.native_available():
         return [None]
-    return list(kernels.sparse_conv_variants(packed, layer.columns, layer.groups, threads))
+    geometry = kernels.ConvGeometry.of(**_geometry(layer))
+    return list(kernels.sparse_conv_variants(packed, geometry, layer.input_shape[2:], threads))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
