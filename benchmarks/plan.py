@@ -1,24 +1,25 @@
-"""MobileNetV1 at 224 with 90 % of its 1x1 weights zero: one native plan against dense engines.
+"""MobileNetV1 at 224 with 90 % of its 1x1 weights zero: one native plan, step by step.
 
-    python benchmarks/plan.py [--sparsity 0.9] [--block 1|2|4] [--batch 1] [--threads 1]
+    python benchmarks/plan.py [--sparsity 0.9] [--block 1|2|4] [--batch 1] [--threads N] [--save]
 
-Engines are run in turn, round by round, in one process, so that a busy machine slows all of them
-alike; printed are medians and the median of the rounds' ratios. With one thread the time is the
-process's CPU time, which other processes do not enter; with several it is wall time.
+The plan, eager torch and ONNX Runtime take turns; see harness.py. The table holds the plan's steps
+with their speed and their share of the measured peak of multiply-adds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import harness
 from aerogel import kernels
 from aerogel.kernels import BlockRowWeight, Plan, PlanBuilder, SpmmVariant, Value
+from harness import OURS, Column, Contest, Figure, Findings, Setup
 
 IMAGE = (3, 224, 224)
 STEM = 32
@@ -124,83 +125,74 @@ def onnx_engine(network: nn.Module, image: Tensor, threads: int) -> Callable[[],
     return lambda: session.run(None, feed)
 
 
-def compare(engines: dict[str, Callable[[], object]], threads: int, rounds: int) -> None:
-    """Prints medians and ratios of interleaved rounds."""
-    clock = time.process_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds + 1):
-        for name, engine in engines.items():
-            begin = clock()
-            engine()
-            times[name].append(clock() - begin)
-    ours = times["aerogel"][1:]
-    print(f"{'engine':<14}{'median ms':>10}{'best ms':>9}{'aerogel is':>12}")
-    for name, all_seconds in times.items():
-        seconds = all_seconds[1:]
-        ratio = statistics.median(s / o for s, o in zip(seconds, ours, strict=True))
-        median = 1e3 * statistics.median(seconds)
-        print(f"{name:<14}{median:>10.2f}{1e3 * min(seconds):>9.2f}{ratio:>11.2f}x")
+COLUMNS = (
+    Column("name", "step"),
+    Column("output", "output"),
+    Column("us", "us", ".0f"),
+    Column("share", "of total", ".1%"),
+    Column("gflops", "GFLOP/s", ".1f"),
+    Column("fma_share", "of FMA peak", ".0%"),
+    Column("gbps", "GB/s", ".1f"),
+)
 
 
-def print_profile(plan: Plan, image: Tensor, threads: int) -> None:
-    """Prints seconds, speed and share of the measured FMA peak of every step."""
-    peak = kernels.roofline(threads).fma_gflops
-    rows = {row.name: row for row in plan.describe()}
+def profile(plan: Plan, image: Tensor, roof: kernels.Roofline) -> list[dict[str, Any]]:
+    """A row for every step of the plan."""
+    described = {row.name: row for row in plan.describe()}
     steps = plan.profile([image], repeats=15)
     total = sum(seconds for _, seconds in steps)
-    print(f"\npeak {peak:.0f} GF/s, arena {plan.arena_bytes / 2**20:.1f} MiB")
-    print(f"{'step':<16}{'output':>16}{'us':>8}{'%':>6}{'GF/s':>7}{'% peak':>8}{'GB/s':>7}")
-    by_kind: dict[str, float] = {}
+    rows = []
     for name, seconds in steps:
-        row = rows.get(name)
-        kind = name.split("_")[0]
-        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
-        share = f"{1e6 * seconds:>8.0f}{100 * seconds / total:>6.1f}"
-        if row is None:
-            print(f"{name:<16}{'':>16}{share}")
-            continue
-        speed = 1e-9 * row.flops * plan.batch / seconds
-        gbps = 1e-9 * row.bytes * plan.batch / seconds
-        output = "x".join(map(str, row.output_shape))
-        print(f"{name:<16}{output:>16}{share}{speed:>7.1f}{100 * speed / peak:>8.1f}{gbps:>7.1f}")
-    kinds = ", ".join(f"{kind} {1e3 * seconds:.2f}" for kind, seconds in by_kind.items())
-    print(f"total {1e3 * total:.2f} ms: {kinds}")
+        row: dict[str, Any] = {"name": name, "us": 1e6 * seconds, "share": seconds / total}
+        if (step := described.get(name)) is not None:
+            row["output"] = "x".join(map(str, step.output_shape))
+            row["gflops"] = 1e-9 * step.flops * plan.batch / seconds
+            row["fma_share"] = row["gflops"] / roof.fma_gflops
+            row["gbps"] = 1e-9 * step.bytes * plan.batch / seconds
+        rows.append(row)
+    return rows
 
 
-def main() -> None:
-    """Builds, checks, times."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--block", type=int, default=1, choices=(1, 2, 4))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only-plan", action="store_true", help="no other engines")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+def measure(setup: Setup) -> Findings:
+    args = setup.options
     network = make_network()
     prune(network, args.sparsity, args.block)
     image = torch.randn(args.batch, *IMAGE)
     plan = build_plan(network, args.batch, args.threads, args.block, tune(network, args, image))
+    calls: dict[str, Callable[[], object]] = {OURS: lambda: plan.run([image])}
+    notes = []
     with torch.inference_mode():
         expected = network(image)
         error = (plan.run([image])[0] - expected).abs().max() / expected.abs().max()
-        print(f"isa {kernels.isa()}, batch {args.batch}, threads {args.threads}")
-        print(f"sparsity {args.sparsity}, block {args.block}, relative error {error:.1e}")
         if not args.only_plan:
-            engines: dict[str, Callable[[], object]] = {
-                "aerogel": lambda: plan.run([image]),
-                "torch eager": lambda: network(image),
-            }
+            calls["torch eager"] = lambda: network(image)
             onnx = onnx_engine(network, image, args.threads)
             if onnx is None:
-                print("onnxruntime: not installed")
+                notes.append("ONNX Runtime is not installed (pip install 'aerogel[bench]').")
             else:
-                engines["onnxruntime"] = onnx
-            compare(engines, args.threads, args.rounds)
-    print_profile(plan, image, args.threads)
+                calls["onnxruntime"] = onnx
+        contest = Contest(calls)
+        harness.hold([contest], setup)
+    notes += [
+        f"Relative error of the outputs {error:.1e}; arena {plan.arena_bytes / 2**20:.1f} MiB; "
+        + ", ".join(f"{name} {1e3 * contest.seconds(name):.2f} ms" for name in calls)
+        + "."
+    ]
+    what = f"MobileNetV1, {args.sparsity:.0%} zeros in {args.block}x1, batch {args.batch}"
+    figures = [
+        Figure(what, contest.times_faster(name), f"x {name} dense")
+        for name in calls
+        if name != OURS
+    ]
+    return Findings(COLUMNS, profile(plan, image, setup.roof), figures, notes)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--block", type=int, default=1, choices=(1, 2, 4))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--only-plan", action="store_true", help="no other engines")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.run(__doc__, measure, options=add_options))
