@@ -175,6 +175,7 @@ class Figure:
         unit: What the value counts, e.g. "x the fastest dense call of torch".
         floor: What one thread must reach; none if there is no such promise.
         aim: Where it should be.
+        most: What it must not exceed.
     """
 
     name: str
@@ -182,11 +183,13 @@ class Figure:
     unit: str
     floor: float | None = None
     aim: float | None = None
+    most: float | None = None
 
     @property
     def missed(self) -> bool:
-        """Whether it is below its floor, or not a number."""
-        return self.floor is not None and not self.value >= self.floor
+        """Whether it is out of its bounds, or not a number where it has some."""
+        low = self.floor is not None and not self.value >= self.floor
+        return low or (self.most is not None and not self.value <= self.most)
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,14 @@ class Findings:
         rows: Dataclasses or dicts with plain JSON values.
         figures: The numbers that count.
         notes: Sentences a reader needs to judge them.
+        plots: Panels as `plot.svg` takes them.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Any]
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
+    plots: Sequence[Mapping[str, Any]] = ()
 
 
 def run(
@@ -251,7 +256,7 @@ def run(
         pages.save(record, Path(parsed.save))
     below = [f for f in record["figures"] if f["missed"]]
     for figure in below:
-        print(f"below its floor: {pages.figure_text(figure)}", file=sys.stderr)
+        print(f"out of bounds: {pages.figure_text(figure)}", file=sys.stderr)
     return 1 if below and parsed.check else 0
 
 
@@ -285,7 +290,7 @@ def _record(doc: str, findings: Findings, setup: Setup) -> dict[str, Any]:
     figures = []
     for figure in findings.figures:
         if setup.threads != 1:
-            figure = dataclasses.replace(figure, floor=None, aim=None)
+            figure = dataclasses.replace(figure, floor=None, aim=None, most=None)
         figures.append({**dataclasses.asdict(figure), "missed": figure.missed})
     return {
         "benchmark": Path(sys.argv[0]).stem,
@@ -299,6 +304,7 @@ def _record(doc: str, findings: Findings, setup: Setup) -> dict[str, Any]:
         "rows": [_plain(row) for row in findings.rows],
         "figures": figures,
         "notes": list(findings.notes),
+        "plots": list(findings.plots),
     }
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -35,7 +36,9 @@ def run(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str, v
         columns = (harness.Column("layer", "layer"), harness.Column("us", "us", ".1f"))
         rows = [{"layer": "a|b", "us": 12.34}]
         figure = harness.Figure("90% zeros", value, "x dense", floor=2.0, aim=4.0)
-        return harness.Findings(columns, rows, [figure], ["A remark."])
+        lines = {"a <b>": [(1, 10.0), (10, 95.0), (100, 1000.0)]}
+        panel = {"title": "cost", "x": "work", "y": "us", "lines": lines}
+        return harness.Findings(columns, rows, [figure], ["A remark."], [panel])
 
     return harness.run("Tiny: one layer.\n\nMore.", measure)
 
@@ -75,7 +78,7 @@ def test_a_slower_machine_half_way_does_not_change_the_ratio(harness) -> None:
 def test_check_fails_below_a_floor(harness, monkeypatch, capsys, value, arguments, code) -> None:
     assert run(harness, monkeypatch, *arguments, value=value) == code
     said = capsys.readouterr().err
-    assert ("below its floor: 90% zeros" in said) == (not value >= 2 and "2" not in arguments)
+    assert ("out of bounds: 90% zeros" in said) == (not value >= 2 and "2" not in arguments)
 
 
 def test_saved_results_make_pages_and_replace_only_their_own_kind(
@@ -95,8 +98,29 @@ def test_saved_results_make_pages_and_replace_only_their_own_kind(
     for part in ("| a\\|b | 12.3 |", "| 90% zeros | 5 | x dense | 2 | 4 |", "100 GFLOP/s",
                  "A remark.", "2 threads"):  # fmt: skip
         assert part in page
+    assert "![cost](tiny-2.svg)" in page
+    drawn = ElementTree.fromstring((tmp_path / "tiny-1.svg").read_text())
+    assert "a <b>" in [element.text for element in drawn.iter() if element.text]
     assert "[tiny](tiny.md) | 90% zeros | 5 |" in (tmp_path / "README.md").read_text()
     assert capsys.readouterr().out.count("A remark.") == 3
+
+
+def test_growth_is_read_off_the_points(harness, monkeypatch) -> None:
+    import scaling
+
+    assert scaling.fit([(n, 3.0 * n) for n in (1, 2, 5, 10)]) == pytest.approx((1, 1, 0))
+    exponent, r2, fixed = scaling.fit([(n, 5.0 + n) for n in (1, 2, 5, 10)])
+    assert exponent < 0.5
+    assert (r2, fixed) == pytest.approx((1, 1 / 3))
+    exponent, r2, _ = scaling.fit([(n, float(n) ** 2) for n in (1, 2, 5, 10)])
+    assert exponent == pytest.approx(2)
+    assert r2 < 0.98
+
+
+def test_what_must_not_grow_has_an_upper_bound(harness) -> None:
+    assert harness.Figure("a", 1.2, "exponent", most=1.1).missed
+    assert not harness.Figure("a", 0.9, "exponent", most=1.1).missed
+    assert harness.Figure("a", math.nan, "exponent", most=1.1).missed
 
 
 def test_json_is_all_there_is_on_stdout(harness, monkeypatch, capsys) -> None:

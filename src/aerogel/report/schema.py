@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,15 @@ class Latency(_Part):
             if r.median and weights in (None, r.weights) and (not skip or r.engine != skip)
         ]
         return min(rows, key=lambda r: r.median or math.inf, default=None)
+
+
+def times_faster(fast: EngineTime, slow: EngineTime) -> float | None:
+    """Median of the rounds' own ratios where rounds are known, else the ratio of medians."""
+    if len(fast.samples) == len(slow.samples) > 0:
+        return statistics.median(b / a for a, b in zip(fast.samples, slow.samples, strict=True))
+    if fast.ratio and slow.ratio == 1.0:
+        return fast.ratio
+    return slow.median / fast.median if fast.median and slow.median else None
 
 
 class Layer(_Part):
