@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
+BENCH_DIR ?= docs/benchmarks
+BENCHMARKS ?= spmm conv group_kernels networks sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize
@@ -15,7 +17,7 @@ help:
 	@echo "make test-sanitize  kernel tests under AddressSanitizer and UBSan"
 	@echo "make minilm         the longer example: a pretrained sentence encoder"
 	@echo "make reproduce      the slow evidence: every experiment, then docs/evidence.md"
-	@echo "make bench          kernel benchmarks against torch, in one process"
+	@echo "make bench          every benchmark; tables go to docs/benchmarks"
 	@echo "make dist           sdist and wheel in dist/"
 
 $(BIN)/python:
@@ -73,12 +75,10 @@ reproduce: setup
 docs: setup
 	$(BIN)/aerogel systems --into README.md
 
+# Every benchmark with one thread and with two; the tables go to docs/benchmarks.
 bench: setup
-	$(BIN)/python benchmarks/spmm.py
-	$(BIN)/python benchmarks/conv.py
-	$(BIN)/python benchmarks/group_kernels.py
-	$(BIN)/python benchmarks/networks.py
-	$(BIN)/python benchmarks/sparse_training.py
+	set -e; for threads in 1 2; do for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,8 +39,8 @@ from aerogel.models.mobilenet import V1_BLOCKS
 from aerogel.pruning.fast_sparse_convnets import block_patterns, select_pointwise
 from aerogel.sparsity import build_masks, compute_scores
 from aerogel.train.allocator import keep_freed_memory
-from plan import onnx_engine
-from spmm import Call, Timer, random_weight
+from harness import Call, Timer
+from spmm import random_weight
 
 STEM_CHANNELS, IMAGE = 32, 224
 # (sparsity, block) -> what the sum over the layers must reach on one thread.
@@ -168,7 +168,9 @@ def prune(model: nn.Module, sparsity: float, blocks: str | int) -> nn.Module:
     return model
 
 
-def dense_engines(model: nn.Module, x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+def dense_engines(
+    model: nn.Module, x: Tensor, threads: int, workspace: bench.Workspace
+) -> dict[str, Callable[[], object]]:
     """The folded dense network in torch and ONNX Runtime."""
     planes, last = folded(model), folded(model).to(memory_format=torch.channels_last)
     x_last = x.to(memory_format=torch.channels_last)
@@ -176,8 +178,10 @@ def dense_engines(model: nn.Module, x: Tensor, threads: int) -> dict[str, Callab
         "eager": lambda: planes(x),
         "eager, channels last": lambda: last(x_last),
     }
-    onnx = onnx_engine(planes, x, threads)
-    return engines | ({"onnxruntime": onnx} if onnx is not None else {})
+    peer = bench.OnnxRuntime()
+    if peer.available() is None:
+        engines[peer.name] = peer.prepare(planes, bench.Inputs.of(x), threads, workspace)
+    return engines
 
 
 def interleave(engines: dict[str, Call], threads: int, rounds: int) -> dict[str, list[float]]:
@@ -198,14 +202,15 @@ def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
     return statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True))
 
 
-def compare_networks(threads: int, rounds: int) -> list[str]:
+def compare_networks(threads: int, rounds: int, workspace: bench.Workspace) -> list[str]:
     """Prints a line for each network; returns what is below its floor."""
     missed = []
     for (name, sparsity, blocks), (eager_floor, onnx_floor) in NETWORKS.items():
         dense = network(name)
         x = torch.randn(1, *models.model_config(name)["input_size"])
         fast = runtime.sparsify_convs(prune(dense, sparsity, blocks), x, threads=threads)
-        engines = dense_engines(dense, x, threads) | {"aerogel": lambda fast=fast, x=x: fast(x)}
+        engines = dense_engines(dense, x, threads, workspace)
+        engines["aerogel"] = lambda fast=fast, x=x: fast(x)
         times = interleave(engines, threads, rounds)
         eager = min(ratio(times, each, "aerogel") for each in times if each.startswith("eager"))
         line = f"{name:16s} {sparsity:.0%} {blocks!s:8s}"
@@ -268,9 +273,9 @@ def main() -> int:
     with torch.inference_mode():
         if "layers" in options.parts:
             missed += compare_layers(Timer(options.threads, 1e-3), options.rounds)
-    with torch.no_grad():
+    with torch.no_grad(), bench.Workspace() as workspace:
         if "networks" in options.parts:
-            missed += compare_networks(options.threads, options.rounds)
+            missed += compare_networks(options.threads, options.rounds, workspace)
         if "rules" in options.parts:
             missed += compare_rules(options.threads, options.rounds)
     for miss in missed:

@@ -1,30 +1,22 @@
-"""Kernel groups (SparseByteNN) against dense torch, in one process: where few zeros already pay.
+"""Kernel groups (SparseByteNN) against dense torch: where few zeros already pay.
 
-    python benchmarks/group_kernels.py [--quick] [--json] [--threads N] [--check] [--only PART]
+    python benchmarks/group_kernels.py [--only PART] [--quick] [--json] [--threads N] [--check]
 
 Parts: the 1x1 layers of MobileNetV1 at 224 x 224 and their sum, the 3x3 layers of ResNet-50,
 depthwise layers whose kernels keep 4 of 9 taps, and MobileNetV1 as a whole, compiled dense and
 compiled sparse. Weights are normal numbers, pruned by `build_masks` with `KernelGroup` or
-`KernelPattern`; no activation is fused on either side of a layer.
-
-As in benchmarks/spmm.py: calls take turns, round by round, each with an untimed call first; ratios
-are taken in every round, and their medians printed, beside what the multiply-adds of the non-zeros
-would allow at the ceiling measured in the same process. Rounds are spread over several sweeps; the
-kernel's variant is chosen in the first sweep, in rounds of its own. Dense is the fastest of torch's
-calls. One thread is timed by its CPU time, several by the wall clock.
+`KernelPattern`; no activation is fused on either side of a layer. Dense is the fastest of torch's
+calls. How calls take turns: harness.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aerogel
+import harness
 from aerogel import kernels
 from aerogel.models import create_model
 from aerogel.pruning import GroupKernelConfig, group_kernel_prune
 from aerogel.sparsity import KernelGroup, KernelPattern, build_masks
-from aerogel.train.allocator import keep_freed_memory
-from spmm import Call, Timer
+from harness import OURS, Call, Column, Contest, Figure, Findings, Setup, Timer
 
 # (outputs, inputs, plane side, how often): every 1x1 layer of MobileNetV1 at 224 x 224.
 POINTWISE = (
@@ -55,83 +47,70 @@ POINTWISE = (
 SPATIAL = ((64, 56), (128, 28), (256, 14), (512, 7))
 # (channels, plane side): depthwise layers of MobileNetV1 at 224 x 224, stride 1.
 DEPTHWISE = ((128, 56), (256, 28), (512, 14), (1024, 7))
+GEOMETRY = kernels.ConvGeometry.of(3, padding=1)
 PATTERNS = tuple(itertools.product((0.3, 0.5, 0.7), (4, 8)))
 QUICK_PATTERNS = ((0.3, 4), (0.5, 4))
-# What one thread must reach, in times the fastest dense call.
+DENSE = "x the fastest dense call of torch"
+# What one thread must reach.
 POINTWISE_FLOORS = {(0.3, 4): 1.0, (0.5, 4): 1.3}
 SPATIAL_FLOORS = {(0.5, 4): 1.1}
 NETWORK_FLOORS = {(0.3, 4): 1.0}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One layer at one sparsity; times in microseconds."""
-
-    part: str
-    layer: str
-    sparsity: float
-    group: int
-    count: int
-    dense: str
-    dense_us: float
-    sparse_us: float
-    times_dense: float
-    gflops: float
-    fma_share: float
-    variant: tuple[int, ...]
+COLUMNS = (
+    Column("part", "part"),
+    Column("layer", "layer"),
+    Column("sparsity", "zeros", ".0%"),
+    Column("group", "G"),
+    Column("dense", "dense call"),
+    Column("dense_us", "dense us", ".0f"),
+    Column("sparse_us", "ours us", ".0f"),
+    Column("times_dense", "x dense", ".2f"),
+    Column("gflops", "GFLOP/s", ".1f"),
+    Column("fma_share", "of FMA peak", ".0%"),
+    Column("variant", "V G K T pack C"),
+)
 
 
-class Contest:
-    """A layer's calls and their times, gathered sweep by sweep."""
+class Case:
+    """A layer's contest, and the size of its work; the network has it `count` times."""
 
     def __init__(self, weight: Tensor, side: int, sparsity: float, group: int, count: int) -> None:
         rows, inputs, kernel = weight.shape[0], weight.shape[1], weight.shape[2]
         self.part = "1x1" if kernel == 1 else "3x3"
         self.layer = f"{inputs:4d} -> {rows:4d} @ {side}x{side}"
-        self.sparsity, self.group, self.count = sparsity, group, count
+        self.pattern, self.count = (sparsity, group), count
         mask = build_masks({"weight": weight}, 1.0 - sparsity, KernelGroup(group))["weight"]
         weight = weight * mask
         x, bias = torch.randn(1, inputs, side, side), torch.randn(rows)
         packed = kernels.BlockRowWeight.pack(weight.flatten(1), 4)
-        self.dense = dense_calls(x, weight, bias)
-        self.sparse = sparse_calls(x, packed, bias, kernel)
+        dense = dense_calls(x, weight, bias)
+        self.dense = tuple(dense)
+        self.contest = Contest(dense, sparse_calls(x, packed, bias, kernel))
         self.operations = 2 * packed.values.numel() * side * side
-        self.variant: tuple[int, ...] | None = None
-        self.times: dict[str, list[float]] = {name: [] for name in (*self.dense, "sparse")}
-
-    def sweep(self, timer: Timer, rounds: int) -> None:
-        """More rounds; the first sweep chooses the variant."""
-        if self.variant is None:
-            tuning = timer.rounds(self.sparse, max(3, rounds))
-            self.variant = min(tuning, key=lambda v: statistics.median(tuning[v]))
-        calls = {**self.dense, "sparse": self.sparse[self.variant]}
-        for name, seconds in timer.rounds(calls, rounds).items():
-            self.times[name] += seconds
 
     @property
-    def fastest_dense(self) -> str:
-        """Name of torch's fastest call."""
-        return min(self.dense, key=lambda name: statistics.median(self.times[name]))
+    def dense_times(self) -> list[float]:
+        """Of torch's fastest call."""
+        return self.contest.times[self.contest.fastest(self.dense)]
 
-    def row(self, roof: kernels.Roofline) -> Row:
-        """What was found."""
-        assert self.variant is not None
-        dense, sparse = self.times[self.fastest_dense], self.times["sparse"]
-        gflops = 1e-9 * self.operations / statistics.median(sparse)
-        return Row(
-            part=self.part,
-            layer=self.layer,
-            sparsity=self.sparsity,
-            group=self.group,
-            count=self.count,
-            dense=self.fastest_dense,
-            dense_us=1e6 * statistics.median(dense),
-            sparse_us=1e6 * statistics.median(sparse),
-            times_dense=statistics.median(d / s for d, s in zip(dense, sparse, strict=True)),
-            gflops=gflops,
-            fma_share=gflops / roof.fma_gflops,
-            variant=self.variant,
-        )
+    def row(self, roof: kernels.Roofline) -> dict[str, Any]:
+        """What was found; times in microseconds."""
+        dense = self.contest.fastest(self.dense)
+        gflops = 1e-9 * self.operations / self.contest.seconds()
+        return {
+            "part": self.part,
+            "layer": self.layer,
+            "sparsity": self.pattern[0],
+            "group": self.pattern[1],
+            "dense": dense,
+            "dense_us": 1e6 * self.contest.seconds(dense),
+            "sparse_us": 1e6 * self.contest.seconds(),
+            "times_dense": self.contest.times_faster(dense),
+            "gflops": gflops,
+            "fma_share": gflops / roof.fma_gflops,
+            "variant": self.contest.variant,
+        }
 
 
 def dense_calls(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
@@ -166,77 +145,56 @@ def sparse_calls(
     if kernel == 1:
         variants = kernels.spmm_variants(packed, columns)
     else:
-        variants = kernels.sparse_conv_variants(packed, columns)
+        variants = kernels.sparse_conv_variants(packed, GEOMETRY, x.shape[2:])
     return {tuple(variant): call(variant) for variant in variants}
 
 
-def contests_of(patterns: tuple[tuple[float, int], ...], only: str | None) -> Iterator[Contest]:
+def cases_of(patterns: tuple[tuple[float, int], ...], only: str | None) -> Iterator[Case]:
     """The layers of the parts wanted."""
     for pattern in patterns:
         if only in (None, "1x1"):
             for rows, inputs, side, count in POINTWISE:
-                yield Contest(torch.randn(rows, inputs, 1, 1), side, *pattern, count)
+                yield Case(torch.randn(rows, inputs, 1, 1), side, *pattern, count)
         if only in (None, "3x3"):
             for channels, side in SPATIAL:
-                yield Contest(torch.randn(channels, channels, 3, 3), side, *pattern, 1)
+                yield Case(torch.randn(channels, channels, 3, 3), side, *pattern, 1)
 
 
-def sums(contests: list[Contest], roof: kernels.Roofline) -> list[dict[str, Any]]:
+def layer_figures(cases: list[Case]) -> Iterator[Figure]:
     """1x1 layers together, as often as the network has them; 3x3 layers one by one."""
-    out = []
-    for pattern in dict.fromkeys((c.sparsity, c.group) for c in contests):
-        chosen = [c for c in contests if (c.sparsity, c.group) == pattern]
-        pointwise = [c for c in chosen if c.part == "1x1"]
+    for pattern in dict.fromkeys(case.pattern for case in cases):
+        chosen = [case for case in cases if case.pattern == pattern]
+        pointwise = [case for case in chosen if case.part == "1x1"]
         if pointwise:
-            out.append(_sum("sum of 1x1", pattern, pointwise, POINTWISE_FLOORS, roof))
-        for c in chosen:
-            if c.part == "3x3":
-                out.append(_sum(f"3x3 {c.layer}", pattern, [c], SPATIAL_FLOORS, roof))
-    return out
+            yield _figure("1x1 layers together", pattern, pointwise, POINTWISE_FLOORS)
+        for case in chosen:
+            if case.part == "3x3":
+                yield _figure(f"3x3, {case.layer.strip()}", pattern, [case], SPATIAL_FLOORS)
 
 
-def _sum(
-    name: str,
-    pattern: tuple[float, int],
-    contests: list[Contest],
-    floors: dict[tuple[float, int], float],
-    roof: kernels.Roofline,
-) -> dict[str, Any]:
-    rounds = range(len(contests[0].times["sparse"]))
-    dense = [sum(c.count * c.times[c.fastest_dense][i] for c in contests) for i in rounds]
-    ours = [sum(c.count * c.times["sparse"][i] for c in contests) for i in rounds]
-    ratio = statistics.median(d / s for d, s in zip(dense, ours, strict=True))
-    least = 1e-9 * sum(c.count * c.operations for c in contests) / roof.fma_gflops
-    return _entry(name, pattern, ratio, floors, statistics.median(dense) / least)
+def _figure(
+    name: str, pattern: tuple[float, int], cases: list[Case], floors: dict[tuple[float, int], float]
+) -> Figure:
+    rounds = range(len(cases[0].dense_times))
+    dense = [sum(case.count * case.dense_times[i] for case in cases) for i in rounds]
+    ours = [sum(case.count * case.contest.times[OURS][i] for case in cases) for i in rounds]
+    return Figure(_name(name, pattern), harness.ratio(dense, ours), DENSE, floors.get(pattern))
 
 
-def _entry(
-    name: str,
-    pattern: tuple[float, int],
-    ratio: float,
-    floors: dict[tuple[float, int], float],
-    limit: float | None = None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "sparsity": pattern[0],
-        "group": pattern[1],
-        "times_dense": ratio,
-        "limit": limit,
-        "floor": floors.get(pattern),
-    }
+def _name(name: str, pattern: tuple[float, int]) -> str:
+    return f"{name}, {pattern[0]:.0%} zeros, G = {pattern[1]}"
 
 
-def depthwise_entries(rounds: int, group: int = 4) -> list[dict[str, Any]]:
+def depthwise_figures(rounds: int, group: int = 4) -> Iterator[Figure]:
     """Skipping taps (a sparse convolution) against computing all of them, both inside a plan."""
-    out = []
     for channels, side in DEPTHWISE:
         x, pattern = torch.randn(1, channels, side, side), KernelPattern(group=group)
         weight = torch.randn(channels, 1, 3, 3)
         weight *= build_masks({"weight": weight}, None, pattern)["weight"]
         packed = kernels.BlockRowWeight.pack(weight.flatten(1), 1)
         plans = {"all": depthwise_plan(x, weight, None, None)}
-        for variant in kernels.sparse_conv_variants(packed, side * side, channels, 1):
+        geometry = GEOMETRY._replace(groups=channels)
+        for variant in kernels.sparse_conv_variants(packed, geometry, (side, side), 1):
             plans[str(tuple(variant))] = depthwise_plan(x, weight, packed, variant)
         times: dict[str, list[float]] = {name: [] for name in plans}
         for _ in range(rounds):
@@ -246,9 +204,8 @@ def depthwise_entries(rounds: int, group: int = 4) -> list[dict[str, Any]]:
         every = times.pop("all")
         best = min(times.values(), key=statistics.median)
         ratio = statistics.median(d / s for d, s in zip(every, best, strict=True))
-        name = f"depthwise {channels} @ {side}x{side}"
-        out.append(_entry(name, (1.0 - pattern.fixed_density, group), ratio, {}))
-    return out
+        name = _name(f"depthwise, {channels} @ {side}x{side}", (1.0 - pattern.fixed_density, group))
+        yield Figure(name, ratio, "x our dense depthwise kernel")
 
 
 def depthwise_plan(
@@ -276,9 +233,9 @@ def depthwise_plan(
     return builder.build()
 
 
-def network_entries(
+def network_figures(
     patterns: tuple[tuple[float, int], ...], threads: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> Iterator[Figure]:
     """MobileNetV1 at 224, batch 1: compiled with kernel groups against compiled dense."""
     image = torch.randn(1, 3, 224, 224)
     dense = create_model("mobilenet_v1").eval()
@@ -289,93 +246,30 @@ def network_entries(
         group_kernel_prune(sparse, config)
         compiled[pattern] = aerogel.compile(sparse, (image,), threads=threads)
     calls: dict[Any, Call] = {key: (lambda m=m: m(image)) for key, m in compiled.items()}
-    times = Timer(threads, 1e-3).rounds(calls, rounds)
-    out = []
+    times = Timer(threads).rounds(calls, rounds)
     for pattern in patterns:
-        pairs = zip(times[None], times[pattern], strict=True)
-        ratio = statistics.median(d / s for d, s in pairs)
-        out.append(_entry("mobilenet_v1, whole", pattern, ratio, NETWORK_FLOORS))
-    return out
+        ratio = harness.ratio(times[None], times[pattern])
+        name, floor = _name("mobilenet_v1, batch 1", pattern), NETWORK_FLOORS.get(pattern)
+        yield Figure(name, ratio, "x the dense network compiled alike", floor)
 
 
-HEADER = (
-    f"{'':3s} {'layer':22s} {'zeros':>5s} {'G':>2s} {'dense us':>20s} {'ours us':>8s} "
-    f"{'x dense':>7s} {'GFLOP/s':>7s} {'% FMA':>5s}  V G K T pack C"
-)
-
-
-def line(row: Row) -> str:
-    return (
-        f"{row.part:3s} {row.layer:22s} {row.sparsity:5.0%} {row.group:>2d} {row.dense:>12s}"
-        f"{row.dense_us:8.0f} {row.sparse_us:8.0f} {row.times_dense:7.2f} {row.gflops:7.1f} "
-        f"{row.fma_share:5.0%}  " + " ".join(str(int(v)) for v in row.variant)
-    )
-
-
-def print_table(rows: list[Row], found: list[dict[str, Any]], roof: kernels.Roofline) -> None:
-    print(f"torch {torch.__version__}, {roof.isa}, {roof.threads} thread(s)")
-    print(f"ceiling: {roof.fma_gflops:.0f} GFLOP/s\n")
-    if rows:
-        print("\n".join([HEADER, *map(line, rows), ""]))
-    print("times dense")
-    for entry in found:
-        floor = f"  (floor {entry['floor']})" if entry["floor"] else ""
-        limit = f" of {entry['limit']:.2f} at the ceiling" if entry["limit"] else ""
-        print(
-            f"{entry['name']:28s} {entry['sparsity']:.0%} G={entry['group']}: "
-            f"{entry['times_dense']:.2f}{limit}{floor}"
-        )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="a sweep")
-    parser.add_argument("--sweeps", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="G = 4 at 30 and 50 percent only")
-    parser.add_argument("--only", choices=("1x1", "3x3", "depthwise", "network"), help="one part")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--check", action="store_true", help="exit 1 below a floor (one thread)")
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = arguments()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    keep_freed_memory()
-    timer = Timer(options.threads, 1e-3)
-    roof = kernels.roofline(options.threads)
-    patterns = QUICK_PATTERNS if options.quick else PATTERNS
+def measure(setup: Setup) -> Findings:
+    patterns, only = QUICK_PATTERNS if setup.quick else PATTERNS, setup.options.only
+    rounds = setup.rounds * setup.sweeps
     with torch.inference_mode():
-        contests = list(contests_of(patterns, options.only))
-        for _ in range(options.sweeps):
-            for contest in contests:
-                contest.sweep(timer, options.rounds)
-    rows = [contest.row(roof) for contest in contests]
-    found, rounds = sums(contests, roof), options.sweeps * options.rounds
-    if options.only in (None, "depthwise"):
-        found += depthwise_entries(rounds)
-    if options.only in (None, "network"):
-        found += network_entries(patterns, options.threads, rounds)
-    if options.json:
-        result = {
-            "torch": torch.__version__,
-            "threads": options.threads,
-            "roofline": dataclasses.asdict(roof),
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "results": found,
-        }
-        print(json.dumps(result, indent=2))
-    else:
-        print_table(rows, found, roof)
-    missed = [e for e in found if e["floor"] and e["times_dense"] < e["floor"]]
-    below = missed if options.threads == 1 else []
-    for entry in below:
-        name = f"{entry['name']} {entry['sparsity']:.0%} G={entry['group']}"
-        print(f"below its floor: {name} {entry['times_dense']:.2f}", file=sys.stderr)
-    return 1 if below and options.check else 0
+        cases = list(cases_of(patterns, only))
+        harness.hold([case.contest for case in cases], setup)
+    figures = list(layer_figures(cases))
+    if only in (None, "depthwise"):
+        figures += depthwise_figures(rounds)
+    if only in (None, "network"):
+        figures += network_figures(patterns, setup.threads, rounds)
+    return Findings(COLUMNS, [case.row(setup.roof) for case in cases], figures)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", choices=("1x1", "3x3", "depthwise", "network"), help="one part")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, options=add_options))

@@ -1,12 +1,11 @@
-"""Whole sparse networks at 224 x 224 against dense engines, in one process.
+"""Whole sparse networks at 224 x 224 against dense engines.
 
-    python benchmarks/networks.py [NAME ...] [--threads N] [--rounds N] [--explain] [--json]
+    python benchmarks/networks.py [NAME ...] [--explain] [--quick] [--json] [--threads N] [--check]
 
 The networks have random weights of which the smallest in each pruned layer are zero, and batch
-norms with statistics of their own. All engines run the same network in turn, round by round, each
-after an untimed call of its own; a ratio is taken in every round, and the median of the ratios is
-printed with its quartiles. One thread is timed by the process's CPU time, which other processes do
-not enter; several by the wall clock. With several threads the network compiled for one runs too.
+norms with statistics of their own. All engines run the same network in turn (see harness.py), each
+sample one call after an untimed one. One thread is timed by the process's CPU time. With several
+threads the network compiled for one runs too.
 
 The limit is what the multiply-adds that are left would take at the measured peak.
 """
@@ -14,25 +13,39 @@ The limit is what the multiply-adds that are left would take at the measured pea
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import aerogel
-from aerogel import bench, kernels, models
-from aerogel.train.allocator import keep_freed_memory
+import harness
+from aerogel import bench, models
+from harness import Column, Figure, Findings, Setup
 
 OURS, ALONE, PEER = "aerogel", "aerogel, 1 thread", "onnxruntime"
 PEERS = (bench.TorchEager(), bench.TorchChannelsLast(), bench.OnnxRuntime(), bench.OpenVino())
 TWO_THREADS = 1.7  # times one thread, at least
+
+COLUMNS = (
+    Column("network", "network"),
+    Column("zeros", "zeros", ".0%"),
+    Column("block", "block"),
+    Column("batch", "batch"),
+    Column("engine", "engine"),
+    Column("ms", "ms", ".2f"),
+    Column("times", "ours is", ".2f"),
+    Column("low", "quartile", ".2f"),
+    Column("high", "quartile", ".2f"),
+    Column("of_limit", "of limit", ".0%"),
+    Column("error", "error", ".0e"),
+    Column("missing", "not run"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class Case:
     sparsity: float
     block: int
     floor: float
+    aim: float | None = None
 
     @property
     def name(self) -> str:
@@ -53,55 +67,14 @@ class Case:
 
 
 CASES = (
-    Case("mobilenet_v1", 1, 0.90, 1, 2.6),
-    Case("mobilenet_v1", 1, 0.90, 4, 3.0),
-    Case("mobilenet_v1", 16, 0.90, 1, 2.5),
-    Case("mobilenet_v2", 1, 0.85, 1, 2.0),
-    Case("resnet50", 1, 0.90, 1, 2.8),
+    Case("mobilenet_v1", 1, 0.90, 1, 2.6, 3.5),
+    Case("mobilenet_v1", 1, 0.90, 4, 3.0, 4.2),
+    Case("mobilenet_v1", 16, 0.90, 1, 2.5, 3.4),
+    Case("mobilenet_v2", 1, 0.85, 1, 2.0, 2.8),
+    Case("resnet50", 1, 0.90, 1, 2.8, 3.8),
     Case("resnet50", 1, 0.90, 4, 2.8),
-    Case("resnet50", 16, 0.90, 1, 2.8),
+    Case("resnet50", 16, 0.90, 1, 2.8, 3.8),
 )
-
-
-@dataclass
-class Result:
-    """Milliseconds of each engine, and how many times ours each of them takes."""
-
-    case: Case
-    limit_ms: float
-    error: float
-    runs_as: str
-    samples: dict[str, list[float]]
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def median_ms(self, engine: str) -> float:
-        return 1e3 * statistics.median(self.samples[engine])
-
-    def ratios(self, engine: str) -> tuple[float, float, float]:
-        """Quartiles, the median in the middle."""
-        pairs = zip(self.samples[engine], self.samples[OURS], strict=True)
-        low, middle, high = statistics.quantiles((t / o for t, o in pairs), method="inclusive")
-        return low, middle, high
-
-    def shortfalls(self) -> list[str]:
-        """What it does not reach, in words."""
-        wanted = {ALONE: TWO_THREADS} if ALONE in self.samples else {PEER: self.case.floor}
-        return [
-            f"{self.case.name}: {self.ratios(engine)[1]:.2f} x {engine}, expected {floor}"
-            for engine, floor in wanted.items()
-            if engine in self.samples and self.ratios(engine)[1] < floor
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **dataclasses.asdict(self.case),
-            "limit_ms": self.limit_ms,
-            "error": self.error,
-            "runs_as": self.runs_as,
-            "missing": self.missing,
-            "median_ms": {engine: self.median_ms(engine) for engine in self.samples},
-            "ratios": {engine: self.ratios(engine) for engine in self.samples},
-        }
 
 
 def make_network(case: Case) -> nn.Module:
@@ -144,14 +117,17 @@ def operations(network: nn.Module, images: Tensor) -> int:
     return total
 
 
-def run(case: Case, options: argparse.Namespace, workspace: bench.Workspace) -> Result:
-    """Compiles, checks and times one case."""
-    network, images = make_network(case), torch.randn(case.batch, 3, 224, 224)
-    compiled = aerogel.compile(network, images, threads=options.threads)
+def samples_of(
+    case: Case, setup: Setup, network: nn.Module, images: Tensor, workspace: bench.Workspace
+) -> tuple[dict[str, list[float]], dict[str, str], float]:
+    """Seconds of each engine in turn, why others are missing, and our relative error."""
+    compiled = aerogel.compile(network, images, threads=setup.threads)
+    if setup.options.explain:
+        print(f"\n{case.name}\n{compiled.explain()}\n", file=sys.stderr)
     expected = network(images)
     error = float((compiled(images) - expected).abs().max() / expected.abs().max())
     calls: dict[str, Callable[[], Any]] = {OURS: lambda: compiled(images)}
-    if options.threads > 1:
+    if setup.threads > 1:
         alone = aerogel.compile(network, images, threads=1)
         calls[ALONE] = lambda: alone(images)
     missing = {}
@@ -159,21 +135,16 @@ def run(case: Case, options: argparse.Namespace, workspace: bench.Workspace) -> 
         reason = engine.available()
         if reason is None:
             inputs = bench.Inputs.of(images)
-            calls[engine.name] = engine.prepare(network, inputs, options.threads, workspace)
+            calls[engine.name] = engine.prepare(network, inputs, setup.threads, workspace)
         else:
             missing[engine.name] = reason
-    if options.explain:
-        print(f"\n{compiled.explain()}\n")
-    peak = 1e9 * kernels.roofline(options.threads).fma_gflops
-    limit = 1e3 * operations(network, images) / peak
-    samples = take_turns(calls, options.threads, options.rounds)
-    return Result(case, limit, error, compiled.explain().chosen, samples, missing)
+    return take_turns(calls, setup.threads, setup.rounds * setup.sweeps), missing, error
 
 
 def take_turns(
     calls: dict[str, Callable[[], Any]], threads: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one a round."""
+    """Seconds of each call, one a round. Engines may use threads of their own: all are counted."""
     clock = time.process_time if threads == 1 else time.perf_counter
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -185,64 +156,69 @@ def take_turns(
     return samples
 
 
-def print_result(result: Result) -> None:
-    ours = result.median_ms(OURS)
-    print(
-        f"\n{result.case.name}, {result.case.sparsity:.0%} zeros: {ours:.2f} ms as "
-        f"{result.runs_as}, limit {result.limit_ms:.2f} ms ({result.limit_ms / ours:.0%}), "
-        f"relative error {result.error:.0e}, floor {result.case.floor} x {PEER}"
-    )
-    for engine in result.samples:
+def rows_of(
+    case: Case, samples: dict[str, list[float]], limit: float, error: float
+) -> list[dict[str, Any]]:
+    ours = samples[OURS]
+    rows = []
+    for engine, seconds in samples.items():
+        row: dict[str, Any] = {
+            "network": case.model,
+            "zeros": case.sparsity,
+            "block": f"{case.block}x1",
+            "batch": case.batch,
+            "engine": engine,
+            "ms": 1e3 * statistics.median(seconds),
+        }
         if engine == OURS:
-            continue
-        low, middle, high = result.ratios(engine)
-        median = result.median_ms(engine)
-        print(f"  {engine:<20s}{median:9.2f} ms  {middle:5.2f} x ours  ({low:.2f} to {high:.2f})")
-    for engine, reason in result.missing.items():
-        print(f"  {engine:<20s}missing: {reason}")
+            row |= {"of_limit": limit / statistics.median(ours), "error": error}
+        else:
+            ratios = [a / b for a, b in zip(seconds, ours, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, method="inclusive")
+            row |= {"times": middle, "low": low, "high": high}
+        rows.append(row)
+    return rows
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [case.name for case in CASES]
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(names)}")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--explain", action="store_true", help="print kernel and time by layer")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--check", action="store_true", help="exit 1 below a floor")
-    options = parser.parse_args()
-    unknown = set(options.names) - set(names)
-    if unknown:
-        parser.error(f"unknown {', '.join(sorted(unknown))}: expected of {', '.join(names)}")
-    return options
+def figures_of(case: Case, samples: dict[str, list[float]]) -> list[Figure]:
+    name = f"{case.model}, {case.sparsity:.0%} zeros in {case.block}x1, batch {case.batch}"
+    found = []
+    if PEER in samples:
+        times = harness.ratio(samples[PEER], samples[OURS])
+        found.append(Figure(name, times, f"x {PEER} (dense)", case.floor, case.aim))
+    if ALONE in samples:
+        times = harness.ratio(samples[ALONE], samples[OURS])
+        found.append(Figure(name, times, "x one thread", TWO_THREADS, threads=2))
+    return found
 
 
-def main() -> int:
-    options = arguments()
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
-    results = []
-    if not options.json:
-        print(f"torch {torch.__version__}, {kernels.isa()}, {options.threads} thread(s)")
+def measure(setup: Setup) -> Findings:
+    rows: list[dict[str, Any]] = []
+    figures: list[Figure] = []
+    wanted = setup.options.names or [case.name for case in CASES]
+    cases = [case for case in CASES if case.name in wanted][: 1 if setup.quick else None]
     with bench.Workspace() as workspace, torch.no_grad():
-        for case in CASES:
-            if options.names and case.name not in options.names:
-                continue
+        for case in cases:
             torch.manual_seed(0)
-            results.append(run(case, options, workspace))
-            if not options.json:
-                print_result(results[-1])
-    if options.json:
-        rows = [result.to_dict() for result in results]
-        print(
-            json.dumps({"threads": options.threads, "isa": kernels.isa(), "rows": rows}, indent=2)
-        )
-    missed = [text for result in results for text in result.shortfalls()]
-    for text in missed:
-        print(f"below its floor: {text}", file=sys.stderr)
-    return 1 if missed and options.check else 0
+            network, images = make_network(case), torch.randn(case.batch, 3, 224, 224)
+            samples, missing, error = samples_of(case, setup, network, images, workspace)
+            limit = 1e-9 * operations(network, images) / setup.roof.fma_gflops
+            rows += rows_of(case, samples, limit, error)
+            rows += [
+                {"network": case.model, "engine": engine, "missing": reason}
+                for engine, reason in missing.items()
+            ]
+            figures += figures_of(case, samples)
+    return Findings(COLUMNS, rows, figures)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = [case.name for case in CASES]
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", choices=[*names, []], help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--explain", action="store_true", help="print kernel and time by layer")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, rounds=3, quick_rounds=3, options=add_options))

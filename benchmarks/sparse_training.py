@@ -1,35 +1,28 @@
-"""Training steps on stored weights only against the same steps dense in torch, in one process.
+"""Training steps on stored weights only against the same steps dense in torch.
 
-    python benchmarks/sparse_training.py [--quick] [--json] [--threads N] [--check]
+    python benchmarks/sparse_training.py [--quick] [--json] [--threads N] [--check] [--save]
 
 A step is forward, backward and AdamW of a feed-forward block 768-3072-768 with GELU, and its input
-asks for a gradient, as inside a network. Dense and sparse steps take turns, phase by phase timed; a
-ratio is taken in every round, and the median of the ratios is printed. The sparse layers find their
-variants in untimed steps first. One thread is timed by its CPU time, several by the wall clock.
-Freed memory stays in the process, so that nobody's activations cost page faults.
+asks for a gradient, as inside a network. Dense and sparse steps take turns, phase by phase timed;
+see harness.py. The sparse layers find their variants in untimed steps first.
 
-Below every block, the three products of its first layer alone: milliseconds dense and sparse.
+Beside every block, the three products of its first layer alone: milliseconds dense and sparse.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aerogel import kernels
+import harness
 from aerogel.train import sparse_training
-from aerogel.train.allocator import keep_freed_memory
+from harness import Column, Figure, Findings, Setup, ratio
 
 WIDTH, HIDDEN = 768, 3072
 TOKENS = (256, 1024)
@@ -37,24 +30,18 @@ SPARSITIES = (0.8, 0.9, 0.95)
 WARM_UP = 30  # sparse steps: more than variants times tries
 PHASES = ("forward", "backward", "optimizer")
 PRODUCTS = ("output", "input gradient", "weight gradient")
-FLOOR = 2.0  # times dense at 90 % zeros on one thread
+FLOORS = {0.9: 2.0}  # times dense, by zeros
 
 Clock = Callable[[], float]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One block at one sparsity; times in milliseconds, shares of the step."""
-
-    tokens: int
-    sparsity: float
-    dense_ms: float
-    sparse_ms: float
-    times_dense: float
-    dense_shares: dict[str, float]
-    sparse_shares: dict[str, float]
-    dense_products_ms: dict[str, float]
-    sparse_products_ms: dict[str, float]
+COLUMNS = (
+    Column("tokens", "tokens"),
+    Column("sparsity", "zeros", ".0%"),
+    Column("dense_ms", "dense ms", ".1f"),
+    Column("sparse_ms", "ours ms", ".1f"),
+    Column("times_dense", "x dense", ".2f"),
+    *(Column(part, f"{part}, dense -> ours") for part in (*PHASES, *PRODUCTS)),
+)
 
 
 class Contestant:
@@ -115,90 +102,56 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
 
 
-def measure(tokens: int, sparsity: float, rounds: int, clock: Clock) -> Row:
+def measure_block(tokens: int, sparsity: float, rounds: int, clock: Clock) -> dict[str, Any]:
+    """A row: the whole step, its phases, and the first layer's products; milliseconds."""
     dense = block(sparsity)
     sparse = sparse_training(copy.deepcopy(dense))
     x = torch.randn(tokens, WIDTH)
-    contestants = [Contestant(model, x, clock) for model in (dense, sparse)]
+    contestants = {name: Contestant(model, x, clock)
+                   for name, model in (("dense", dense), ("ours", sparse))}  # fmt: skip
     for _ in range(WARM_UP):
-        contestants[1].step()
-    contestants[0].step()
-    steps: list[list[dict[str, float]]] = [[], []]
-    products: list[list[dict[str, float]]] = [[], []]
-    for _ in range(rounds):
-        for i, contestant in enumerate(contestants):
-            steps[i].append(contestant.step())
-    for _ in range(rounds):
-        for i, contestant in enumerate(contestants):
-            products[i].append(contestant.products())
-    sums = [[sum(step.values()) for step in of_one] for of_one in steps]
-    shares = []
-    for of_one in steps:
-        phases = medians(of_one)
-        shares.append({p: round(t / sum(phases.values()), 3) for p, t in phases.items()})
-    dense_products, sparse_products = (
-        {p: round(t, 2) for p, t in medians(r).items()} for r in products
-    )
-    return Row(
-        tokens=tokens,
-        sparsity=sparsity,
-        dense_ms=round(statistics.median(sums[0]), 2),
-        sparse_ms=round(statistics.median(sums[1]), 2),
-        times_dense=round(statistics.median(a / b for a, b in zip(*sums, strict=True)), 2),
-        dense_shares=shares[0],
-        sparse_shares=shares[1],
-        dense_products_ms=dense_products,
-        sparse_products_ms=sparse_products,
-    )
+        contestants["ours"].step()
+    contestants["dense"].step()
+    steps: dict[str, list[dict[str, float]]] = {"dense": [], "ours": []}
+    products: dict[str, list[dict[str, float]]] = {"dense": [], "ours": []}
+    for taken, what in ((steps, Contestant.step), (products, Contestant.products)):
+        for _ in range(rounds):
+            for name, contestant in contestants.items():
+                taken[name].append(what(contestant))
+    sums = {name: [sum(step.values()) for step in taken] for name, taken in steps.items()}
+    parts: dict[str, Any] = {}
+    for taken in (steps, products):
+        middle = {name: medians(of_one) for name, of_one in taken.items()}
+        for part in middle["ours"]:
+            parts[part] = " -> ".join(f"{middle[name][part]:.1f}" for name in ("dense", "ours"))
+    return {
+        "tokens": tokens,
+        "sparsity": sparsity,
+        "dense_ms": statistics.median(sums["dense"]),
+        "sparse_ms": statistics.median(sums["ours"]),
+        "times_dense": ratio(sums["dense"], sums["ours"]),
+        **parts,
+    }
 
 
-def show(row: Row) -> None:
-    def percent(shares: dict[str, float]) -> str:
-        return " / ".join(f"{share:.0%}" for share in shares.values())
-
-    products = "; ".join(
-        f"{p} {row.dense_products_ms[p]:.1f} -> {row.sparse_products_ms[p]:.1f}" for p in PRODUCTS
-    )
-    print(
-        f"{row.tokens:5d} tokens {row.sparsity:4.0%}: {row.times_dense:.2f} x dense "
-        f"({row.dense_ms:.1f} -> {row.sparse_ms:.1f} ms)\n"
-        f"    forward / backward / optimizer: dense {percent(row.dense_shares)}, "
-        f"sparse {percent(row.sparse_shares)}\n    {products}",
-        flush=True,
-    )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=None, help="default 11, quick 5")
-    parser.add_argument("--quick", action="store_true", help="256 tokens, fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--check", action="store_true", help="exit 1 below the floor (one thread)")
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
-    rounds = args.rounds or (5 if args.quick else 11)
-    rows = []
-    for tokens in TOKENS[:1] if args.quick else TOKENS:
-        for sparsity in SPARSITIES:
-            rows.append(measure(tokens, sparsity, rounds, clock))
-            if not args.json:
-                show(rows[-1])
-    if args.json:
-        facts: dict[str, Any] = {"isa": kernels.isa(), "threads": args.threads, "rounds": rounds}
-        print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
-    slow = [r for r in rows if r.sparsity == 0.9 and r.times_dense < FLOOR]
-    if args.check and args.threads == 1 and slow:
-        print(f"below {FLOOR} times dense: {slow}", file=sys.stderr)
-        return 1
-    return 0
+def measure(setup: Setup) -> Findings:
+    rounds = setup.rounds * setup.sweeps
+    rows = [
+        measure_block(tokens, sparsity, rounds, setup.timer.clock)
+        for tokens in (TOKENS[:1] if setup.quick else TOKENS)
+        for sparsity in SPARSITIES
+    ]
+    figures = [
+        Figure(
+            f"training step, {row['sparsity']:.0%} zeros, {row['tokens']} tokens",
+            row["times_dense"],
+            "x the dense step in torch",
+            FLOORS.get(row["sparsity"]),
+        )
+        for row in rows
+    ]
+    return Findings(COLUMNS, rows, figures)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, rounds=11, sweeps=1))

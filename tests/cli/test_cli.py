@@ -28,7 +28,7 @@ data: digits
 sparsity: 0.8
 dense: {epochs: 2, lr: 0.05, eval_samples: 0}
 prune: {epochs: 2, lr: 0.03, eval_samples: 0}
-measure: {engines: [torch eager], batches: [1], threads: [1], rounds: 3}
+measure: {engines: [torch eager], batches: [1], threads: [1], rounds: 3, isolate: false}
 """
 
 
@@ -97,12 +97,15 @@ def test_version() -> None:
         (["compress", "--sparsity", "1.0"], "--sparsity: sparsity = 1.0: expected less than 1"),
         (["compress", "--sparsity", "nan"], "--sparsity"),
         (["compress", "--pattern", "4y1"], "--pattern"),
-        (["compress", "--method", "magic"], "nearest: gradual-pruning"),
+        (["compress", "--method", "gradual-prune"], "nearest: gradual-pruning"),
         (["compress", "--recipe", "none.yaml"], "none.yaml: No such file"),
         (["compress", "a", "--model", "b"], "two models are given"),
         (["bench", "digits_mpl"], "nearest names: digits_mlp"),
         (["bench", "digits_mlp", "--sparsity", "1"], "sparsity = 1"),
-        (["bench", "digits_mlp", "--against", "tensorrt"], "--against"),
+        (["bench", "digits_mlp", "--against", "torch,tensorrt"], "--against"),
+        (["bench", "digits_mlp", "--batch", "1,x"], "batch = '1,x'"),
+        (["bench", "digits_mlp", "--batch", "0"], "--batch"),
+        (["bench", "digits_mlp", "--threads", "-1"], "threads = '-1'"),
         (["bench", "digits_mlp", "--shape", "3xx"], "shape = '3xx'"),
         (["report", "/nonexistent"], "no results.json"),
         (["systems", "--family", "cooking"], "there are pruning"),
@@ -189,15 +192,62 @@ def test_report_is_drawn_again_from_results(run_folder: Path) -> None:
     assert page.read_text() == before
 
 
-def test_bench_times_a_run_and_a_network(run_folder: Path) -> None:
-    quick = ["--against", "torch eager", "--rounds", "3", "--json"]
-    for name in (str(run_folder), "digits_mlp"):
-        done = aerogel("bench", name, *quick)
+def test_bench_times_a_run_and_a_network(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AEROGEL_DEEPSPARSE_PYTHON", raising=False)
+    page = tmp_path / "bench.html"
+    quick = ["--rounds", "3", "--json", "--plot", str(page), "--against", "torch,deepsparse"]
+    labels = ["torch eager (dense)", "torch eager (sparse)", "deepsparse (sparse)",
+              "aerogel (sparse)"]  # fmt: skip
+    for name, batches in ((str(run_folder), "1"), ("digits_mlp", "1,2")):
+        done = aerogel("bench", name, "--batch", batches, *quick)
         assert done.exit_code == 0, done.output
-        (found,) = json.loads(done.stdout)
-        labels = [row["label"] for row in found["latency"]["rows"]]
-        assert labels == ["torch eager (dense)", "torch eager (sparse)", "aerogel (sparse)"]
-        assert found["max_error"] < 1e-4
+        found = json.loads(done.stdout)
+        assert [str(one["latency"]["batch"]) for one in found] == batches.split(",")
+        for one in found:
+            rows = {row["label"]: row for row in one["latency"]["rows"]}
+            assert list(rows) == labels
+            assert "AEROGEL_DEEPSPARSE_PYTHON" in rows["deepsparse (sparse)"]["missing"]
+            assert rows["aerogel (sparse)"]["low"] <= rows["aerogel (sparse)"]["median"]
+            assert one["max_error"] < 1e-4
+            assert one["layers"]
+    assert "digits_mlp, 90% zeros" in page.read_text()
+    assert "latency-1" in page.read_text()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+def test_ctrl_c_ends_the_engines_of_bench() -> None:
+    command = [sys.executable, "-m", "aerogel", "bench", "digits_mlp", "--against", "torch"]
+    parent = subprocess.Popen(
+        [*command, "--rounds", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    end = time.monotonic() + 60
+    while len(children_of(parent.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    engines = children_of(parent.pid)
+    time.sleep(1)
+    parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130, said
+    assert "Traceback" not in said
+    assert len(engines) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in engines)
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_systems_lists_the_manifest() -> None:

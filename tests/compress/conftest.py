@@ -19,7 +19,7 @@ schedule: {updates: 8}
 distillation: {weight: 0.3}
 dense: {epochs: 4, batch_size: 32, lr: 0.05, eval_samples: 100}
 prune: {epochs: 4, batch_size: 32, optimizer: adamw, lr: 0.003, eval_samples: 100}
-measure: {engines: [torch eager], batches: [1], threads: [1], rounds: 3}
+measure: {engines: [torch eager], batches: [1], threads: [1], rounds: 3, isolate: false}
 """
 
 

@@ -200,11 +200,11 @@ def test_weights_that_a_pattern_does_not_fit_stay_dense() -> None:
 
 @pytest.mark.parametrize(("pattern", "zeros"), [("unstructured", 0.9), ("4x1", 0.9), ("2:4", 0.5)])
 def test_random_zeros_have_the_sparsity_asked_for(pattern: str, zeros: float) -> None:
-    dense, sparse, example = random_networks("digits_mlp", zeros, pattern)
-    weight = sparse.features[0].weight
+    pair, example = random_networks("digits_mlp", zeros, pattern)
+    weight = pair.sparse.features[0].weight
     assert float((weight == 0).float().mean()) == pytest.approx(zeros, abs=0.01)
-    assert bool((dense.features[0].weight != 0).all())
-    assert dense(*example(3)).shape == (3, 10)
+    assert bool((pair.dense.features[0].weight != 0).all())
+    assert pair.dense(*example(3)).shape == (3, 10)
 
 
 @pytest.mark.usefixtures("in_this_folder")

@@ -152,6 +152,19 @@ def test_a_run_whose_own_measurement_fails_can_be_finished_later(
     assert [row.missing for row in results.latency[0].rows if row.engine == "aerogel"] == [None]
 
 
+def test_engines_with_a_process_each_measure_the_same_networks(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """The networks that the engines' processes build are those of the run's files."""
+    apart = {"measure.isolate": True, "measure.threads": [1, 2]}
+    results = compress.run(compress.load_recipe(tiny_recipe, apart), tmp_path / "apart")
+    assert results is not None
+    assert [latency.threads for latency in results.latency] == [1, 2]
+    for latency in results.latency:
+        assert [row.missing for row in latency.rows] == [None] * 3
+        assert all(row.max_error is not None and row.max_error < 1e-4 for row in latency.rows)
+
+
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
     # Without --multi_gpu, accelerate starts one process on a machine that has no GPU.

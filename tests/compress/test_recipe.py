@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from aerogel import bench, train
 from aerogel.compress import RecipeError, builtin_recipes, load_recipe
-from aerogel.compress.recipe import ENGINES, Recipe, Training
+from aerogel.compress.recipe import (
+    ENGINE_ALIASES,
+    ENGINES,
+    SPARSE_ENGINES,
+    Measurement,
+    Recipe,
+    Training,
+)
 from aerogel.compress.sources import parse_yaml
 
 
@@ -34,7 +41,7 @@ def _file(tmp_path: Path, text: str) -> Path:
         ("dense: {lr: 0.1, batch_size: 0}\n", "1:30", "greater than or equal to 1"),
         ("method: gradul-pruning\n", "1:9", "nearest: gradual-pruning"),
         ("pattern: 4y1\n", "1:10", "4y1"),
-        ("measure:\n  engines: [torch, openvno]\n", "2:12", "nearest: torch eager"),
+        ("measure:\n  engines: [torch, openvno]\n", "2:12", "nearest: openvino"),
         ("base: dmo\n", "1:7", "nearest: demo"),
         ("prune: {epochs: 0}\n", "1:8", "pruning needs training steps"),
         ("sparsity: 0.9\npattern: 2:4\n", "1:11", "contradicts pattern = '2:4', which means 0.5"),
@@ -142,6 +149,12 @@ def test_training_fields_are_those_of_the_training_loop() -> None:
 
 def test_engines_are_those_that_bench_knows() -> None:
     assert tuple(engine.name for engine in bench.DENSE_ENGINES) == ENGINES
+    assert tuple(engine.name for engine in bench.SPARSE_ENGINES) == SPARSE_ENGINES
+    aliases = {alias: e.name for e in bench.ENGINES for alias in getattr(e, "aliases", ())}
+    assert aliases == ENGINE_ALIASES
+    assert Measurement(engines=["torch", "compile", "torch"]).engines == [
+        "torch eager", "torch.compile",
+    ]  # fmt: skip
 
 
 @given(

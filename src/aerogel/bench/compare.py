@@ -1,102 +1,49 @@
-"""Compare engines so that the ratios mean something.
+"""Compare engines so that the ratios mean something: all see the same rounds (see `rounds`).
 
-All contenders live in one process and are timed in interleaved rounds, so that a machine that
-slows down slows all of them. A round takes one sample of each, in an order that rotates; a sample
-is as many calls as fill a few milliseconds, after one call that is not counted, which wakes the
-engine's threads and fetches its weights. Reported are medians and quartiles over rounds, and for
-ratios the median of the rounds' own ratios, which drift leaves alone. Before anything is timed,
-each contender's outputs are compared to eager PyTorch's; wrong outputs are not ranked.
+    table = compare(lineup(dense, sparse), example, threads=1)
+
+Everything runs in this process, which is what modules just trained, closures and notebooks need.
+Given `Workers`, each engine has a process of its own instead, and one of them works at a time.
 """
 
 from __future__ import annotations
 
 import gc
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.bench.engines import (
-    DENSE_ENGINES,
-    Aerogel,
-    Call,
-    Engine,
-    Example,
-    Inputs,
-    NotApplicable,
-    TorchEager,
-    Workspace,
-    output_tensors,
-    plain_copy,
-)
-from aerogel.bench.table import BenchRow, BenchTable
+from aerogel.bench import rounds as turns
+from aerogel.bench import worker
+from aerogel.bench.engines import TorchEager, Workspace, plain_copy
+from aerogel.bench.field import Contender
+from aerogel.bench.inputs import Call, Example, Inputs, output_tensors
+from aerogel.bench.processes import Workers
+from aerogel.bench.rounds import Clock, Entrant, Progress
+from aerogel.bench.table import BenchTable
 
-Weights = Literal["dense", "sparse"]
-
-# A sample shorter than this would measure the clock and the scheduler.
-SAMPLE_SECONDS = 0.01
-WARM_UP_SECONDS = 0.2
-MAX_CALLS = 10_000
 # Idle OpenMP threads of the previous engine spin for about a millisecond before they sleep.
 SETTLE_SECONDS = 0.002
-TOLERANCE = 1e-3
 
-
-@dataclass(frozen=True)
-class Contender:
-    """One engine with one network's weights."""
-
-    engine: Engine
-    model: nn.Module
-    weights: Weights = "dense"
-
-    @property
-    def label(self) -> str:
-        """What the table calls it."""
-        return f"{self.engine.name} ({self.weights})"
-
-
-def lineup(
-    dense: nn.Module | None = None,
-    sparse: nn.Module | None = None,
-    *,
-    engines: Sequence[Engine] = DENSE_ENGINES,
-    sparse_engines: Sequence[Engine] = (TorchEager(), Aerogel()),
-) -> list[Contender]:
-    """The usual field: dense weights on every engine, sparse weights on aerogel.
-
-    Args:
-        dense: The network before pruning.
-        sparse: The network after pruning, masks on or baked.
-        engines: Those that run the dense weights.
-        sparse_engines: Those that run the sparse weights. Eager torch is among them by default,
-            to show what zeros alone buy.
-
-    Returns:
-        Contenders, in the order in which the table lists them.
-    """
-    field = [Contender(e, dense, "dense") for e in engines] if dense is not None else []
-    if sparse is not None:
-        field += [Contender(e, sparse, "sparse") for e in sparse_engines]
-    return field
+Entries = Sequence[Contender] | Mapping[str, Contender | nn.Module | Callable[..., Any]]
 
 
 def compare(
-    entries: Sequence[Contender] | Mapping[str, Contender | nn.Module | Callable[..., Any]],
+    entries: Entries,
     example_inputs: Example,
     *,
     threads: int | None = None,
     rounds: int = 20,
     baseline: str | None = None,
-    tolerance: float = TOLERANCE,
-    sample_seconds: float = SAMPLE_SECONDS,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    tolerance: float = turns.TOLERANCE,
+    sample_seconds: float = turns.SAMPLE_SECONDS,
+    clock: Clock = "wall",
+    workers: Workers | None = None,
+    on_progress: Progress | None = None,
 ) -> BenchTable:
     """Time contenders against each other on one input.
 
@@ -109,6 +56,9 @@ def compare(
         baseline: Label the ratios refer to; default the first eager torch on dense weights.
         tolerance: Largest error of outputs, relative to the largest output, that is still ranked.
         sample_seconds: How long one sample lasts at least.
+        clock: "wall", or "cpu" for the engine's process's own time, which a busy machine does not
+            enter. It means something with one thread only.
+        workers: Gives each engine a process of its own. Contenders then need a `source`.
         on_progress: Called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -123,31 +73,22 @@ def compare(
             f"threads={threads} and rounds={rounds} must be at least 1 and 3, "
             f"sample_seconds={sample_seconds} positive"
         )
-    inputs = Inputs.of(example_inputs)
-    named = _named(entries)
+    inputs, named = Inputs.of(example_inputs), _named(entries)
     if baseline is not None and baseline not in named:
         raise ValueError(f"baseline={baseline!r} is not one of {', '.join(named)}")
     report = on_progress or (lambda what, done, total: None)
+    total = len(named) + rounds
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
-        workspace = stack.enter_context(Workspace())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        prepared = _prepare(named, inputs, threads, workspace, tolerance, report, rounds)
-        running = {label: p for label, p in prepared.items() if p.call is not None}
-        samples = _time(running, rounds, sample_seconds, report, len(named))
-    chosen = baseline or _default_baseline(named, running)
-    rows = [_row(label, prepared[label], samples, chosen) for label in named]
-    return BenchTable(threads, inputs.batch, rounds, chosen or "", rows)
-
-
-@dataclass
-class _Prepared:
-    engine: str
-    weights: Weights
-    call: Call | None = None
-    missing: str | None = None
-    error: float | None = None
+        workspace = stack.enter_context(_quiet_process(threads))
+        entrants = _enter(named, _Networks(inputs, threads, workspace), workers, tolerance,
+                          lambda what, done: report(what, done, total))  # fmt: skip
+        running = [entrant for entrant in entrants if entrant.running]
+        turns.take(running, rounds, sample_seconds,
+                   lambda what, done: report(what, len(named) + done, total))  # fmt: skip
+    chosen = baseline or turns.default_baseline(entrants) or ""
+    against = next((entrant for entrant in entrants if entrant.label == chosen), None)
+    rows = [turns.row_of(entrant, against, clock) for entrant in entrants]
+    return BenchTable(threads, inputs.batch, rounds, chosen, rows)
 
 
 class _Callable:
@@ -185,148 +126,95 @@ def _contender(label: str, entry: Any) -> Contender:
     raise TypeError(f"entries[{label!r}] is a {type(entry).__name__}, not a contender or callable")
 
 
-def _prepare(
-    named: dict[str, Contender],
-    inputs: Inputs,
-    threads: int,
-    workspace: Workspace,
-    tolerance: float,
-    report: Callable[[str, int, int], None],
-    rounds: int,
-) -> dict[str, _Prepared]:
-    copies: dict[int, nn.Module] = {}
-    references: dict[int, list[Tensor]] = {}
-    prepared = {}
-    for step, (label, entry) in enumerate(named.items()):
-        report(f"preparing {label}", step, len(named) + rounds)
-        one = prepared[label] = _Prepared(entry.engine.name, entry.weights)
-        one.missing = entry.engine.available()
-        if one.missing:
-            continue
-        key = id(entry.model)
-        try:
-            if key not in copies:
-                copies[key] = plain_copy(entry.model)
-            model = copies[key]
-            call = entry.engine.prepare(model, inputs, threads, workspace)
-            outputs = [t.clone() for t in output_tensors(call())]
-        except NotApplicable as reason:
-            one.missing = str(reason)
-            continue
-        except Exception as error:  # an engine's failure is a result, not the end of the others
-            one.missing = f"{type(error).__name__}: {_first_line(error)}"
-            continue
+class _Networks:
+    """The networks of a comparison with what belongs to them: plain copies and eager outputs."""
+
+    def __init__(self, inputs: Inputs, threads: int, workspace: Workspace) -> None:
+        self.inputs, self.threads, self.workspace = inputs, threads, workspace
+        self._copies: dict[int, nn.Module] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """A copy with masks baked in, the same one for everybody."""
+        return self._copies.setdefault(id(model), plain_copy(model))
+
+    def expected(self, entry: Contender, outputs: list[Tensor]) -> list[Tensor]:
+        """What eager torch gives; callables are compared with the first of them."""
         if isinstance(entry.engine, _Callable):
-            key = -1  # they are compared to each other
-        elif key not in references:
-            references[key] = output_tensors(model(*inputs.args, **inputs.kwargs))
-        one.error = _error(outputs, references.setdefault(key, outputs))
-        if one.error > tolerance or math.isnan(one.error):
-            one.missing = f"its outputs are wrong: relative error {one.error:.1e}"
+            return self._outputs.setdefault(-1, outputs)
+        key = id(entry.model)
+        if key not in self._outputs:
+            found = self.plain(entry.model)(*self.inputs.args, **self.inputs.kwargs)
+            self._outputs[key] = output_tensors(found)
+        return self._outputs[key]
+
+
+class _Local:
+    """A contender in this process."""
+
+    def __init__(self, entry: Contender, networks: _Networks) -> None:
+        self._entry, self._networks = entry, networks
+        self._call: Call = lambda: None
+
+    def prepare(self) -> tuple[list[Tensor], dict[str, Any]]:
+        among, model = self._networks, self._networks.plain(self._entry.model)
+        call = self._entry.engine.prepare(model, among.inputs, among.threads, among.workspace)
+        outputs = [tensor.clone() for tensor in output_tensors(call())]
+        self._call = call
+        return outputs, call.facts() if hasattr(call, "facts") else {}
+
+    def calibrate(self, seconds: float, warm_up: float) -> int:
+        return worker.calibrate(self._call, seconds, warm_up)
+
+    def sample(self, count: int) -> tuple[float, float]:
+        time.sleep(SETTLE_SECONDS)
+        return worker.sample(self._call, count)
+
+
+def _enter(
+    named: Mapping[str, Contender],
+    networks: _Networks,
+    workers: Workers | None,
+    tolerance: float,
+    report: Callable[[str, int], None],
+) -> list[Entrant]:
+    """Prepare and check everybody who can be had."""
+    entrants = [Entrant(label, entry.engine.name, entry.weights) for label, entry in named.items()]
+    for entrant, entry in zip(entrants, named.values(), strict=True):
+        entrant.missing = entry.engine.available()
+    if workers is not None:
+        present = zip(entrants, named.values(), strict=True)
+        workers.start([entry.engine for entrant, entry in present if entrant.missing is None])
+    for step, (entrant, entry) in enumerate(zip(entrants, named.values(), strict=True)):
+        report(f"preparing {entrant.label}", step)
+        if entrant.missing is not None:
+            continue
+        if workers is None:
+            entrant.runner = _Local(entry, networks)
         else:
-            one.call = call
-    return prepared
+            model = networks.plain(entry.model)
+            entrant.runner = workers.runner(
+                entry, model, networks.inputs, networks.threads, networks.workspace
+            )
 
+        def expected(outputs: list[Tensor], entry: Contender = entry) -> list[Tensor]:
+            return networks.expected(entry, outputs)
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"
-
-
-def _error(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference, relative to the largest expected value; infinite for other shapes."""
-    if [t.shape for t in outputs] != [t.shape for t in expected]:
-        return math.inf
-    worst = 0.0
-    for got, want in zip(outputs, expected, strict=True):
-        if want.numel():
-            scale = want.abs().max().double().clamp_min(1e-30)
-            difference = (got.double() - want.double()).abs().max() / scale
-            worst = float("nan") if difference.isnan() else max(worst, difference.item())
-    return worst
-
-
-def _time(
-    running: dict[str, _Prepared],
-    rounds: int,
-    sample_seconds: float,
-    report: Callable[[str, int, int], None],
-    before: int,
-) -> dict[str, list[float]]:
-    calls = {label: one.call for label, one in running.items() if one.call is not None}
-    counts = {label: _calibrate(call, sample_seconds) for label, call in calls.items()}
-    samples: dict[str, list[float]] = {label: [] for label in calls}
-    order = list(calls)
-    with _no_collection():
-        for round_ in range(rounds):
-            report(f"round {round_ + 1} of {rounds}", before + round_, before + rounds)
-            for label in order:
-                time.sleep(SETTLE_SECONDS)
-                calls[label]()
-                samples[label].append(_sample(calls[label], counts[label]))
-            order = order[1:] + order[:1]
-    return samples
-
-
-def _calibrate(call: Call, seconds: float) -> int:
-    """Warm up, then find how many calls fill `seconds`."""
-    end = time.perf_counter() + WARM_UP_SECONDS
-    fastest = math.inf
-    for _ in range(MAX_CALLS):
-        fastest = min(fastest, _sample(call, 1))
-        if time.perf_counter() > end:
-            break
-    return min(MAX_CALLS, max(1, math.ceil(seconds / fastest)))
-
-
-def _sample(call: Call, count: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - begin) / count
-
-
-def _default_baseline(named: dict[str, Contender], running: dict[str, _Prepared]) -> str | None:
-    eager = [label for label in running if isinstance(named[label].engine, TorchEager)]
-    dense = [label for label in eager if named[label].weights == "dense"]
-    return next(iter([*dense, *eager, *running]), None)
-
-
-def _row(
-    label: str, one: _Prepared, samples: dict[str, list[float]], baseline: str | None
-) -> BenchRow:
-    row = BenchRow(label, one.engine, one.weights, missing=one.missing, max_error=one.error)
-    taken = samples.get(label)
-    if not taken:
-        return row
-    row.samples = taken
-    row.low, row.median, row.high = statistics.quantiles(taken, n=4, method="inclusive")
-    if baseline in samples:
-        ratios = [b / t for b, t in zip(samples[baseline], taken, strict=True)]
-        row.ratio_low, row.ratio, row.ratio_high = statistics.quantiles(
-            ratios, n=4, method="inclusive"
-        )
-    return row
+        turns.check(entrant, expected, tolerance)
+    return entrants
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside a sample."""
-    enabled = gc.isenabled()
+def _quiet_process(threads: int) -> Iterator[Workspace]:
+    """Nothing but the networks at work: no gradients, no collection, and so many threads."""
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads)
     gc.collect()
     gc.disable()
     try:
-        yield
+        with Workspace() as workspace, torch.inference_mode(False), torch.no_grad():
+            yield workspace
     finally:
-        if enabled:
+        torch.set_num_threads(before)
+        if collecting:
             gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -24,7 +25,9 @@ class BenchRow:
         ratio: Baseline's time over this one's, the median of per-round ratios, with quartiles.
         max_error: Largest output error relative to eager torch's largest output.
         missing: Why there is no time.
+        cpu: Cores that were busy with it: the process's CPU time over wall time.
         samples: The time of each round.
+        facts: What the engine says about the network, as JSON values.
     """
 
     label: str
@@ -38,7 +41,9 @@ class BenchRow:
     ratio_high: float | None = None
     max_error: float | None = None
     missing: str | None = None
+    cpu: float | None = None
     samples: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,8 +96,17 @@ class BenchTable:
         return min(rows, key=lambda r: r.median or 0.0, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, as `report.Latency` reads them."""
-        return asdict(self)
+        """Plain JSON values, as `report.Latency` reads them; an error that is no number is None."""
+        plain = asdict(self)
+        for row in plain["rows"]:
+            if row["max_error"] is not None and not math.isfinite(row["max_error"]):
+                row["max_error"] = None
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BenchTable:
+        """The table of a `to_dict()`."""
+        return cls(**{**values, "rows": [BenchRow(**row) for row in values["rows"]]})
 
     def __rich__(self) -> Table:
         batch = "" if self.batch is None else f", batch {self.batch}"
@@ -106,9 +120,16 @@ class BenchTable:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         best = self.fastest()
         for row in self.rows:
-            table.add_row(*_cells(row), style="bold green" if row is best else None)
-        if self.baseline:
-            table.caption, table.caption_justify = f"speed relative to {self.baseline}", "left"
+            if row.median is not None:
+                table.add_row(*_cells(row), style="bold green" if row is best else None)
+        said = [f"speed relative to {escape(self.baseline)}"] if self.baseline else []
+        # Escaped, because a reason may quote code with square brackets, which rich would eat.
+        said += [
+            f"not run: {escape(row.label)}: {escape(row.missing or 'not measured')}"
+            for row in self.rows
+            if row.median is None
+        ]
+        table.caption, table.caption_justify = "\n".join(said), "left"
         return table
 
     def __str__(self) -> str:
@@ -134,10 +155,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _cells(row: BenchRow) -> tuple[str, ...]:
-    # Escaped, because a reason may quote code with square brackets, which rich would eat.
-    if row.median is None:
-        reason = escape(row.missing or "not measured")
-        return escape(row.engine), row.weights, "-", f"[dim]{reason}[/]", "-", "-"
+    assert row.median is not None
     low, high = row.low or row.median, row.high or row.median
     return (
         escape(row.engine),

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aerogel.report import EngineTime, Latency, Metric, Results
+from aerogel.report import EngineTime, Latency, Metric, Results, times_faster
 
-OURS = "aerogel"
+OURS, EAGER = "aerogel", "torch eager"
 
 
 def show(results: Results, folder: Path, console: Console) -> None:
@@ -101,19 +101,25 @@ def missing_engines(latencies: list[Latency]) -> list[str]:
 
 
 def verdicts(latencies: list[Latency]) -> list[str]:
-    """A line for each setting: the sparse network against eager torch and the best dense engine."""
+    """A line for each setting: the sparse network against eager torch and the best engines."""
     lines = []
     for latency in latencies:
         ours = next((r for r in latency.rows if r.engine == OURS and r.weights == "sparse"), None)
-        rival = latency.fastest("dense", skip=OURS)
-        if ours is None or not ours.median or rival is None or not rival.median:
+        if ours is None or not ours.median:
             continue
-        against = f"{ours.ratio:.2f}x {escape(latency.baseline)}, " if ours.ratio else ""
-        lines.append(
-            f"{_setting(latency)}: aerogel runs the sparse network at {against}"
-            f"[bold]{rival.median / ours.median:.2f}x[/] the fastest dense engine "
-            f"({escape(rival.engine)})"
-        )
+        against = [f"{ours.ratio:.2f}x {escape(latency.baseline)}"] if ours.ratio else []
+        rival = latency.fastest("dense", skip=OURS)
+        if rival is not None:
+            name = f"the fastest dense engine ({escape(rival.engine)})"
+            against.append(f"[bold]{times_faster(ours, rival):.2f}x[/] {name}")
+        against += [
+            f"{times_faster(ours, row):.2f}x {escape(row.engine)} with the same zeros"
+            for row in latency.rows
+            if row.weights == "sparse" and row.median and row.engine not in (OURS, EAGER)
+        ]
+        if against:
+            said = ", ".join(against)
+            lines.append(f"{_setting(latency)}: aerogel runs the sparse network at {said}")
     return lines
 
 

@@ -6,7 +6,7 @@ results = aerogel.compress.run(recipe, "runs/mine")
 
 from __future__ import annotations
 
-from aerogel.compress.measuring import measure, settings_of
+from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.networks import load_run, random_networks
 from aerogel.compress.pipeline import run
 from aerogel.compress.recipe import Measurement, Recipe
@@ -17,6 +17,7 @@ from aerogel.compress.workdir import FolderError
 __all__ = [
     "FolderError",
     "Measurement",
+    "Pair",
     "Recipe",
     "RecipeError",
     "builtin_recipes",

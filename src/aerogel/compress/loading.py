@@ -13,19 +13,45 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from aerogel import data, models, runtime
+from aerogel import bench, data, models, runtime
 from aerogel.compress.recipe import DataSpec, ModelSpec
 from aerogel.compress.resolve import load_recipe
 
 # Under this key `model.safetensors` records the network it belongs to, as JSON of a ModelSpec.
 MODEL_KEY = "aerogel.model"
 PRETRAINED = "pretrained"
+
+
+class DataShape(Protocol):
+    """What of a data set decides a network's shape."""
+
+    @property
+    def task(self) -> str:
+        """What is learnt."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 where there are no classes."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The same without the data."""
+
+    task: str
+    num_classes: int
+    input_shape: tuple[int, ...]
 
 
 def load_data(spec: DataSpec, on_progress: data.Progress | None = None) -> data.Dataset:
@@ -38,7 +64,7 @@ def load_data(spec: DataSpec, on_progress: data.Progress | None = None) -> data.
     return data.load(spec.name, limit=spec.limit, fallback=spec.fallback, on_progress=on_progress)
 
 
-def load_model(spec: ModelSpec, dataset: data.Dataset | None, *, seed: int = 0) -> nn.Module:
+def load_model(spec: ModelSpec, dataset: DataShape | None, *, seed: int = 0) -> nn.Module:
     """Build the network of a recipe with its starting weights.
 
     Args:
@@ -58,6 +84,27 @@ def load_model(spec: ModelSpec, dataset: data.Dataset | None, *, seed: int = 0) 
         runtime.load(Path(spec.weights).expanduser(), model)
     check_finite(model, f"model = {spec.name!r}")
     return model
+
+
+def source_of(spec: ModelSpec, dataset: DataShape | None, seed: int = 0) -> bench.Source:
+    """How another process builds the network that `load_model` builds, weights aside.
+
+    Args:
+        spec: What to build.
+        dataset: The data it is built for.
+        seed: As in `load_model`.
+    """
+    shape = None
+    if dataset is not None:
+        shape = asdict(_Shape(dataset.task, dataset.num_classes, tuple(dataset.input_shape)))
+    plain = spec.model_copy(update={"weights": None}).model_dump(mode="json")
+    return bench.Source(f"{__name__}:rebuild", {"spec": plain, "shape": shape, "seed": seed})
+
+
+def rebuild(spec: dict[str, Any], shape: dict[str, Any] | None, seed: int) -> nn.Module:
+    """The network of a `source_of`, in another process."""
+    dataset = None if shape is None else _Shape(**shape)
+    return load_model(ModelSpec(**spec), dataset, seed=seed)
 
 
 def starts_trained(spec: ModelSpec) -> bool:
@@ -98,7 +145,7 @@ def _path_of(spec: ModelSpec) -> Path | None:
     )
 
 
-def _build(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _build(spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     if spec.name in models.list_models():
         return _from_registry(spec, dataset)
     path = _path_of(spec)
@@ -109,7 +156,7 @@ def _build(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
     return models.create_model(spec.name)  # raises, listing the nearest names
 
 
-def _fitting(constructor: Callable[..., Any], dataset: data.Dataset | None) -> dict[str, Any]:
+def _fitting(constructor: Callable[..., Any], dataset: DataShape | None) -> dict[str, Any]:
     """What the data decides, as far as the constructor has arguments of these names."""
     if dataset is None or dataset.task != "classification":
         return {}
@@ -122,7 +169,7 @@ def _fitting(constructor: Callable[..., Any], dataset: data.Dataset | None) -> d
     return {name: value for name, value in known.items() if name in accepted}
 
 
-def _from_registry(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _from_registry(spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     fitting = _fitting(models.create_model, dataset)
     checkpoint = None if spec.weights is None else Path(spec.weights).expanduser()
     if spec.weights == PRETRAINED:
@@ -130,7 +177,7 @@ def _from_registry(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
     return models.create_model(spec.name, **{**fitting, **spec.options}, checkpoint_path=checkpoint)
 
 
-def _from_import(spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _from_import(spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     module_name, _, attribute = spec.name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -153,7 +200,7 @@ def _checked(model: Any, name: str) -> nn.Module:
     return model
 
 
-def _from_path(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _from_path(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     if not path.exists():
         known = ", ".join(models.list_models())
         raise ValueError(f"model = {spec.name!r}: no such file or folder; known names: {known}")
@@ -172,7 +219,7 @@ def _from_path(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.
     )
 
 
-def _from_safetensors(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _from_safetensors(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     recorded = runtime.inspect(path).metadata.get(MODEL_KEY)
     if recorded is None:
         raise ValueError(
@@ -187,7 +234,7 @@ def _from_safetensors(path: Path, spec: ModelSpec, dataset: data.Dataset | None)
     return runtime.load(path, _build(merged, dataset))
 
 
-def _from_folder(path: Path, spec: ModelSpec, dataset: data.Dataset | None) -> nn.Module:
+def _from_folder(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     if (path / "recipe.yaml").exists():
         origin = load_recipe(path / "recipe.yaml").model
         model = _build(origin.model_copy(update={"weights": None}), dataset)

@@ -1,52 +1,50 @@
-"""Compile the sparse network and time both networks against every dense engine."""
+"""Compile the sparse network and time both networks against every engine, a process for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from aerogel import bench, runtime
-from aerogel.bench.engines import output_tensors
+from aerogel import bench
 from aerogel.compress.console import Task
 from aerogel.compress.recipe import Measurement
 
 
-class _Explained(bench.Aerogel):
-    """aerogel as an engine that remembers what it compiled."""
+@dataclass(frozen=True)
+class Pair:
+    """A dense and a sparse network, and how other processes build both.
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.compiled: runtime.CompiledModule | None = None
+    Attributes:
+        dense: The network before pruning.
+        sparse: After it.
+        source: Builds the network of either; None keeps all engines in this process.
+    """
 
-    def prepare(
-        self, model: nn.Module, inputs: bench.Inputs, threads: int, workspace: bench.Workspace
-    ) -> Any:
-        self.compiled = runtime.compile(
-            model, inputs.args, threads=threads, tolerance=self.tolerance
-        )
-        return lambda: self.compiled(*inputs.args)
+    dense: nn.Module
+    sparse: nn.Module
+    source: bench.Source | None = None
 
 
 def measure(
-    dense: nn.Module,
-    sparse: nn.Module,
+    pair: Pair,
     example: tuple[Tensor, ...],
     threads: int,
     settings: Measurement,
     task: Task,
+    workers: bench.Workers | None = None,
 ) -> dict[str, Any]:
     """Time one batch size at one thread count.
 
     Args:
-        dense: The network before pruning.
-        sparse: After it.
+        pair: The networks.
         example: Inputs of the batch size to measure.
         threads: Of every engine.
         settings: Engines, rounds and tolerance.
         task: Progress.
+        workers: The engines' processes; None runs everything in this one.
 
     Returns:
         As JSON values: `latency` (a `BenchTable`), `layers`, `notes` and `explanation` (of
@@ -55,32 +53,57 @@ def measure(
     Raises:
         RuntimeError: aerogel itself failed or gave wrong outputs; the message says how.
     """
-    ours = _Explained(settings.tolerance)
-    engines = [e for e in bench.DENSE_ENGINES if e.name in settings.engines]
-    field = bench.lineup(dense, sparse, engines=engines, sparse_engines=(bench.TorchEager(), ours))
     table = bench.compare(
-        field,
+        _field(pair, settings),
         example,
         threads=threads,
         rounds=settings.rounds,
+        clock=settings.clock,
+        workers=workers,
         on_progress=lambda what, done, total: task.update(done, total, what),
     )
     # A missing peer is a gap in the table; without our own row there is nothing to compare.
-    (own,) = [row for row in table.rows if row.engine == ours.name]
-    if ours.compiled is None or own.missing is not None:
+    (own,) = [row for row in table.rows if row.engine == bench.Aerogel.name]
+    if own.missing is not None:
         raise RuntimeError(f"the sparse network could not be measured on aerogel: {own.missing}")
     latency = table.to_dict()
     for row in latency["rows"]:
-        row.pop("samples", None)
-    explanation = ours.compiled.explain()
-    plain = explanation.to_dict()
+        del row["facts"]
     return {
         "latency": latency,
-        "layers": plain["rows"],
-        "notes": plain["notes"],
-        "explanation": str(explanation),
-        "max_error": deviation(sparse, ours.compiled, example),
+        "layers": own.facts["rows"],
+        "notes": own.facts["notes"] + quietness(table),
+        "explanation": own.facts["text"],
+        "max_error": own.max_error,
     }
+
+
+def _field(pair: Pair, settings: Measurement) -> Sequence[bench.Contender]:
+    """Dense weights on dense engines; sparse weights on eager torch, on sparse peers, and on us."""
+    asked = [bench.find_engine(name) for name in settings.engines]
+    sparse = [engine for engine in asked if engine in bench.SPARSE_ENGINES]
+    return bench.lineup(
+        pair.dense,
+        pair.sparse,
+        engines=[engine for engine in asked if engine in bench.DENSE_ENGINES],
+        sparse_engines=[bench.TorchEager(), *sparse, bench.Aerogel(settings.tolerance)],
+        source=pair.source,
+    )
+
+
+# Below this share of a core an engine's time is not its own any more.
+_UNDISTURBED = 0.9
+
+
+def quietness(table: bench.BenchTable) -> list[str]:
+    """A sentence where other processes kept engines of one thread from their core."""
+    shares = [row.cpu for row in table.rows if row.cpu is not None]
+    if table.threads != 1 or not shares or min(shares) >= _UNDISTURBED:
+        return []
+    return [
+        f"The machine was busy: at one thread an engine had its core only {min(shares):.0%} of "
+        "the time (--clock cpu counts that time alone)."
+    ]
 
 
 def settings_of(measurement: Measurement) -> Iterator[tuple[int, int]]:
@@ -91,14 +114,3 @@ def settings_of(measurement: Measurement) -> Iterator[tuple[int, int]]:
     for batch in dict.fromkeys(measurement.batches):
         for threads in counts:
             yield batch, threads
-
-
-@torch.no_grad()
-def deviation(eager: nn.Module, compiled: nn.Module, example: tuple[Tensor, ...]) -> float:
-    """Largest difference between two networks' outputs, relative to the largest output."""
-    expected = output_tensors(eager(*example))
-    worst = 0.0
-    for want, got in zip(expected, output_tensors(compiled(*example)), strict=True):
-        scale = want.abs().max().clamp_min(1e-30)
-        worst = max(worst, float((got - want).abs().max() / scale))
-    return worst

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel import models, runtime
-from aerogel.compress.loading import example_inputs, load_data, load_model
+from aerogel.compress.loading import example_inputs, load_data, load_model, source_of
+from aerogel.compress.measuring import Pair
 from aerogel.compress.recipe import ModelSpec
 from aerogel.compress.resolve import load_recipe
 from aerogel.compress.selection import pruned_parameters
@@ -19,7 +20,7 @@ Example = Callable[[int], tuple[Tensor, ...]]
 """Inputs of a given batch size."""
 
 
-def load_run(folder: Path) -> tuple[nn.Module, nn.Module, Example]:
+def load_run(folder: Path) -> tuple[Pair, Example]:
     """The dense and the sparse network of a run's folder, and real inputs for them.
 
     Args:
@@ -30,14 +31,15 @@ def load_run(folder: Path) -> tuple[nn.Module, nn.Module, Example]:
     """
     recipe = load_recipe(folder / "recipe.yaml")
     dataset = load_data(recipe.data)
+    spec = recipe.model.model_copy(update={"weights": None})
     networks = []
     for name in ("dense.safetensors", "model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: finish its run first")
-        spec = recipe.model.model_copy(update={"weights": None})
         model = load_model(spec, dataset, seed=recipe.seed)
         networks.append(runtime.load(folder / name, model).eval())
-    return networks[0], networks[1], lambda batch: example_inputs(dataset, batch)
+    pair = Pair(networks[0], networks[1], source_of(spec, dataset, recipe.seed))
+    return pair, lambda batch: example_inputs(dataset, batch)
 
 
 def random_networks(
@@ -46,7 +48,7 @@ def random_networks(
     pattern: str = "unstructured",
     shape: tuple[int, ...] | None = None,
     seed: int = 0,
-) -> tuple[nn.Module, nn.Module, Example]:
+) -> tuple[Pair, Example]:
     """A network, the same with zeros at random places, and random inputs for both.
 
     Args:
@@ -61,7 +63,8 @@ def random_networks(
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity = {sparsity}: expected a fraction of zeros in [0, 1)")
-    dense = load_model(ModelSpec(name=name), None, seed=seed).eval()
+    spec = ModelSpec(name=name)
+    dense = load_model(spec, None, seed=seed).eval()
     sparse = copy.deepcopy(dense)
     _random_masks(sparse, sparsity, pattern, seed)
     config = models.model_config(name) if name in models.list_models() else {}
@@ -78,7 +81,7 @@ def random_networks(
             return ids, torch.ones_like(ids)
         return (torch.randn((batch, *size), generator=generator),)
 
-    return dense, sparse, example
+    return Pair(dense, sparse, source_of(spec, None, seed)), example
 
 
 def _random_masks(model: nn.Module, sparsity: float, pattern: str, seed: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from aerogel import data, report, runtime, train
+from aerogel import bench, data, report, runtime, train
 from aerogel.atomic import write_atomic
 from aerogel.compress import ranks
 from aerogel.compress.console import Console, Silent
@@ -30,9 +30,10 @@ from aerogel.compress.loading import (
     example_inputs,
     load_data,
     load_model,
+    source_of,
     starts_trained,
 )
-from aerogel.compress.measuring import measure, settings_of
+from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.outcome import assemble, data_facts
 from aerogel.compress.recipe import Recipe
 from aerogel.compress.selection import pruned_parameters, unfit_parameters
@@ -218,9 +219,10 @@ class _Run:
         markers = {"dense": dense, "prune": sparse}
         key = key_of("evaluate", upstream)
         markers["evaluate"] = self._stage("evaluate", key, [], self._evaluate)
-        for batch, threads in settings_of(self.recipe.measure):
-            marker = self._measure(upstream, batch, threads)
-            markers[marker.stage] = marker
+        with bench.Workers() as workers:
+            for batch, threads in settings_of(self.recipe.measure):
+                marker = self._measure(upstream, batch, threads, workers)
+                markers[marker.stage] = marker
         facts = dense.result["data"]
         results = assemble(self.recipe, self.folder.path, facts, markers, command)
         content = results.to_dict()
@@ -237,17 +239,19 @@ class _Run:
                 )
         return {"quality": scores}
 
-    def _measure(self, upstream: str, batch: int, threads: int) -> Marker:
+    def _measure(self, upstream: str, batch: int, threads: int, workers: bench.Workers) -> Marker:
         settings = self.recipe.measure
         name = f"measure-batch{batch}-threads{threads}"
         key = key_of(name, upstream, settings.model_dump(mode="json"))
 
         def work() -> dict[str, Any]:
-            dense, sparse = self.load(DENSE_FILE), self.load(SPARSE_FILE)
+            source = source_of(self.recipe.model, self.dataset, self.recipe.seed)
+            pair = Pair(self.load(DENSE_FILE), self.load(SPARSE_FILE), source)
             example = example_inputs(self.dataset, batch)
             label = f"batch {batch}, {threads} thread{'s' * (threads != 1)}"
             with self.console.task(label) as task, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # exporters' and engines' own; none is ours
-                return measure(dense, sparse, example, threads, settings, task)
+                return measure(pair, example, threads, settings, task,
+                               workers if settings.isolate else None)  # fmt: skip
 
         return self._stage(name, key, [], work)

@@ -28,6 +28,14 @@ from pydantic import (
 from aerogel.compress.methods import METHODS, method_names, slug_of
 
 ENGINES = ("torch eager", "torch channels_last", "torch.compile", "onnxruntime", "openvino")
+# Peers for networks with zeros, which are compared only where they are asked for.
+SPARSE_ENGINES = ("deepsparse",)
+ENGINE_ALIASES = {
+    "torch": "torch eager",
+    "channels_last": "torch channels_last",
+    "compile": "torch.compile",
+    "ort": "onnxruntime",
+}
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
@@ -162,22 +170,27 @@ class Training(_Part):
 
 
 def _known_engines(names: list[str]) -> list[str]:
-    for name in names:
-        if name not in ENGINES:
-            raise ValueError(f"engine {name!r} is unknown; nearest: {nearest(name, ENGINES)}")
-    return names
+    known = (*ENGINES, *SPARSE_ENGINES)
+    full = [ENGINE_ALIASES.get(name, name) for name in names]
+    for name in full:
+        if name not in known:
+            near = nearest(name, (*known, *ENGINE_ALIASES), len(known))
+            raise ValueError(f"engine {name!r} is unknown; nearest: {near}")
+    return list(dict.fromkeys(full))
 
 
 class Measurement(_Part):
     """How speed is measured.
 
     Args:
-        engines: Dense peers; those not installed are reported as missing.
+        engines: Peers, by name or alias; those not installed are reported as missing.
         batches: Batch sizes.
         threads: Thread counts; 0 means every core of this machine.
         rounds: Interleaved rounds over all engines; medians are reported.
         tolerance: Largest difference allowed between compiled and eager outputs, relative to the
             largest output.
+        clock: "wall", or "cpu" for the time that an engine had its core, at one thread.
+        isolate: Whether each engine has a process of its own.
     """
 
     engines: Annotated[list[str], AfterValidator(_known_engines)] = list(ENGINES)
@@ -185,6 +198,8 @@ class Measurement(_Part):
     threads: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 0], min_length=1)
     rounds: int = Field(default=15, ge=3)
     tolerance: float = Field(default=1e-4, gt=0.0)
+    clock: Literal["wall", "cpu"] = "wall"
+    isolate: bool = True
 
 
 class Recipe(_Part):

@@ -58,14 +58,21 @@ def load_measurement(flags: dict[str, Any]) -> Measurement:
     """Measurement settings from command-line values alone.
 
     Args:
-        flags: By flag without dashes: `batch`, `threads`, `against`, `rounds`. None is ignored.
+        flags: By flag without dashes: `batch`, `threads`, `against`, `rounds`, `clock`. None is
+            ignored.
 
     Raises:
         RecipeError: A value is out of range or unknown.
     """
-    fields = {"batch": "batches", "threads": "threads", "against": "engines", "rounds": "rounds"}
+    fields = {"batch": "batches", "threads": "threads", "against": "engines"}
+    fields |= {"rounds": "rounds", "clock": "clock"}
     given = {fields[flag]: value for flag, value in flags.items() if value is not None}
-    places: dict[Location, str] = {(field,): f"--{flag}" for flag, field in fields.items()}
+    places: dict[Location, str] = {}
+    for flag, field in fields.items():
+        places[(field,)] = f"--{flag}"
+        several = given.get(field)
+        for index in range(len(several) if isinstance(several, list) else 0):
+            places[(field, index)] = f"--{flag}"
     return _validated(Measurement, given, [Source("command line", given, flags=places)])
 
 

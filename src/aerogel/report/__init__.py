@@ -14,6 +14,7 @@ from aerogel.report.schema import (
     Size,
     Stage,
     Subject,
+    times_faster,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "Stage",
     "Subject",
     "render",
+    "times_faster",
 ]

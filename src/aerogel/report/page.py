@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -15,7 +14,7 @@ from markupsafe import Markup
 
 from aerogel.report import figures, wording
 from aerogel.report.figures import Figure
-from aerogel.report.schema import EngineTime, Latency, Results
+from aerogel.report.schema import EngineTime, Latency, Results, times_faster
 
 OURS = "aerogel"
 EAGER = "torch eager"
@@ -111,15 +110,6 @@ def _ours(setting: Latency) -> EngineTime | None:
     return next((r for r in setting.rows if r.engine == OURS and r.median), None)
 
 
-def _times_faster(ours: EngineTime, other: EngineTime) -> float | None:
-    """Median of the rounds' own ratios where rounds are known, else the ratio of medians."""
-    if len(ours.samples) == len(other.samples) > 0:
-        return statistics.median(b / a for a, b in zip(ours.samples, other.samples, strict=True))
-    if ours.ratio and other.ratio == 1.0:
-        return ours.ratio
-    return other.median / ours.median if ours.median and other.median else None
-
-
 def _tiles(results: Results) -> Iterator[Tile]:
     for metric in results.quality[:1]:
         if metric.dense is None or metric.sparse is None:
@@ -158,7 +148,7 @@ def _speed_tiles(setting: Latency) -> Iterator[Tile]:
     for title, other in seen.items():
         if ours is None or other is None:
             continue
-        times = _times_faster(ours, other)
+        times = times_faster(ours, other)
         if times and math.isfinite(times):
             name = "eager PyTorch" if title == EAGER else f"fastest dense, {other.engine}"
             detail = f"{wording.seconds(other.median)} → {wording.seconds(ours.median)}, {where}"

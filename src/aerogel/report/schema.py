@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,8 @@ class EngineTime(_Part):
     samples: list[float] = Field(default_factory=list)  # seconds per call, one for each round
     max_error: float | None = None  # largest |difference| from torch eager / largest |output|
     missing: str | None = None
+    cpu: float | None = None  # cores that were busy with it
+    facts: dict[str, Any] = Field(default_factory=dict)  # what the engine says about the network
 
 
 class Latency(_Part):
@@ -105,6 +108,15 @@ class Latency(_Part):
             if r.median and weights in (None, r.weights) and (not skip or r.engine != skip)
         ]
         return min(rows, key=lambda r: r.median or math.inf, default=None)
+
+
+def times_faster(fast: EngineTime, slow: EngineTime) -> float | None:
+    """Median of the rounds' own ratios where rounds are known, else the ratio of medians."""
+    if len(fast.samples) == len(slow.samples) > 0:
+        return statistics.median(b / a for a, b in zip(fast.samples, slow.samples, strict=True))
+    if fast.ratio and slow.ratio == 1.0:
+        return fast.ratio
+    return slow.median / fast.median if fast.median and slow.median else None
 
 
 class Layer(_Part):
