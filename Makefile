@@ -78,6 +78,7 @@ bench: setup
 	$(BIN)/python benchmarks/conv.py
 	$(BIN)/python benchmarks/group_kernels.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/fast_sparse_convnets.py
 	$(BIN)/python benchmarks/sparse_training.py
 
 clean:
