@@ -79,6 +79,7 @@ docs: setup
 bench: setup
 	set -e; for threads in 1 2; do for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
+	$(BIN)/python benchmarks/fast_sparse_convnets.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aerogel import data, kernels, models, runtime
+from aerogel import bench, data, kernels, models, runtime
 from aerogel.models.mobilenet import V1_BLOCKS
 from aerogel.pruning.fast_sparse_convnets import block_patterns, select_pointwise
 from aerogel.sparsity import build_masks, compute_scores

@@ -90,7 +90,9 @@ class SparseConvNet:
         return {"width": self.width} | ({"cache_aware": True} if self.cache_aware else {})
 
 
-# By the authors' file names (google-research/fastconvnets), without the accuracy at their end.
+# By the authors' file names (google-research/fastconvnets), without the accuracy at their end. What
+# they publish are TFLite programs with batch norm folded, not weights by layer: there is no state
+# dict to convert, so only the networks are here.
 PUBLISHED: dict[str, SparseConvNet] = {
     "mbv1_075_90_12b4": SparseConvNet("mobilenet_v1", 0.75, 0.90, "12b4", 64.4, 21),
     "mbv1_100_90_12b4": SparseConvNet("mobilenet_v1", 1.0, 0.90, "12b4", 68.4, 31),
