@@ -58,7 +58,7 @@ class RawNode:
 
     def __str__(self) -> str:
         kind = self.op if self.domain in STANDARD else f"{self.domain}::{self.op}"
-        return f"node {self.name or self.outputs[0] if self.outputs else self.op!r} ({kind})"
+        return f"node {self.name or self.outputs[0]!r} ({kind})"
 
 
 @dataclass(eq=False)

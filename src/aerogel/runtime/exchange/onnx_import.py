@@ -68,7 +68,16 @@ def from_onnx(path: str | os.PathLike[str]) -> fx.GraphModule:
             names node, operator and opset. A `ValueError`.
         OSError: The file cannot be read.
     """
-    source = read_onnx(Path(path), set(OPERATORS))
+    try:
+        return _built(read_onnx(Path(path), set(OPERATORS)))
+    except (OnnxError, OSError):
+        raise
+    except Exception as error:
+        # Damage can be anywhere in a file and shows as any exception: names that are no text, ...
+        raise OnnxError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _built(source: OnnxGraph) -> fx.GraphModule:
     _refuse_unsupported(source)
     builder = Builder()
     values: dict[str, Value] = {

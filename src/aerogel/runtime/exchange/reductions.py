@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -172,11 +173,25 @@ def layer_norm(x: Tensor, scale: Any, shift: Any, axis: int, epsilon: float) -> 
     return y if shift is None else y + shift
 
 
+def statistics(x: Tensor, axis: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation over an axis and all that follow."""
+    axes = tuple(range(axis % x.dim(), x.dim()))
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return mean, torch.rsqrt(variance + epsilon)
+
+
 @register("LayerNormalization")
-def _layer_norm(node: OnnxNode) -> Value:
-    node.only_first_output()
-    scale, shift = node.need(1), node.optional(2)
+def _layer_norm(node: OnnxNode) -> Output:
     axis, epsilon = node.integer("axis", -1), node.real("epsilon", 1e-5)
+    y = _layer_normed(node, axis, epsilon)
+    if not any(node.outputs[1:]):
+        return y
+    both = node.call(statistics, node.tensor(0), axis, epsilon)
+    return (y, *(node.call(operator.getitem, both, index) for index in (0, 1)))
+
+
+def _layer_normed(node: OnnxNode, axis: int, epsilon: float) -> Value:
+    scale, shift = node.need(1), node.optional(2)
     if isinstance(scale, Constant) and isinstance(shift, Constant | None):
         fits = shift is None or shift.tensor.shape == scale.tensor.shape
         if -axis == scale.tensor.dim() and fits:
