@@ -1,6 +1,6 @@
 """aerogel: sparse deep learning in PyTorch. Make zeros, keep zeros, and collect on them.
 
-The five things most people need stand here; everything else is one room further in
+What most people need stands here; everything else is one room further in
 (`aerogel.sparsity`, `aerogel.pruning`, `aerogel.runtime`, `aerogel.kernels`, ...).
 
     pruner = aerogel.pruning.GradualPruner(model, optimizer, 0.9, begin_step=0, end_step=1000)
@@ -8,6 +8,7 @@ The five things most people need stand here; everything else is one room further
     fast = aerogel.compile(model, (example,))       # never slower than what it was given
     aerogel.save(model, "model.safetensors")        # zeros as bits, not as floats
     aerogel.load("model.safetensors", model)
+    model = aerogel.from_onnx("model.onnx")         # and aerogel.export_onnx writes one
 """
 
 from __future__ import annotations
@@ -16,20 +17,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aerogel.runtime import CompiledModule, compile, inspect, load, save
+    from aerogel.runtime import (
+        CompiledModule,
+        compile,
+        export_onnx,
+        from_onnx,
+        inspect,
+        load,
+        save,
+    )
     from aerogel.train import sparse_training
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that `import aerogel` and `aerogel --help` stay quick.
-_PUBLIC = dict.fromkeys(("compile", "CompiledModule", "save", "load", "inspect"), "aerogel.runtime")
+_PUBLIC = dict.fromkeys(
+    ("compile", "CompiledModule", "export_onnx", "from_onnx", "inspect", "load", "save"),
+    "aerogel.runtime",
+)
 _PUBLIC["sparse_training"] = "aerogel.train"
 _ROOMS = (
     *("kernels", "sparsity", "runtime", "pruning", "nn"),
     *("models", "data", "train", "bench", "report"),
 )
 
-__all__ = ["CompiledModule", "__version__", "compile", "inspect", "load", "save", "sparse_training"]
+__all__ = [
+    "CompiledModule",
+    "__version__",
+    "compile",
+    "export_onnx",
+    "from_onnx",
+    "inspect",
+    "load",
+    "save",
+    "sparse_training",
+]
 
 
 def __getattr__(name: str) -> Any:

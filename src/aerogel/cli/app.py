@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import aerogel
-from aerogel.cli import bench, compress, info, report, reproduce, systems
+from aerogel.cli import bench, compress, export, info, report, reproduce, systems
 
 app = typer.Typer(
     name="aerogel",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress.compress)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("systems")(systems.systems)
 app.command("reproduce")(reproduce.reproduce)

@@ -106,11 +106,16 @@ def _networks(
     folder = Path(model)
     if (folder / "recipe.yaml").is_file():
         return compress.load_run(folder)
-    sizes = None if shape is None else _sizes(shape)
+    sizes = None if shape is None else sizes_of(shape)
     return compress.random_networks(model, sparsity, pattern, sizes, seed)
 
 
-def _sizes(shape: str) -> tuple[int, ...]:
+def sizes_of(shape: str) -> tuple[int, ...]:
+    """Sizes from text like 3x224x224.
+
+    Raises:
+        ValueError: Not such text.
+    """
     parts = shape.lower().replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"shape = {shape!r}: expected sizes joined by x, for example 3x224x224")

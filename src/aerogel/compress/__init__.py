@@ -7,7 +7,7 @@ results = aerogel.compress.run(recipe, "runs/mine")
 from __future__ import annotations
 
 from aerogel.compress.measuring import Pair, measure, settings_of
-from aerogel.compress.networks import load_run, random_networks
+from aerogel.compress.networks import load_run, plain_network, random_networks
 from aerogel.compress.pipeline import run
 from aerogel.compress.recipe import Measurement, Recipe
 from aerogel.compress.resolve import builtin_recipes, load_measurement, load_recipe
@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "measure",
+    "plain_network",
     "random_networks",
     "run",
     "settings_of",

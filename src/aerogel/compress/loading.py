@@ -1,8 +1,8 @@
 """From the names in a recipe to a network and its data.
 
-A model is a registered name, `import.path:callable`, a `torch.export` file (.pt2), a safetensors
-file that says which network it belongs to, the folder of an earlier run, or the folder of a
-Hugging Face model.
+A model is a registered name, `import.path:callable`, a `torch.export` file (.pt2), an ONNX file, a
+safetensors file that says which network it belongs to, the folder of an earlier run, or the folder
+of a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from aerogel.compress.resolve import load_recipe
 # Under this key `model.safetensors` records the network it belongs to, as JSON of a ModelSpec.
 MODEL_KEY = "aerogel.model"
 PRETRAINED = "pretrained"
+# Of names that are paths even without a folder.
+_SUFFIXES = (".safetensors", ".pt2", ".onnx", ".pt", ".pth")
 
 
 class DataShape(Protocol):
@@ -137,7 +139,7 @@ def example_inputs(dataset: data.Dataset, batch: int) -> tuple[Tensor, ...]:
 
 def _path_of(spec: ModelSpec) -> Path | None:
     path = Path(spec.name).expanduser()
-    looks_like_path = os.sep in spec.name or path.suffix in (".safetensors", ".pt2", ".pt", ".pth")
+    looks_like_path = os.sep in spec.name or path.suffix in _SUFFIXES
     return (
         path
         if looks_like_path or (path.is_dir() and spec.name not in models.list_models())
@@ -208,15 +210,47 @@ def _from_path(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Mod
         from aerogel.compress.exported import load_exported
 
         return load_exported(path)
+    if path.suffix == ".onnx":
+        return _from_onnx(path)
     if path.suffix == ".safetensors":
         return _from_safetensors(path, spec, dataset)
     if path.is_dir():
         return _from_folder(path, spec, dataset)
     raise ValueError(
-        f"model = {spec.name!r}: expected a .safetensors or .pt2 file or a folder. Pickled files "
-        "can run code and are never opened; load the network yourself and give it as "
+        f"model = {spec.name!r}: expected a .safetensors, .onnx or .pt2 file or a folder. Pickled "
+        "files can run code and are never opened; load the network yourself and give it as "
         "`import.path:callable`, or save its state_dict with aerogel.save"
     )
+
+
+def _from_onnx(path: Path) -> nn.Module:
+    model = runtime.from_onnx(path)
+    first = model.meta["onnx_inputs"][0] if model.meta["onnx_inputs"] else None
+    if first is not None and first.shape and isinstance(first.shape[0], int):
+        _require_any_batch(model, path, first.shape[0])
+    return model
+
+
+def _require_any_batch(model: Any, path: Path, batch: int) -> None:
+    """Exporters write a fixed batch into shapes that often do not depend on it; so try."""
+    shapes = [declared.shape or () for declared in model.meta["onnx_inputs"]]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return
+    inputs = [
+        torch.zeros((batch + 1, *shape[1:]), dtype=getattr(torch, declared.dtype))
+        for declared, shape in zip(model.meta["onnx_inputs"], shapes, strict=True)
+    ]
+    try:
+        with torch.no_grad():
+            outputs = model(*inputs)
+    except (RuntimeError, ValueError, IndexError):
+        outputs = None
+    found = outputs if isinstance(outputs, Tensor | None) else outputs[0]
+    if found is None or found.dim() == 0 or found.shape[0] != batch + 1:
+        raise ValueError(
+            f"{path}: exported with a fixed batch of {batch}; export it with a dynamic first "
+            "dimension"
+        )
 
 
 def _from_safetensors(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +64,29 @@ def random_networks(
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity = {sparsity}: expected a fraction of zeros in [0, 1)")
-    spec = ModelSpec(name=name)
-    dense = load_model(spec, None, seed=seed).eval()
+    dense, example = plain_network(name, shape, seed)
     sparse = copy.deepcopy(dense)
     _random_masks(sparse, sparsity, pattern, seed)
+    return Pair(dense, sparse, source_of(ModelSpec(name=name), None, seed)), example
+
+
+def plain_network(
+    name: str, shape: tuple[int, ...] | None = None, seed: int = 0
+) -> tuple[nn.Module, Example]:
+    """A network as it is, and random inputs for it.
+
+    Args:
+        name: Registered name, file, folder or `import.path:callable`.
+        shape: Of one input; registered networks and ONNX files know theirs.
+        seed: Of weights and inputs.
+
+    Raises:
+        ValueError: Unknown network, or no shape known.
+    """
+    model = load_model(ModelSpec(name=name), None, seed=seed).eval()
+    declared = getattr(model, "meta", {}).get("onnx_inputs")
+    if declared is not None:
+        return model, _declared_example(declared, shape, seed)
     config = models.model_config(name) if name in models.list_models() else {}
     size = shape or config.get("input_size")
     if size is None:
@@ -81,7 +101,35 @@ def random_networks(
             return ids, torch.ones_like(ids)
         return (torch.randn((batch, *size), generator=generator),)
 
-    return Pair(dense, sparse, source_of(spec, None, seed)), example
+    return model, example
+
+
+def _declared_example(declared: Sequence[Any], shape: tuple[int, ...] | None, seed: int) -> Example:
+    """Random inputs as an ONNX file declares them; `shape` is that of the first, without batch."""
+    sizes = [(each.shape or ())[1:] for each in declared]
+    if shape is not None:
+        sizes[0] = shape
+    for each, known in zip(declared, sizes, strict=True):
+        if each.shape is None or not all(isinstance(size, int) for size in known):
+            raise ValueError(f"input {each.name!r} has the shape {each.shape}: give --shape")
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(
+            _random_input(each, (batch, *size), generator)
+            for each, size in zip(declared, sizes, strict=True)
+        )
+
+    return example
+
+
+def _random_input(declared: Any, shape: tuple[Any, ...], generator: torch.Generator) -> Tensor:
+    dtype = getattr(torch, declared.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if dtype == torch.bool or "mask" in declared.name:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
 def _random_masks(model: nn.Module, sparsity: float, pattern: str, seed: int) -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from aerogel.runtime.compiled import CompiledModule
     from aerogel.runtime.compiler import compile
     from aerogel.runtime.detect import Zeros, detect_zeros
+    from aerogel.runtime.exchange.onnx_export import OnnxExport, export_onnx
+    from aerogel.runtime.exchange.onnx_file import OnnxError
+    from aerogel.runtime.exchange.onnx_import import from_onnx
     from aerogel.runtime.explain import Explanation, LayerRow
 
 # Resolved on first use: checkpoints need no kernels, and kernels no checkpoints.
@@ -21,9 +24,13 @@ _PUBLIC = {
     "CompiledModule": "compiled",
     "Explanation": "explain",
     "LayerRow": "explain",
+    "OnnxError": "exchange.onnx_file",
+    "OnnxExport": "exchange.onnx_export",
     "Zeros": "detect",
     "compile": "compiler",
     "detect_zeros": "detect",
+    "export_onnx": "exchange.onnx_export",
+    "from_onnx": "exchange.onnx_import",
     "inspect": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -37,9 +44,13 @@ __all__ = [
     "CompiledModule",
     "Explanation",
     "LayerRow",
+    "OnnxError",
+    "OnnxExport",
     "Zeros",
     "compile",
     "detect_zeros",
+    "export_onnx",
+    "from_onnx",
     "inspect",
     "load",
     "save",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +70,7 @@ class Settings:
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     example_inputs: Any,
     *,
     threads: int | None = None,
@@ -90,7 +91,8 @@ def compile(
 
     Args:
         model: Any module on the CPU. Its masks (parametrizations, `torch.nn.utils.prune`) are
-            baked into a copy; the model itself is left alone.
+            baked into a copy; the model itself is left alone. Or the path of an .onnx file (see
+            `from_onnx`).
         example_inputs: One tensor, a tuple of positional inputs, or a dict of keyword inputs.
         threads: Of the kernels; by default they follow `torch.get_num_threads()` at every call,
             as all that stays in torch does.
@@ -106,9 +108,11 @@ def compile(
 
     Raises:
         ValueError: The example does not fit the model, the model is not on the CPU, or an
-            argument is out of range.
-        TypeError: `model` is not a module.
+            argument is out of range, or the file is not one that `from_onnx` can read.
+        TypeError: `model` is neither a module nor a path.
     """
+    if isinstance(model, str | os.PathLike):
+        model = _load(Path(model))
     check_arguments(model, threads, tolerance)
     args, kwargs = normalize_example(example_inputs)
     original = frozen_copy(model.original if isinstance(model, CompiledModule) else model)
@@ -141,6 +145,14 @@ def _isa() -> str:
     if kernels.reference_mode() or not kernels.native_available():
         return "reference"
     return kernels.isa()
+
+
+def _load(path: Path) -> nn.Module:
+    from aerogel.runtime.exchange.onnx_import import from_onnx
+
+    if path.suffix != ".onnx":
+        raise ValueError(f"model = {str(path)!r}: expected a module or the path of an .onnx file")
+    return from_onnx(path)
 
 
 def check_arguments(model: object, threads: int | None, tolerance: float) -> None:
