@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import mobile_network
 from test_onnx_import import matrix, save
 
 import aerogel
 from aerogel.runtime import OnnxError
+from networks import mobile_network
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402

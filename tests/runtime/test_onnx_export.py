@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import build_with
-from networks import mobile_network, perceptron
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import aerogel
 from aerogel.runtime import OnnxError
 from aerogel.runtime.exchange import onnx_export
+from networks import mobile_network, perceptron
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

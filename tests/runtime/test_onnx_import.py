@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import build_with
-from networks import mobile_network, sparsify_
 from torch import Tensor, nn
 
 import aerogel
+from networks import mobile_network, sparsify_
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fakes import build_with
-from networks import sparsify_
 from torch import Tensor, nn
+
+from networks import sparsify_
 
 transformers = pytest.importorskip("transformers")
 
