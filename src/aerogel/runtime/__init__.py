@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, save
+    from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, load_packed, save
     from aerogel.runtime.clusters import XNNPACK_THRESHOLD, Cluster, sparsify_convs
     from aerogel.runtime.compiled import CompiledModule
     from aerogel.runtime.compiler import compile
@@ -26,6 +26,7 @@ _PUBLIC = {
     "detect_zeros": "detect",
     "inspect": "checkpoint",
     "load": "checkpoint",
+    "load_packed": "checkpoint",
     "save": "checkpoint",
     "sparsify_convs": "clusters",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "detect_zeros",
     "inspect",
     "load",
+    "load_packed",
     "save",
     "sparsify_convs",
 ]
