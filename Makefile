@@ -76,6 +76,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/spmm.py
 	$(BIN)/python benchmarks/conv.py
+	$(BIN)/python benchmarks/gemv.py
 	$(BIN)/python benchmarks/group_kernels.py
 	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/sparse_training.py
