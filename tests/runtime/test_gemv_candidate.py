@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from fakes import build_with, clock
-from networks import sparsify_
 from torch import Tensor, nn
 
 from aerogel import kernels
@@ -14,6 +13,7 @@ from aerogel.runtime.layer import Layer
 from aerogel.runtime.strategies import CALLS, PLANS
 from aerogel.runtime.tuner import Tuner
 from aerogel.runtime.tuning_cache import TuningCache
+from networks import sparsify_
 
 needs_native = pytest.mark.skipif(
     not kernels.native_available(), reason="the native kernels are not built"
