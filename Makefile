@@ -80,6 +80,7 @@ bench: setup
 	set -e; for threads in 1 2; do for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
 	$(BIN)/python benchmarks/fast_sparse_convnets.py
+	$(BIN)/python benchmarks/gemv.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

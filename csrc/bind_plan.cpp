@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "bindings.h"
+#include "plan_gemv.h"
 #include "plan_ops.h"
 
 namespace nb = nanobind;
@@ -82,6 +83,24 @@ class Builder {
     auto op = std::make_unique<SpmmOp>(source, bias ? floats(bias) : nullptr, variant,
                                        epilogue(activation, residual));
     const int y = graph_.add_value(rows, in.height, in.width, in.ld == 1, in.tokens);
+    return push(std::move(op), x, residual, y, name);
+  }
+
+  // As spmm, on a vector; values as stored_values.h says.
+  int gemv(int x, Address values, int32_t type, Address scales, Address columns, Address row_ptr,
+           int64_t rows, int64_t cols, int32_t block, Address bias, int32_t activation,
+           int residual, const std::string& name) {
+    const Value in = value(x);
+    if (cols != in.channels || in.columns() != 1 || in.ld != 1) {
+      throw std::invalid_argument("gemv: expected a vector of " + std::to_string(cols));
+    }
+    const BlockRows source{nullptr, reinterpret_cast<const int32_t*>(columns),
+                           reinterpret_cast<const int64_t*>(row_ptr), rows, cols, block};
+    const StoredValues stored{reinterpret_cast<const void*>(values), static_cast<ValueType>(type),
+                              scales ? floats(scales) : nullptr};
+    auto op = std::make_unique<GemvOp>(source, stored, bias ? floats(bias) : nullptr,
+                                       epilogue(activation, residual));
+    const int y = graph_.add_value(rows, 1, 1, true, false);
     return push(std::move(op), x, residual, y, name);
   }
 
@@ -249,6 +268,7 @@ void bind_plan(nb::module_& m) {
       .def("depthwise", &Builder::depthwise)
       .def("linear", &Builder::linear)
       .def("spmm", &Builder::spmm)
+      .def("gemv", &Builder::gemv)
       .def("sparse_conv", &Builder::sparse_conv)
       .def("binary", &Builder::binary)
       .def("activation", &Builder::activation)

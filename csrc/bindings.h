@@ -7,6 +7,7 @@ namespace aerogel {
 
 void bind_spmm(nanobind::module_& m);
 void bind_sddmm(nanobind::module_& m);
+void bind_gemv(nanobind::module_& m);
 void bind_sparse_conv(nanobind::module_& m);
 void bind_roofline(nanobind::module_& m);
 void bind_plan(nanobind::module_& m);

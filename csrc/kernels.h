@@ -8,6 +8,8 @@ namespace aerogel {
 
 struct SpmmKernels;      // spmm.h: sparse weights x dense activations
 struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
+struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
+struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 
@@ -20,6 +22,8 @@ struct KernelTable {
   const SddmmKernels* sddmm;
   const RooflineKernels* roofline;
   const LayerKernels* layers;
+  const GemvKernels* gemv;
+  const SparseInputKernels* sparse_input;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

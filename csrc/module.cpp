@@ -14,6 +14,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &aerogel::select_isa, nb::arg("name"));
   aerogel::bind_spmm(m);
   aerogel::bind_sddmm(m);
+  aerogel::bind_gemv(m);
   aerogel::bind_sparse_conv(m);
   aerogel::bind_roofline(m);
   aerogel::bind_plan(m);

@@ -8,9 +8,11 @@ extern const SpmmKernels kSpmmKernels;
 extern const SddmmKernels kSddmmKernels;
 extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
+extern const GemvKernels kGemvKernels;
+extern const SparseInputKernels kSparseInputKernels;
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes,            &kSpmmKernels,
-                            &kSddmmKernels,   &kRooflineKernels, &kLayerKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME,  kLanes,         &kSpmmKernels, &kSddmmKernels,
+                            &kRooflineKernels, &kLayerKernels, &kGemvKernels, &kSparseInputKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

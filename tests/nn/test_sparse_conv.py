@@ -199,7 +199,7 @@ def test_other_devices_take_the_dense_product_and_are_told_once() -> None:
     import importlib
 
     module = importlib.import_module("aerogel.kernels.spmm")
-    module._warn_of_device.cache_clear()
+    module.warn_of_device.cache_clear()
     layer = SparseConv1x1(4, 6, 0.5).finalize().to("meta")
     x = torch.empty(2, 4, 3, 3, device="meta")
     weight = kernels.BlockRowWeight(layer.values, layer.columns, layer.row_ptr, (6, 4), 1)

@@ -12,12 +12,14 @@ from aerogel.kernels._library import (
     set_isa,
 )
 from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.sddmm import sddmm, sddmm_reference
 from aerogel.kernels.sparse_conv import sparse_conv2d, sparse_conv2d_reference
+from aerogel.kernels.sparse_input import sparse_input_linear, sparse_input_linear_reference
 from aerogel.kernels.spmm import (
     ACTIVATIONS,
     native_weight,
@@ -26,12 +28,14 @@ from aerogel.kernels.spmm import (
     spmm_reference,
 )
 from aerogel.kernels.trained import TrainedPattern
+from aerogel.kernels.values import quantize_rows
 from aerogel.kernels.variants import (
     SpmmVariant,
     default_variant,
     sparse_conv_variants,
     spmm_variants,
 )
+from aerogel.kernels.vector_ops import gemv_op, sparse_input_linear_op
 from aerogel.kernels.window import ConvGeometry
 
 __all__ = [
@@ -47,9 +51,14 @@ __all__ = [
     "Value",
     "available_isas",
     "default_variant",
+    "gemv",
+    "gemv_op",
+    "gemv_reference",
     "isa",
     "native_available",
+    "native_gemv_weight",
     "native_weight",
+    "quantize_rows",
     "reference_activation",
     "reference_mode",
     "roofline",
@@ -60,6 +69,9 @@ __all__ = [
     "sparse_conv2d",
     "sparse_conv2d_reference",
     "sparse_conv_variants",
+    "sparse_input_linear",
+    "sparse_input_linear_op",
+    "sparse_input_linear_reference",
     "spmm",
     "spmm_op",
     "spmm_reference",

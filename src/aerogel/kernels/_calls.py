@@ -26,6 +26,13 @@ def fits_native(t: Tensor | None) -> bool:
     return t is None or (t.dtype is torch.float32 and t.is_cpu)
 
 
+def runs_natively(weight: BlockRowWeight, operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether the native kernels can multiply this weight by these operands."""
+    values = weight.values
+    known = values.is_cpu if weight.low_bit else fits_native(values)
+    return known and all(map(fits_native, operands))
+
+
 def checked_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`out`, if a result of `x` can be written to it; else ValueError."""
     if tuple(out.shape) != shape or out.dtype != x.dtype or not out.is_contiguous():
@@ -116,8 +123,22 @@ def kept_stream(weight: BlockRowWeight, key: tuple[object, ...], pack: Callable[
     return stream
 
 
-def native_arrays(weight: BlockRowWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked values, columns (int32) and row_ptr as the native library reads them."""
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def stored_arrays(weight: BlockRowWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked values as they are stored, columns (int32) and row_ptr."""
     weight.check()
     columns = weight.columns.to(torch.int32).contiguous()
     return weight.values.detach().contiguous(), columns, weight.row_ptr.contiguous()
+
+
+def native_arrays(weight: BlockRowWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked float32 values, columns (int32) and row_ptr as the native library reads them.
+
+    Kernels that compute more than they read take bfloat16 and int8 values as float32 too.
+    """
+    values, columns, row_ptr = stored_arrays(weight)
+    return (weight.float_values() if weight.low_bit else values), columns, row_ptr

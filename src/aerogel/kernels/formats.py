@@ -8,31 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aerogel.kernels.values import check_scales, quantize_rows
+
 BLOCKS = (4, 2, 1)
 _INT16_COLUMNS = 1 << 15
 
 
-def _stored_columns(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _stored_columns(nonzero: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Masks of stored entries: (full block rows, K) and (remaining rows, K)."""
-    rows, cols = weight.shape
+    rows, cols = nonzero.shape
     full = rows // block
-    nonzero = weight != 0  # NaN != 0 is true: NaN weights are stored and propagate
     return nonzero[: full * block].reshape(full, block, cols).any(1), nonzero[full * block :]
 
 
-def _fill(weight: Tensor, block: int) -> float:
+def _fill(nonzero: Tensor, block: int) -> float:
     """Share of non-zeros among the stored values of whole blocks (1.0 if there are none)."""
-    mask, _ = _stored_columns(weight, block)
+    mask, _ = _stored_columns(nonzero, block)
     stored = int(mask.sum()) * block
-    nonzeros = int((weight[: mask.shape[0] * block] != 0).sum())
-    return nonzeros / stored if stored else 1.0
+    return int(nonzero[: mask.shape[0] * block].sum()) / stored if stored else 1.0
 
 
-def _choose_block(weight: Tensor, min_fill: float) -> int:
-    """The largest block whose stored values are at least `min_fill` non-zero (XNNPACK's rule)."""
-    for block in BLOCKS[:-1]:
-        if weight.shape[0] >= block and _fill(weight, block) >= min_fill:
-            return block
+def _choose_block(nonzero: Tensor, block: int | str, min_fill: float) -> int:
+    """The block asked for, or the largest whose stored values are at least `min_fill` non-zero.
+
+    The rule is XNNPACK's.
+    """
+    if block in BLOCKS:
+        return int(block)
+    if block != "auto":
+        raise ValueError(f"block={block!r}: expected 1, 2, 4 or 'auto'")
+    if not 0.0 <= min_fill <= 1.0:
+        raise ValueError(f"min_fill={min_fill}: expected a share between 0 and 1")
+    for candidate in BLOCKS[:-1]:
+        if nonzero.shape[0] >= candidate and _fill(nonzero, candidate) >= min_fill:
+            return candidate
     return 1
 
 
@@ -45,11 +54,13 @@ class BlockRowWeight:
     stored block are stored). The last `rows % block` rows follow as block rows of one.
 
     Attributes:
-        values: (stored values,) in order of `columns`, `block` neighbours each.
+        values: (stored values,) in order of `columns`, `block` neighbours each; floating point, or
+            int8 multiples of their output's scale.
         columns: (stored columns,) int16 where the input features fit, else int32.
         row_ptr: (rows // block + rows % block + 1,) int64.
         shape: (out_features, in_features).
         block: 1, 2 or 4.
+        scales: (out_features,) float32 for int8 values, else None.
 
     Reference: Elsen, Dukhan, Gale, Simonyan, Fast Sparse ConvNets, arXiv 1911.09723.
     """
@@ -59,57 +70,83 @@ class BlockRowWeight:
     row_ptr: Tensor
     shape: tuple[int, int]
     block: int
-    # What spmm keeps: native streams, prepared calls, and the default variant by columns; sddmm
-    # keeps its native pattern.
+    scales: Tensor | None = None
+    # What spmm and gemv keep: native streams, prepared calls, and the default variant by columns;
+    # sddmm keeps its native pattern.
     _streams: dict[object, Any] = field(default_factory=dict, repr=False)
     _calls: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     _defaults: dict[object, Any] = field(default_factory=dict, repr=False)
     _pattern: list[Any] = field(default_factory=list, repr=False)
 
     @staticmethod
-    def pack(weight: Tensor, block: int | str = "auto", min_fill: float = 0.9) -> BlockRowWeight:
+    def pack(
+        weight: Tensor,
+        block: int | str = "auto",
+        min_fill: float = 0.9,
+        *,
+        dtype: torch.dtype | None = None,
+        scales: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> BlockRowWeight:
         """Packs the non-zeros of a dense weight.
 
         Args:
-            weight: (out, in) or (out, in, 1, ...) floating point tensor that needs no gradient.
+            weight: (out, in) or (out, in, 1, ...) tensor that needs no gradient; floating point,
+                or int8 with `scales`.
             block: output rows that share columns: 1, 2, 4, or "auto" for the largest whose blocks
                 are at least `min_fill` full.
             min_fill: share of non-zeros that "auto" asks of a block, 0 to 1.
+            dtype: of the stored values, default the weight's. `torch.int8` rounds every row to
+                multiples of its largest magnitude / 127; what rounds to zero stays stored.
+            scales: (out,) or (out, 1) float32 for a weight that is int8 already.
+            mask: bool of the weight's shape, True = stored even where it is zero; default none.
 
         Returns:
             The packed weight, on the weight's device, sharing no memory with it.
 
         Raises:
-            TypeError: `weight` is not a floating point tensor.
-            ValueError: another shape, block or min_fill, or a weight that requires a gradient.
+            TypeError: `weight` is neither floating point nor int8, or `dtype` likewise.
+            ValueError: another shape, block, min_fill, scales or mask, a weight that requires a
+                gradient, or infinite values or NaN for int8.
         """
-        matrix = _as_matrix(weight)
-        if block == "auto":
-            if not 0.0 <= min_fill <= 1.0:
-                raise ValueError(f"min_fill={min_fill}: expected a share between 0 and 1")
-            chosen = _choose_block(matrix, min_fill)
-        elif block in BLOCKS:
-            chosen = int(block)
-        else:
-            raise ValueError(f"block={block!r}: expected 1, 2, 4 or 'auto'")
-        mask, rest = _stored_columns(matrix, chosen)
-        full = mask.shape[0]
-        at_row, at_col = mask.nonzero(as_tuple=True)
-        blocks = matrix[: full * chosen].reshape(full, chosen, matrix.shape[1])[at_row, :, at_col]
-        counts = torch.cat([mask.sum(1), rest.sum(1)])
-        columns = torch.cat([at_col, rest.nonzero(as_tuple=True)[1]])
-        tail = matrix[full * chosen :]
-        return BlockRowWeight(
-            values=torch.cat([blocks.reshape(-1), tail[rest]]),
-            columns=columns.to(torch.int16 if matrix.shape[1] <= _INT16_COLUMNS else torch.int32),
-            row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-            shape=(matrix.shape[0], matrix.shape[1]),
-            block=chosen,
-        )
+        given = _as_matrix(weight, scales)
+        nonzero = given != 0  # NaN != 0 is true: NaN weights are stored and propagate
+        matrix, scales = _stored_as(given, dtype, scales)
+        if mask is not None:
+            nonzero = nonzero | _as_mask(mask, weight).reshape(nonzero.shape)
+        return _packed(matrix, nonzero, block, min_fill, scales)
 
     def unpack(self) -> Tensor:
-        """The dense (out, in) weight, bit for bit what was packed."""
-        return dense_weight(self.values, self.columns, self.row_ptr, self.shape, self.block)
+        """The dense (out, in) weight: bit for bit what was stored, or float32 for int8 values."""
+        values = self.float_values() if self.scales is not None else self.values
+        return self._dense(values)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight for activations of this type; only bfloat16 and int8 are converted."""
+        weight = self.unpack()
+        return weight.to(dtype) if self.low_bit else weight
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The dense (out, in) values as stored, without scales, and the mask of stored places."""
+        return self._dense(self.values), self._dense(torch.ones_like(self.values, dtype=torch.bool))
+
+    def _dense(self, values: Tensor) -> Tensor:
+        return dense_weight(values, self.columns, self.row_ptr, self.shape, self.block)
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the values are stored in bfloat16 or int8, to be multiplied as float32."""
+        return self.values.dtype in (torch.bfloat16, torch.int8)
+
+    def float_values(self) -> Tensor:
+        """The values in float32, times their scales."""
+        values = self.values.float()
+        if self.scales is None:
+            return values
+        rows, _ = entry_indices(
+            self.columns, self.row_ptr, self.shape, self.block, self.values.shape[0]
+        )
+        return values * self.scales[rows]
 
     @property
     def density(self) -> float:
@@ -120,12 +157,14 @@ class BlockRowWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the portable tensors."""
-        parts = (self.values, self.columns, self.row_ptr)
-        return sum(t.numel() * t.element_size() for t in parts)
+        parts = (self.values, self.columns, self.row_ptr, self.scales)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Plain tensors to save: values, columns, row_ptr, shape, block."""
+        """Plain tensors to save: values, columns, row_ptr, shape, block, and scales if any."""
+        scales = {} if self.scales is None else {"scales": self.scales}
         return {
+            **scales,
             "values": self.values,
             "columns": self.columns,
             "row_ptr": self.row_ptr,
@@ -150,13 +189,16 @@ class BlockRowWeight:
             tensors["row_ptr"],
             (rows, cols),
             int(tensors["block"]),
+            tensors.get("scales"),
         )
         weight.check()
         return weight
 
     def without_cache(self) -> BlockRowWeight:
         """The same tensors with native streams of their own, for comparing many variants."""
-        return BlockRowWeight(self.values, self.columns, self.row_ptr, self.shape, self.block)
+        return BlockRowWeight(
+            self.values, self.columns, self.row_ptr, self.shape, self.block, self.scales
+        )
 
     def check(self) -> None:
         """Raises ValueError unless the parts describe a weight matrix."""
@@ -174,6 +216,7 @@ class BlockRowWeight:
         stored = int(ptr[full]) * self.block + int(ptr[-1] - ptr[full])
         if self.values.shape != (stored,):
             raise ValueError(f"values: {tuple(self.values.shape)}, expected ({stored},)")
+        check_scales(self.values.dtype, self.scales, rows)
         if len(self.columns) and not (
             int(self.columns.min()) >= 0 and int(self.columns.max()) < cols
         ):
@@ -185,9 +228,35 @@ class BlockRowWeight:
             raise ValueError("columns: expected ascending indices in every row")
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating point tensor, got {_describe(weight)}")
+def _packed(
+    matrix: Tensor, nonzero: Tensor, block: int | str, min_fill: float, scales: Tensor | None
+) -> BlockRowWeight:
+    chosen = _choose_block(nonzero, block, min_fill)
+    mask, rest = _stored_columns(nonzero, chosen)
+    full = mask.shape[0]
+    at_row, at_col = mask.nonzero(as_tuple=True)
+    blocks = matrix[: full * chosen].reshape(full, chosen, matrix.shape[1])[at_row, :, at_col]
+    counts = torch.cat([mask.sum(1), rest.sum(1)])
+    columns = torch.cat([at_col, rest.nonzero(as_tuple=True)[1]])
+    tail = matrix[full * chosen :]
+    return BlockRowWeight(
+        values=torch.cat([blocks.reshape(-1), tail[rest]]),
+        columns=columns.to(torch.int16 if matrix.shape[1] <= _INT16_COLUMNS else torch.int32),
+        row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        shape=(matrix.shape[0], matrix.shape[1]),
+        block=chosen,
+        scales=None if scales is None else scales.clone(),
+    )
+
+
+def _as_matrix(weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, Tensor) or not (
+        weight.is_floating_point() or (weight.dtype is torch.int8 and scales is not None)
+    ):
+        raise TypeError(
+            "weight: expected a floating point tensor, or int8 with scales, got "
+            f"{_describe(weight)}"
+        )
     if weight.requires_grad:
         raise ValueError("weight requires a gradient: pack weight.detach()")
     if weight.dim() < 2 or any(n != 1 for n in weight.shape[2:]):
@@ -196,6 +265,30 @@ def _as_matrix(weight: Tensor) -> Tensor:
             "(out, in, 1, 1)"
         )
     return weight.reshape(weight.shape[0], weight.shape[1])
+
+
+def _as_mask(mask: Tensor, weight: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool or mask.shape != weight.shape:
+        raise ValueError(f"mask: {_describe(mask)}, expected bool of shape {tuple(weight.shape)}")
+    return mask
+
+
+def _stored_as(
+    matrix: Tensor, dtype: torch.dtype | None, scales: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The matrix in the type to store it in, and its scales."""
+    if dtype is not None and not (dtype.is_floating_point or dtype is torch.int8):
+        raise TypeError(f"dtype={dtype}: expected a floating point type or torch.int8")
+    if matrix.dtype is torch.int8:
+        if dtype not in (None, torch.int8):
+            raise ValueError(f"dtype={dtype}: expected None for a weight that is int8")
+        scales = None if scales is None else scales.reshape(-1)
+        check_scales(torch.int8, scales, matrix.shape[0])
+        return matrix, scales
+    check_scales(matrix.dtype, scales, matrix.shape[0])
+    if dtype is torch.int8:
+        return quantize_rows(matrix)
+    return (matrix if dtype is None else matrix.to(dtype)), None
 
 
 def _describe(value: object) -> str:

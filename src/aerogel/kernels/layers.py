@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerogel.kernels._calls import native_arrays
+from aerogel.kernels._calls import address, native_arrays
 from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import (
@@ -44,11 +44,6 @@ def float_tensor(name: str, value: object, shape: Shape | None = None) -> Tensor
     if shape is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {shape}")
     return value.detach().contiguous()
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor lies, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def same_shape(name: str, shape: Shape, expected: Shape) -> None:
@@ -211,7 +206,8 @@ class Packed(Weighted):
     arrays: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        float_tensor("weight.values", self.weight.values)
+        if not self.weight.low_bit:
+            float_tensor("weight.values", self.weight.values)
         object.__setattr__(self, "arrays", native_arrays(self.weight))
 
     def flops(self, output: Shape) -> int:

@@ -20,7 +20,7 @@ from aerogel.kernels.spmm import check_activation, check_operands, linear_refere
 _aten = torch.ops.aten
 
 
-class _PackedCache:
+class PackedCache:
     """Packed weights by their values tensor, so that repeated calls reuse the native streams."""
 
     def __init__(self) -> None:
@@ -28,13 +28,21 @@ class _PackedCache:
         self._lock = threading.Lock()
 
     def get(
-        self, values: Tensor, columns: Tensor, row_ptr: Tensor, shape: tuple[int, int], block: int
+        self,
+        values: Tensor,
+        columns: Tensor,
+        row_ptr: Tensor,
+        shape: tuple[int, int],
+        block: int,
+        scales: Tensor | None = None,
     ) -> BlockRowWeight:
+        """The weight of these parts, the one of an earlier call if they are the same."""
         state = (
             values._version if not values.is_inference() else None,
             values.data_ptr(),
             columns.data_ptr(),
             row_ptr.data_ptr(),
+            None if scales is None else scales.data_ptr(),
             shape,
             block,
         )
@@ -43,7 +51,7 @@ class _PackedCache:
             found = self._entries.get(values) if reusable else None
             if found is not None and found[0] == state:
                 return found[1]
-        weight = BlockRowWeight(values.detach(), columns, row_ptr, shape, block)
+        weight = BlockRowWeight(values.detach(), columns, row_ptr, shape, block, scales)
         weight.check()
         if reusable:
             with self._lock:
@@ -51,7 +59,7 @@ class _PackedCache:
         return weight
 
 
-_packed = _PackedCache()
+_packed = PackedCache()
 
 
 @torch.library.custom_op("aerogel::spmm", mutates_args=())
@@ -92,7 +100,7 @@ def _(
     return x.new_empty(check_operands(x, rows, cols, bias, residual, layout))
 
 
-def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+def activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     """Gradient before the activation; z is the activation's input."""
     match activation:
         case "relu":
@@ -124,7 +132,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         z = linear_reference(x, dense, bias, ctx.layout)
         z = z if residual is None else z + residual
-        grad = _activation_gradient(grad.contiguous(), z, ctx.activation)
+        grad = activation_gradient(grad.contiguous(), z, ctx.activation)
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = linear_reference(grad, dense.t(), None, ctx.layout)

@@ -25,7 +25,7 @@ from aerogel.kernels._library import native_available
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.layers import Layer, Shape, float_tensor
 from aerogel.kernels.plan import Network, Plan, Port, Step
-from aerogel.kernels.sparse_layers import SparseConv2d
+from aerogel.kernels.sparse_layers import Gemv, SparseConv2d
 from aerogel.kernels.spmm import check_activation
 from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
 from aerogel.kernels.window import ConvGeometry, pair
@@ -253,6 +253,32 @@ class PlanBuilder:
         if weight.dim() != 2:
             raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (out, in)")
         layer = layers.Linear(
+            bias=_optional_bias(bias, weight.shape[0]),
+            activation=_checked_activation(activation),
+            weight=weight,
+        )
+        return self.add_layer(layer, x, residual, name=name)
+
+    def gemv(
+        self,
+        x: Value,
+        weight: BlockRowWeight,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        residual: Value | None = None,
+        name: str | None = None,
+    ) -> Value:
+        """activation(W x + bias (+ residual)) on one vector, the packed weight as it is stored.
+
+        Args:
+            x: (in,).
+            weight: packed (out, in) in float32, bfloat16 or int8.
+            bias: (out,) or None.
+            activation: one of `ACTIVATIONS`.
+            residual: (out,), added before the activation.
+            name: for `describe` and `profile`.
+        """
+        layer = Gemv(
             bias=_optional_bias(bias, weight.shape[0]),
             activation=_checked_activation(activation),
             weight=weight,

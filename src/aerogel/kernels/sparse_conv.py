@@ -24,16 +24,16 @@ from aerogel.kernels._calls import (
     PreparedCall,
     Rows,
     checked_out,
-    fits_native,
     kept_call,
     kept_stream,
     native_arrays,
     needs_grad,
     row_strides,
+    runs_natively,
     version,
 )
 from aerogel.kernels._library import native, native_available, reference_mode
-from aerogel.kernels.formats import BlockRowWeight, dense_weight
+from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import check_activation, reference_activation
 from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
 from aerogel.kernels.window import ConvGeometry
@@ -93,8 +93,8 @@ def dense_conv2d(
     x: Tensor, weight: BlockRowWeight, bias: Tensor | None, geometry: ConvGeometry
 ) -> Tensor:
     """`F.conv2d` with the unpacked weight."""
-    dense = dense_weight(weight.values, weight.columns, weight.row_ptr, weight.shape, weight.block)
-    kernel = dense.reshape(weight.shape[0], x.shape[1] // geometry.groups, *geometry.kernel)
+    inputs = x.shape[1] // geometry.groups
+    kernel = weight.dense(x.dtype).reshape(weight.shape[0], inputs, *geometry.kernel)
     return F.conv2d(x, kernel, bias, *geometry[1:])
 
 
@@ -141,12 +141,12 @@ def sparse_conv2d(
         ValueError: shapes, geometry, activation, variant, threads or out do not fit.
     """
     geometry = ConvGeometry.of(kernel_size, stride, padding, dilation, groups)
-    operands = (x, weight.values, bias, residual)
-    differentiable = torch.compiler.is_compiling() or needs_grad(operands)
+    operands = (x, bias, residual)
+    differentiable = torch.compiler.is_compiling() or needs_grad((weight.values, *operands))
     if differentiable and out is not None:
         raise ValueError("out: expected None where a gradient is needed")
-    runs_natively = native_available() and all(map(fits_native, operands))
-    if differentiable or reference_mode() or not runs_natively:
+    fits = native_available() and runs_natively(weight, operands)
+    if differentiable or reference_mode() or not fits:
         check_activation(activation)
         shape = _checked_shape(x, weight, bias, geometry, residual)
         y = _reference(x, weight, bias, geometry, activation, residual)

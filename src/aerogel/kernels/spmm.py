@@ -24,16 +24,16 @@ from aerogel.kernels._calls import (
     PreparedCall,
     Rows,
     checked_out,
-    fits_native,
     kept_call,
     kept_stream,
     native_arrays,
     needs_grad,
     row_strides,
+    runs_natively,
     version,
 )
 from aerogel.kernels._library import native, native_available, reference_mode
-from aerogel.kernels.formats import BlockRowWeight, dense_weight
+from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.variants import LAYOUTS, SpmmVariant, default_variant
 
 # Codes of csrc/epilogue.h.
@@ -126,8 +126,7 @@ def spmm_reference(
 ) -> Tensor:
     """`spmm` with a dense product in torch: any dtype, any device, differentiable."""
     check_operands(x, *weight.shape, bias, residual, layout)
-    dense = dense_weight(weight.values, weight.columns, weight.row_ptr, weight.shape, weight.block)
-    out = linear_reference(x, dense, bias, layout)
+    out = linear_reference(x, weight.dense(x.dtype), bias, layout)
     if residual is not None:
         out = out + residual
     return reference_activation(out, activation)
@@ -147,9 +146,11 @@ def spmm(
 ) -> Tensor:
     """Multiplies a packed weight by dense activations.
 
-    Native for float32 on the CPU; other dtypes and devices (with a warning, once), and
-    `AEROGEL_KERNELS=reference`, take the torch reference. Where a gradient is needed it goes
-    through `torch.ops.aerogel.spmm`.
+    Native for float32 activations on the CPU; other dtypes and devices (with a warning, once), and
+    `AEROGEL_KERNELS=reference`, take the torch reference. Weights in bfloat16 and int8 are expanded
+    to float32 once, when they are first used: many columns share each weight, so that reading it
+    is not what takes the time (for one to a few vectors see `gemv`). Where a gradient is needed it
+    goes through `torch.ops.aerogel.spmm`.
 
     Args:
         x: (batch, in, *spatial) for layout "channels", (*, in) for "tokens"; other strides than
@@ -169,14 +170,15 @@ def spmm(
     Raises:
         ValueError: shapes, activation, layout, variant, threads or out do not fit.
     """
-    operands = (x, weight.values, bias, residual)
-    if torch.compiler.is_compiling() or needs_grad(operands):
+    operands = (x, bias, residual)
+    if torch.compiler.is_compiling() or needs_grad((weight.values, *operands)):
         if out is not None:
             raise ValueError("out: expected None where a gradient is needed")
-        parts = (weight.values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
+        values = weight.float_values().to(x.dtype) if weight.low_bit else weight.values
+        parts = (values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
         return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
-    if reference_mode() or not (native_available() and all(map(fits_native, operands))):
-        _warn_of_device(x.device.type)
+    if reference_mode() or not (native_available() and runs_natively(weight, operands)):
+        warn_of_device(x.device.type)
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout
         )
@@ -188,7 +190,7 @@ def spmm(
 
 
 @functools.cache
-def _warn_of_device(kind: str) -> None:
+def warn_of_device(kind: str) -> None:
     """Says once for each kind of device that nothing is gained there."""
     if kind != "cpu":
         warnings.warn(

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, save
+    from aerogel.runtime.checkpoint import CheckpointInfo, inspect, load, load_packed, save
     from aerogel.runtime.clusters import XNNPACK_THRESHOLD, Cluster, sparsify_convs
     from aerogel.runtime.compiled import CompiledModule
     from aerogel.runtime.compiler import compile
@@ -33,6 +33,7 @@ _PUBLIC = {
     "from_onnx": "exchange.onnx_import",
     "inspect": "checkpoint",
     "load": "checkpoint",
+    "load_packed": "checkpoint",
     "save": "checkpoint",
     "sparsify_convs": "clusters",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "from_onnx",
     "inspect",
     "load",
+    "load_packed",
     "save",
     "sparsify_convs",
 ]

@@ -3,6 +3,8 @@
     save(model, "model.safetensors")            # masks are baked in, keys are the dense model's
     load("model.safetensors", model)            # or load(path) -> dict of plain dense tensors
     print(inspect("model.safetensors"))         # what is in there, without reading the values
+    save({"fc.weight": packed}, path)           # a kernels.BlockRowWeight, int8 with its scales
+    load_packed(path)["fc.weight"]              # and back, instead of dense tensors
 
 `formats` says how one tensor is laid out. The file's `__metadata__` holds
 
@@ -23,7 +25,7 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -43,6 +45,9 @@ from aerogel.runtime.contents import (
 from aerogel.runtime.formats import CheckpointError
 from aerogel.runtime.module_state import dense_state, fill
 
+if TYPE_CHECKING:
+    from aerogel.kernels import BlockRowWeight
+
 __all__ = [
     "FORMATS",
     "CheckpointError",
@@ -51,6 +56,7 @@ __all__ = [
     "inspect",
     "load",
     "load_masks",
+    "load_packed",
     "save",
 ]
 
@@ -64,7 +70,7 @@ def _checked_state(obj: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if isinstance(obj, nn.Module):
         state, masks = dense_state(obj)
     elif isinstance(obj, Mapping):
-        state, masks = dict(obj), {}
+        state, masks = _spread(obj)
     else:
         raise TypeError(f"obj must be a module or a dict of tensors, got {type(obj).__name__}")
     for key, value in state.items():
@@ -78,6 +84,15 @@ def _checked_state(obj: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if value.dtype not in STORABLE:
             raise ValueError(f"obj[{key!r}] is {value.dtype}, which safetensors cannot hold")
     return state, masks
+
+
+def _spread(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state as tensors, and the masks of the weights that were packed."""
+    if all(isinstance(value, Tensor) for value in state.values()):
+        return dict(state), {}
+    from aerogel.runtime.packed_state import spread_packed  # plain checkpoints need no kernels
+
+    return spread_packed(state)
 
 
 def _split_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,7 +159,7 @@ def _pattern_of(encoded: formats.Encoded, tensor: Tensor) -> str | None:
 
 
 def save(
-    obj: nn.Module | Mapping[str, Tensor],
+    obj: nn.Module | Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
     metadata: Mapping[str, str] | None = None,
@@ -158,7 +173,8 @@ def save(
     or, on any error, not at all; an older file of that name then stays as it was.
 
     Args:
-        obj: a module, or a dict from names to tensors on any device.
+        obj: a module, or a dict from names to tensors on any device or packed weights
+            (`kernels.BlockRowWeight`); scales of int8 values are stored as `<name>_scale`.
         path: the file to write; its folder must exist.
         metadata: the caller's own strings, returned by `inspect`.
         patterns: tensor name -> sparsity pattern to record, e.g. `{"fc.weight": "4x1"}`. Tensors
@@ -282,6 +298,25 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: as `load`.
     """
     return {name: torch.from_numpy(kept) for name, kept in _read(path)[1].items()}
+
+
+def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor | BlockRowWeight]:
+    """Read a checkpoint with its sparse matrices packed, ready for the kernels.
+
+    Args:
+        path: a file written by `save`, or by compressed-tensors.
+
+    Returns:
+        Matrices that the file stores as bits as `kernels.BlockRowWeight`, int8 ones with their
+        scales; all else as dense CPU tensors.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    from aerogel.runtime.packed_state import gather_packed
+
+    state, masks = _read(path)
+    return gather_packed(state, {name: torch.from_numpy(kept) for name, kept in masks.items()})
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:

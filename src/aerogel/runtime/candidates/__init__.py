@@ -7,6 +7,7 @@ them all and the lowering keeps the fastest. `torch_dense` is always among them.
 from __future__ import annotations
 
 from aerogel.runtime.candidates import (  # noqa: F401  (register)
+    gemv,
     native_dense,
     sparse_conv,
     spmm,
