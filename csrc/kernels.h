@@ -10,6 +10,7 @@ struct SpmmKernels;      // spmm.h: sparse weights x dense activations
 struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
+struct TokenKernels;     // tokens.h: what transformers need besides
 
 // Constant-initialised (table.inl): loading the library runs no code of an instruction set that the
 // CPU may lack.
@@ -20,6 +21,7 @@ struct KernelTable {
   const SddmmKernels* sddmm;
   const RooflineKernels* roofline;
   const LayerKernels* layers;
+  const TokenKernels* tokens;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

@@ -8,9 +8,10 @@ extern const SpmmKernels kSpmmKernels;
 extern const SddmmKernels kSddmmKernels;
 extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
+extern const TokenKernels kTokenKernels;
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME, kLanes,            &kSpmmKernels,
-                            &kSddmmKernels,   &kRooflineKernels, &kLayerKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME,  kLanes,         &kSpmmKernels, &kSddmmKernels,
+                            &kRooflineKernels, &kLayerKernels, &kTokenKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -25,6 +25,7 @@ from aerogel.kernels.spmm import (
     spmm,
     spmm_reference,
 )
+from aerogel.kernels.token_layers import HeadRows
 from aerogel.kernels.trained import TrainedPattern
 from aerogel.kernels.variants import (
     SpmmVariant,
@@ -38,6 +39,7 @@ __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
     "ConvGeometry",
+    "HeadRows",
     "OpInfo",
     "Plan",
     "PlanBuilder",
