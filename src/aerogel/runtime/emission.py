@@ -1,4 +1,4 @@
-"""How operators enter a plan: what is known while one is built, and what an operator must answer."""
+"""How operators enter a plan: what a plan under construction knows, what an operator answers."""
 
 from __future__ import annotations
 

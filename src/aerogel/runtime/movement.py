@@ -80,10 +80,16 @@ def _follow(node: fx.Node, source: fx.Node, numbers: Tensor) -> Any:
         node = node.all_input_nodes[0]
     value: Any = numbers
     for step in reversed(chain):
-        given = step.all_input_nodes[0]
-        current = value
-        args, kwargs = fx.node.map_arg(
-            (step.args, step.kwargs), lambda each, given=given, current=current: current
-        )
+        args, kwargs = fx.node.map_arg((step.args, step.kwargs), _Replace(value))
         value = step.target(*args, **kwargs)  # type: ignore[operator]
     return value
+
+
+class _Replace:
+    """Puts one value in the place of every node."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self, node: fx.Node) -> Any:
+        return self._value

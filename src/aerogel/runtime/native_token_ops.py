@@ -65,11 +65,14 @@ def _attention_family(node: fx.Node) -> str | None:
 
 
 def _emit_attention(emission: Emission, node: fx.Node) -> Any:
-    q, k, v, mask, heads, scale, empty_is_zero = node.args
-    of_q, of_k, of_v = (kernels.HeadRows(*each) for each in heads)  # type: ignore[union-attr,arg-type]
+    args: Any = node.args
+    q, k, v, mask, heads, scale, empty_is_zero = args
+    of_q, of_k, of_v = (kernels.HeadRows(*each) for each in heads)
     value, columns = _mask(emission, mask)
     return emission.builder.attention(
-        *(emission.values[each] for each in (q, k, v)),
+        emission.values[q],
+        emission.values[k],
+        emission.values[v],
         of_q,
         mask=value,
         mask_columns=columns,

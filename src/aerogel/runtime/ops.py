@@ -68,7 +68,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Planes as tokens. x: (batch, channels, height, width) -> (batch, height * width, channels)."""
+    """Planes as tokens: (batch, channels, height, width) -> (batch, height * width, channels)."""
     return x.flatten(2).transpose(1, 2)
 
 

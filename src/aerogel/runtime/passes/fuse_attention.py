@@ -95,9 +95,9 @@ def _read_products(gm: fx.GraphModule, softmax: fx.Node) -> Iterator[Found]:
     if scores is None or scores.target not in _PRODUCT or graph.only_user(scores) is None:
         return
     q, k = scores.args
+    value: Any = product.args[1]
     q, before = _split_scale(gm, q)
     k, before_too = _split_scale(gm, k)
-    value = product.args[1]
     if not all(isinstance(each, fx.Node) for each in (q, k, value)):
         return
     factor = scale * before * before_too
@@ -123,7 +123,8 @@ def _split_scale(gm: fx.GraphModule, node: Any) -> tuple[Any, float]:
     """(x, s) for x * s or x / s with a number s that only one reader sees; else (node, 1)."""
     if not isinstance(node, fx.Node) or node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return node, 1.0
-    x, by = node.args[:2]
+    args: Any = node.args
+    x, by = args[:2]
     constant = graph.constant(gm, by)
     if constant is not None and constant.numel() == 1:
         by = float(constant)
@@ -140,7 +141,7 @@ def _fuse(gm: fx.GraphModule, found: Found, masks: Masks) -> None:
     places = [_locate(found.q), _locate(found.k, k_axes), _locate(found.v)]
     if any(place is None for place in places):
         return
-    sources, heads = zip(*places, strict=True)  # type: ignore[arg-type]
+    sources, heads = zip(*(place for place in places if place), strict=True)
     if not _fit(sources, heads):
         return
     try:

@@ -28,12 +28,13 @@ def _simplify(node: fx.Node) -> None:
         return
     before, after = graph.shape(source), graph.shape(node)
     would_leak = source.op != "call_function" and any(user.op == "output" for user in node.users)
-    if after == before and not would_leak and node.all_input_nodes[0] is not source:
-        if _equals(node, source, lambda numbers: numbers):
-            node.replace_all_uses_with(source)
-    elif len(before) == 4 and after == (before[0], before[2] * before[3], before[1]):
-        if _equals(node, source, ops.to_tokens):
-            graph.replace(node, ops.to_tokens, (source,))
+    several = node.all_input_nodes[0] is not source
+    if after == before and several and not would_leak and _equals(node, source, lambda x: x):
+        node.replace_all_uses_with(source)
+        return
+    tokens = len(before) == 4 and after == (before[0], before[2] * before[3], before[1])
+    if tokens and _equals(node, source, ops.to_tokens):
+        graph.replace(node, ops.to_tokens, (source,))
 
 
 def _equals(node: fx.Node, source: fx.Node, expected: object) -> bool:
