@@ -12,7 +12,8 @@ constexpr int kScoreRows = kRegisters >= 32 ? 8 : 4;
 constexpr int kScoreVectors = 3;
 constexpr AttentionTile kAttentionTile = {kScoreVectors, kLanes};
 
-// One panel's share of the scratch, rows of `wide` vectors each.
+// One panel's share of the scratch, in rows of one float per query. `total` becomes its reciprocal
+// at the end; `factor` is what a new maximum makes of the sums so far.
 struct AttentionPanel {
   float *queries, *scores, *sums, *maximum, *total, *factor;
   int64_t column, count;  // queries
@@ -51,12 +52,17 @@ AEROGEL_INLINE void multiply_tile(Vec (&sums)[kScoreRows][W], const Left& left, 
   }
 }
 
-// Scores of keys [first, last) and their maxima, including what came before.
+// What a score is shifted by: its maximum, or 0 for a query that sees no key, since -inf - -inf is NaN.
+AEROGEL_INLINE Vec shift_of(Vec maximum) {
+  return select_nonnegative(sub(maximum, broadcast(-__FLT_MAX__)), maximum, zero());
+}
+
+// Scores of keys [first, last) and their maxima, including what came before. Nothing but the tile is
+// in registers while it is multiplied.
 template <int W>
 AEROGEL_NOINLINE void score_keys(const AttentionArgs& a, const AttentionPanel& p, int64_t first,
                                  int64_t last) {
-  Vec maximum[W];
-  for (int v = 0; v < W; ++v) maximum[v] = load(p.maximum + v * kLanes);
+  for (int v = 0; v < W; ++v) store(p.factor + v * kLanes, load(p.maximum + v * kLanes));
   for (int64_t s = first; s < last; s += kScoreRows) {
     Vec sums[kScoreRows][W];
     for (int r = 0; r < kScoreRows; ++r) {
@@ -68,6 +74,8 @@ AEROGEL_NOINLINE void score_keys(const AttentionArgs& a, const AttentionPanel& p
     multiply_tile<W>(sums, [k, ldk](int64_t d, int r) { return k[d * ldk + r]; }, p.queries,
                      a.head_dim);
     float* to = p.scores + (s - first) * W * kLanes;
+    Vec maximum[W];
+    for (int v = 0; v < W; ++v) maximum[v] = load(p.maximum + v * kLanes);
     for (int r = 0; r < kScoreRows; ++r, to += W * kLanes) {
       if (s + r >= last) break;
       for (int v = 0; v < W; ++v) {
@@ -82,15 +90,11 @@ AEROGEL_NOINLINE void score_keys(const AttentionArgs& a, const AttentionPanel& p
         store(to + v * kLanes, score);
       }
     }
+    for (int v = 0; v < W; ++v) store(p.maximum + v * kLanes, maximum[v]);
   }
-  // A query without any key so far has nothing to subtract: -inf - -inf would be NaN.
-  constexpr float kLowest = -__FLT_MAX__;
   for (int v = 0; v < W; ++v) {
-    const Vec before = load(p.maximum + v * kLanes);
-    const Vec seen = sub(maximum[v], broadcast(kLowest));
-    const Vec next = select_nonnegative(seen, maximum[v], zero());
-    store(p.factor + v * kLanes, exp_or_zero(sub(before, next)));
-    store(p.maximum + v * kLanes, maximum[v]);
+    const Vec before = load(p.factor + v * kLanes), maximum = load(p.maximum + v * kLanes);
+    store(p.factor + v * kLanes, exp_or_zero(sub(before, shift_of(maximum))));
   }
 }
 
@@ -99,9 +103,7 @@ template <int W>
 AEROGEL_NOINLINE void exponentiate(const AttentionPanel& p, int64_t keys) {
   Vec shift[W], total[W];
   for (int v = 0; v < W; ++v) {
-    const Vec maximum = load(p.maximum + v * kLanes);
-    const Vec seen = sub(maximum, broadcast(-__FLT_MAX__));
-    shift[v] = select_nonnegative(seen, maximum, zero());
+    shift[v] = shift_of(load(p.maximum + v * kLanes));
     total[v] = mul(load(p.total + v * kLanes), load(p.factor + v * kLanes));
   }
   float* row = p.scores;
@@ -120,18 +122,12 @@ template <int W>
 AEROGEL_NOINLINE void sum_values(const AttentionArgs& a, const AttentionPanel& p, int64_t first,
                                  int64_t last) {
   const bool begins = first == 0, ends = last == a.keys;
-  Vec factor[W];
-  for (int v = 0; v < W; ++v) {
-    if (!ends) {
-      factor[v] = broadcast(1.0f);
-      continue;
-    }
+  for (int v = 0; ends && v < W; ++v) {
     const Vec total = load(p.total + v * kLanes);
-    factor[v] = div(broadcast(1.0f), total);
-    if (a.empty_is_zero) {  // a total is positive, 0 or NaN
-      const Vec empty = sub(zero(), total);
-      factor[v] = select_nonnegative(empty, zero(), factor[v]);
-    }
+    const Vec share = div(broadcast(1.0f), total);
+    const Vec empty = sub(zero(), total);  // a total is positive, 0 or NaN
+    store(p.total + v * kLanes,
+          a.empty_is_zero ? select_nonnegative(empty, zero(), share) : share);
   }
   for (int64_t d = 0; d < a.value_dim; d += kScoreRows) {
     const int64_t rows = smaller(kScoreRows, a.value_dim - d);
@@ -151,12 +147,12 @@ AEROGEL_NOINLINE void sum_values(const AttentionArgs& a, const AttentionPanel& p
     for (int r = 0; r < kScoreRows; ++r) {
       if (r >= rows) break;
       for (int v = 0; v < W; ++v) {
-        const Vec y = mul(sums[r][v], factor[v]);
         if (!ends) {
-          store(kept + (r * W + v) * kLanes, y);
-        } else {
-          store_upto(a.y + (d + r) * a.ldy + p.column + v * kLanes, y, p.count - v * kLanes);
+          store(kept + (r * W + v) * kLanes, sums[r][v]);
+          continue;
         }
+        const Vec y = mul(sums[r][v], load(p.total + v * kLanes));
+        store_upto(a.y + (d + r) * a.ldy + p.column + v * kLanes, y, p.count - v * kLanes);
       }
     }
   }
