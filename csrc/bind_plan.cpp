@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "plan_gemv.h"
 #include "plan_ops.h"
+#include "plan_tokens.h"
 
 namespace nb = nanobind;
 
@@ -169,6 +170,76 @@ class Builder {
     return push(std::make_unique<CopyOp>(), x, -1, y, name);
   }
 
+  int constant(Address data, int64_t channels, int64_t height, int64_t width, bool vector) {
+    return graph_.add_constant(floats(data), channels, height, width, vector);
+  }
+
+  int layer_norm(int x, Address weight, Address bias, float epsilon, const std::string& name) {
+    const Value a = value(x);
+    auto op = std::make_unique<NormOp>(a.channels, weight ? floats(weight) : nullptr,
+                                       bias ? floats(bias) : nullptr, epsilon);
+    const int y = graph_.add_value(a.channels, a.height, a.width, a.ld == 1, a.tokens);
+    return push(std::move(op), x, -1, y, name);
+  }
+
+  int attention(const std::vector<int>& operands, const AttentionShape& shape,
+                const std::string& name) {
+    for (int operand : operands) check(operand);
+    if (operands.size() < 3) throw std::invalid_argument("attention: expected q, k and v");
+    const Value q = value(operands[0]), k = value(operands[1]), v = value(operands[2]);
+    const int64_t shared = shape.groups > 0 ? shape.heads / shape.groups : 0;
+    const auto has_rows = [](const Value& of, int64_t first, int64_t count) {
+      return first >= 0 && count > 0 && first + count <= of.channels;
+    };
+    if (shared < 1 || shape.heads % shape.groups || shape.sequences < 1 ||
+        !has_rows(q, shape.q_row, shape.heads * shape.head_dim) ||
+        !has_rows(k, shape.k_row, shared * shape.head_dim) ||
+        !has_rows(v, shape.v_row, shared * shape.value_dim) || k.columns() != v.columns() ||
+        q.columns() % shape.sequences || k.columns() % shape.sequences) {
+      throw std::invalid_argument("attention: shapes contradict each other");
+    }
+    const int64_t queries = q.columns() / shape.sequences, keys = k.columns() / shape.sequences;
+    const int64_t masks = (shape.mask_per_sequence ? shape.sequences : 1) *
+                          (shape.mask_per_head ? shape.heads : 1) *
+                          (shape.mask_per_query ? queries : 1);
+    if (operands.size() > 3) {
+      const Value mask = value(operands[3]);
+      if (mask.channels != keys || mask.columns() != masks) {
+        throw std::invalid_argument("mask: expected a row per key");
+      }
+    }
+    auto op = std::make_unique<AttentionOp>(shape, queries, keys);
+    const int y = graph_.add_value(shape.heads * shape.value_dim, 1, q.columns(), false, q.tokens);
+    push(std::move(op), operands[0], -1, y, name);
+    graph_.ops.back()->inputs = operands;
+    return y;
+  }
+
+  int columns(int x, int64_t start, int64_t step, int64_t count, const std::string& name) {
+    const Value a = value(x);
+    if (start < 0 || step < 1 || count < 1 || start + (count - 1) * step >= a.columns()) {
+      throw std::invalid_argument("columns: expected some that the value has");
+    }
+    const int y = graph_.add_value(a.channels, 1, count, count == 1, a.tokens && count > 1);
+    return push(std::make_unique<ColumnsOp>(start, step), x, -1, y, name);
+  }
+
+  int concat(const std::vector<int>& parts, const std::string& name) {
+    if (parts.empty()) throw std::invalid_argument("concat: expected at least one value");
+    const int64_t channels = value(parts[0]).channels;
+    int64_t count = 0;
+    for (int part : parts) {
+      if (value(part).channels != channels) {
+        throw std::invalid_argument("concat: expected values of as many features");
+      }
+      count += value(part).columns();
+    }
+    const int y = graph_.add_value(channels, 1, count, false, value(parts.back()).tokens);
+    push(std::make_unique<ConcatOp>(), parts[0], -1, y, name);
+    graph_.ops.back()->inputs = parts;
+    return y;
+  }
+
   Plan* build() {
     if (graph_.outputs.empty()) throw std::invalid_argument("outputs: expected at least one");
     return new Plan(std::move(graph_));
@@ -260,6 +331,21 @@ void bind_plan(nb::module_& m) {
       .def("profile", &profile_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
       .def("fill_idle_arenas", &Plan::fill_idle_arenas, nb::arg("value"))
       .def_prop_ro("arena_bytes", &Plan::arena_bytes);
+  nb::class_<AttentionShape>(m, "AttentionShape")
+      .def(nb::init<>())
+      .def_rw("heads", &AttentionShape::heads)
+      .def_rw("groups", &AttentionShape::groups)
+      .def_rw("head_dim", &AttentionShape::head_dim)
+      .def_rw("value_dim", &AttentionShape::value_dim)
+      .def_rw("q_row", &AttentionShape::q_row)
+      .def_rw("k_row", &AttentionShape::k_row)
+      .def_rw("v_row", &AttentionShape::v_row)
+      .def_rw("sequences", &AttentionShape::sequences)
+      .def_rw("scale", &AttentionShape::scale)
+      .def_rw("empty_is_zero", &AttentionShape::empty_is_zero)
+      .def_rw("mask_per_sequence", &AttentionShape::mask_per_sequence)
+      .def_rw("mask_per_head", &AttentionShape::mask_per_head)
+      .def_rw("mask_per_query", &AttentionShape::mask_per_query);
   nb::class_<Builder>(m, "PlanBuilder")
       .def(nb::init<int64_t>(), nb::arg("batch"))
       .def("input", &Builder::input)
@@ -275,6 +361,11 @@ void bind_plan(nb::module_& m) {
       .def("pool", &Builder::pool)
       .def("mean", &Builder::mean)
       .def("reshape", &Builder::reshape)
+      .def("constant", &Builder::constant)
+      .def("layer_norm", &Builder::layer_norm)
+      .def("attention", &Builder::attention)
+      .def("columns", &Builder::columns)
+      .def("concat", &Builder::concat)
       .def("build", &Builder::build, nb::rv_policy::take_ownership);
 }
 

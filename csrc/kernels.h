@@ -12,6 +12,7 @@ struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
+struct TokenKernels;     // tokens.h: what transformers need besides
 
 // Constant-initialised (table.inl): loading the library runs no code of an instruction set that the
 // CPU may lack.
@@ -24,6 +25,7 @@ struct KernelTable {
   const LayerKernels* layers;
   const GemvKernels* gemv;
   const SparseInputKernels* sparse_input;
+  const TokenKernels* tokens;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

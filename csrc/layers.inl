@@ -1,6 +1,7 @@
 // Body of layers.h for one instruction set. Order matters: each part uses the ones above it.
 #include "layers.h"
 
+#include "activate.inl"
 #include "gather.inl"
 #include "kernels.h"
 #include "layers_simd.inl"

@@ -3,14 +3,6 @@
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-void activate_span(Activation activation, const float* x, float* y, int64_t count) {
-  if (activation == Activation::kNone && x == y) return;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = count - i;
-    store_upto(y + i, activate(load_upto(x + i, n), activation), n);
-  }
-}
-
 // The activations that cost an instruction or two run on the accumulators; the others run over the
 // stored result, which is still in L1, so that they exist once and not in every kernel.
 AEROGEL_INLINE bool is_cheap(Activation activation) {

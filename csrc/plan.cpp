@@ -57,7 +57,7 @@ std::vector<bool> find_joint(const Graph& graph) {
       if (!joint[consumer]) return false;
     }
     for (int v : op.inputs) {
-      if (!few_columns(v)) return false;
+      if (!few_columns(v) || graph.values[v].constant) return false;
       const bool made_jointly = producer[v] >= 0 && joint[producer[v]];
       if (graph.values[v].ld != 1 && !made_jointly && !token_input[v]) return false;
     }
@@ -279,6 +279,20 @@ int Graph::add_value(int64_t channels, int64_t height, int64_t width, bool vecto
   return static_cast<int>(values.size()) - 1;
 }
 
+int Graph::add_constant(const float* data, int64_t channels, int64_t height, int64_t width,
+                        bool vector) {
+  const int id = add_value(channels, height, width, vector, false);
+  Value& value = values[static_cast<size_t>(id)];
+  constants.emplace_back(value.floats() + 2 * kReadSlack);
+  value.place = Place::kConstant;
+  value.constant = constants.back().data() + kReadSlack;
+  const int64_t columns = value.columns();
+  for (int64_t c = 0; c < channels; ++c) {
+    std::copy_n(data + c * columns, columns, value.constant + c * value.ld);
+  }
+  return id;
+}
+
 Operand Frame::operand(int id) const {
   const Value& v = values[id];
   switch (v.place) {
@@ -291,6 +305,7 @@ Operand Frame::operand(int id) const {
               v.columns()};
     case Place::kOutput:
       return {outputs[v.offset] + image * v.stride, v.ld, v.channels, v.columns()};
+    case Place::kConstant: return {v.constant, v.ld, v.channels, v.columns()};
   }
   return {};
 }
@@ -308,6 +323,7 @@ Plan::Plan(Graph graph)
   chunk_ = (batch_ + (batch_ + most - 1) / most - 1) / ((batch_ + most - 1) / most);
   Lowering(graph).lower(chunk_, &image_ops_, &joint_ops_);
   values_ = std::move(graph.values);
+  constants_ = std::move(graph.constants);
 
   image_floats_ = plan_arena(image_ops_, Place::kImage, &values_);
   joint_floats_ = plan_arena(joint_ops_, Place::kJoint, &values_);

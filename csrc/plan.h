@@ -30,6 +30,7 @@ enum class Place : int32_t {
   kJoint,   // joint arena, all images of a chunk as columns
   kInput,   // the caller's tensors
   kOutput,
+  kConstant,  // the plan's own, the same for every image
 };
 
 struct Value {
@@ -39,6 +40,7 @@ struct Value {
   Place place = Place::kImage;
   int64_t offset = 0;  // floats from the start of its arena, or the number of the caller's tensor
   int64_t stride = 0;  // floats from image to image (kStaged, kInput, kOutput)
+  float* constant = nullptr;
 
   int64_t columns() const { return height * width; }
   int64_t floats() const { return channels * ld; }
@@ -99,7 +101,10 @@ struct Graph {
   std::vector<Value> values;
   Ops ops;
   std::vector<Port> inputs, outputs;
+  std::vector<FloatBuffer> constants;
 
+  // A value filled from channels x (height * width) floats.
+  int add_constant(const float* data, int64_t channels, int64_t height, int64_t width, bool vector);
   int add_value(int64_t channels, int64_t height, int64_t width, bool vector, bool tokens);
 };
 
@@ -140,6 +145,7 @@ class Plan {
   int64_t batch_, chunk_;
   size_t graph_inputs_, graph_outputs_;
   std::vector<Value> values_;
+  std::vector<FloatBuffer> constants_;
   Ops image_ops_, joint_ops_;
   int64_t image_floats_ = 0, joint_floats_ = 0, scratch_floats_ = 0;
   std::mutex pool_mutex_;

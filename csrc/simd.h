@@ -51,6 +51,7 @@ AEROGEL_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 AEROGEL_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 AEROGEL_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 AEROGEL_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
+AEROGEL_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 AEROGEL_INLINE Vec round(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -100,6 +101,7 @@ AEROGEL_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 AEROGEL_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 AEROGEL_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 AEROGEL_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+AEROGEL_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
 AEROGEL_INLINE Vec round(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -150,6 +152,7 @@ AEROGEL_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
 AEROGEL_INLINE Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 AEROGEL_INLINE Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 AEROGEL_INLINE Vec abs(Vec a) { return vabsq_f32(a); }
+AEROGEL_INLINE Vec sqrt(Vec a) { return vsqrtq_f32(a); }
 AEROGEL_INLINE Vec round(Vec a) { return vrndnq_f32(a); }
 AEROGEL_INLINE Vec select_nonnegative(Vec x, Vec a, Vec b) {
   return vbslq_f32(vcgezq_f32(x), a, b);
@@ -224,6 +227,9 @@ AEROGEL_INLINE Vec min(Vec a, Vec b) {
 }
 AEROGEL_INLINE Vec abs(Vec a) {
   return lanewise([&](int i) { return __builtin_fabsf(a.lane[i]); });
+}
+AEROGEL_INLINE Vec sqrt(Vec a) {
+  return lanewise([&](int i) { return __builtin_sqrtf(a.lane[i]); });
 }
 AEROGEL_INLINE Vec round(Vec a) {
   return lanewise([&](int i) { return __builtin_rintf(a.lane[i]); });

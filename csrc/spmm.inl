@@ -7,6 +7,7 @@
 // Reading order: one step -> one group of block rows -> one run of groups -> one panel. A panel is
 // one register tile wide, so that its activations stay in the first cache; where blocks of outputs
 // share every load, the second cache is near enough, and several tiles share the weights instead.
+#include "activate.inl"
 #include "kernels.h"
 #include "simd_math.h"
 #include "spmm.h"
@@ -285,10 +286,7 @@ bool is_inline_activation(Activation a) {
 AEROGEL_NOINLINE void finish_rows(const SpmmPanel& p, int64_t row_begin, int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     float* y = p.y + row * p.args->ldy + p.column;
-    for (int64_t j = 0; j < p.width; j += kLanes) {
-      const int64_t n = p.width - j;
-      store_upto(y + j, activate(load_upto(y + j, n), p.args->activation), n);
-    }
+    activate_span(p.args->activation, y, y, p.width);
   }
 }
 

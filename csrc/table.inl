@@ -10,9 +10,11 @@ extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
 extern const SparseInputKernels kSparseInputKernels;
+extern const TokenKernels kTokenKernels;
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME,  kLanes,         &kSpmmKernels, &kSddmmKernels,
-                            &kRooflineKernels, &kLayerKernels, &kGemvKernels, &kSparseInputKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
+                            &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
+                            &kGemvKernels,       &kSparseInputKernels, &kTokenKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

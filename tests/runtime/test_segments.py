@@ -13,6 +13,7 @@ from aerogel.runtime.capture import capture
 from aerogel.runtime.passes import simplify
 from aerogel.runtime.segments import (
     EITHER,
+    SEQUENCES,
     SPATIAL,
     TOKENS,
     Segment,
@@ -89,11 +90,25 @@ def assert_convex(segment: Segment) -> None:
             pending.extend(node.users)
 
 
-def test_families_do_not_mix() -> None:
+@pytest.mark.parametrize("demand", [SEQUENCES, SPATIAL])
+def test_the_strictest_demand_of_its_nodes_decides_for_a_segment(demand: str) -> None:
     gm = graph_of(CHAIN, X)
     first = next(node for node in gm.graph.nodes if node.target is ops.linear)
-    segments = partition(gm, lambda node: SPATIAL if node is first else known(node))
-    assert names(segments) == [1, 2]
+    (segment,) = partition(gm, lambda node: demand if node is first else known(node))
+    assert segment.family == demand
+
+
+@pytest.mark.parametrize("demand", [SEQUENCES, SPATIAL])
+def test_values_of_another_batch_stay_out_of_a_segment_over_images(demand: str) -> None:
+    gm = graph_of(lambda l, x: l[1](l[0](x).flatten(0, 1)), X)
+    first = next(node for node in gm.graph.nodes if node.target is ops.linear)
+
+    def family_of(node: fx.Node) -> str | None:
+        if node is first:
+            return demand
+        return EITHER if node.target is aten.flatten.using_ints else known(node)
+
+    assert names(partition(gm, family_of)) == [1, 1]
 
 
 def test_pieces_without_a_layer_are_left_to_torch() -> None:

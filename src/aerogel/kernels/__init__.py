@@ -27,6 +27,7 @@ from aerogel.kernels.spmm import (
     spmm,
     spmm_reference,
 )
+from aerogel.kernels.token_layers import HeadRows
 from aerogel.kernels.trained import TrainedPattern
 from aerogel.kernels.values import quantize_rows
 from aerogel.kernels.variants import (
@@ -42,6 +43,7 @@ __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
     "ConvGeometry",
+    "HeadRows",
     "OpInfo",
     "Plan",
     "PlanBuilder",

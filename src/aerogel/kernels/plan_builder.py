@@ -27,6 +27,7 @@ from aerogel.kernels.layers import Layer, Shape, float_tensor
 from aerogel.kernels.plan import Network, Plan, Port, Step
 from aerogel.kernels.sparse_layers import Gemv, SparseConv2d
 from aerogel.kernels.spmm import check_activation
+from aerogel.kernels.token_builder import TokenMethods
 from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
 from aerogel.kernels.window import ConvGeometry, pair
 
@@ -46,7 +47,7 @@ class Value:
     builder: PlanBuilder
 
 
-class PlanBuilder:
+class PlanBuilder(TokenMethods):
     """Collects the layers of a network, in execution order.
 
     Weights are borrowed until `build()`; the plan then has its own packed copies, while the layers'

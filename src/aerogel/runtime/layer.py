@@ -29,6 +29,12 @@ def token_tile(tokens: int) -> int:
     return tokens
 
 
+def sequence_tile(batch: int, tokens: int) -> int:
+    """How many sequences of so many tokens go through a plan together; a divisor of the batch."""
+    most = min(max(1, _MAX_TILE // tokens), batch)
+    return next(count for count in range(most, 0, -1) if batch % count == 0)
+
+
 def is_layer(node: Any) -> bool:
     """Whether the node is one of the fused layer ops."""
     return isinstance(node, fx.Node) and node.target in _PLAIN_ARGUMENTS
@@ -60,6 +66,7 @@ class Layer:
         has_residual: Whether a tensor of the output's shape is added before the activation.
         input_shape: Of the example, e.g. (batch, in, height, width) or (batch, tokens, in).
         output_shape: Likewise.
+        in_sequences: Whether its tokens also meet each other, in an attention of the same graph.
     """
 
     name: str
@@ -74,6 +81,7 @@ class Layer:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    in_sequences: bool = False
 
     @cached_property
     def zeros(self) -> Zeros:
@@ -108,6 +116,11 @@ class Layer:
         return self.op == "linear" and len(self.output_shape) > 2
 
     @property
+    def images(self) -> int:
+        """Size of the batch."""
+        return self.output_shape[0]
+
+    @property
     def columns(self) -> int:
         """Pixels of one image, or tokens of the whole batch."""
         sizes = self.output_shape[2:] if self.op == "conv2d" else self.output_shape[:-1]
@@ -116,6 +129,9 @@ class Layer:
     @property
     def planned_columns(self) -> int:
         """Columns that a plan works on at a time."""
+        if self.in_sequences:
+            batch, tokens = self.output_shape[:2]
+            return tokens * sequence_tile(batch, tokens)
         return token_tile(self.columns) if self.has_tokens else self.columns
 
     @property
@@ -133,6 +149,7 @@ class Layer:
             self.bias is not None,
             self.activation,
             self.has_residual,
+            self.planned_columns,
             round(self.zeros.sparsity, 2),
             self.zeros.block,
         ]
@@ -166,5 +183,13 @@ def read_layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
         has_residual=residual is not None,
         input_shape=graph.shape(plain[0]),
         output_shape=graph.shape(node),
+        in_sequences=_in_sequences(gm, node),
         **geometry,
     )
+
+
+def _in_sequences(gm: fx.GraphModule, node: fx.Node) -> bool:
+    shape = graph.shape(node)
+    if node.target is not ops.linear or len(shape) != 3:
+        return False
+    return any(graph.shape(each)[:2] == shape[:2] for each in graph.calls(gm, ops.attention))

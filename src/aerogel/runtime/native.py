@@ -12,11 +12,15 @@ from torch import Tensor, fx, nn
 from aerogel import kernels
 from aerogel.runtime import graph
 from aerogel.runtime.candidates import Candidate
-from aerogel.runtime.layer import Layer, is_layer, token_tile
-from aerogel.runtime.native_ops import NATIVE_OPS, Emission, is_pooled
-from aerogel.runtime.segments import SPATIAL, TOKENS, Segment
+from aerogel.runtime.emission import Emission, is_pooled
+from aerogel.runtime.layer import Layer, is_layer, sequence_tile, token_tile
+from aerogel.runtime.native_ops import NATIVE_OPS
+from aerogel.runtime.native_token_ops import TOKEN_OPS, is_mask
+from aerogel.runtime.segments import SEQUENCES, SPATIAL, TOKENS, Segment
 
 Shape = tuple[int, ...]
+
+_OPS = {**NATIVE_OPS, **TOKEN_OPS}
 
 
 class PlanModule(nn.Module):
@@ -50,11 +54,11 @@ def family_of(node: fx.Node, chosen: Mapping[fx.Node, Candidate]) -> str | None:
         node: Any node of the fused graph.
         chosen: The planned candidate of each layer that may enter a plan.
     """
-    if node.op != "call_function" or node.target not in NATIVE_OPS:
+    if node.op != "call_function" or node.target not in _OPS:
         return None
     if (is_layer(node) and node not in chosen) or not graph.is_float32(node):
         return None
-    return NATIVE_OPS[node.target].family(node)
+    return _OPS[node.target].family(node)
 
 
 def build_plan(
@@ -67,37 +71,63 @@ def build_plan(
         chosen: A candidate with `emit` for each of the segment's layers.
         threads: Of the parallel region; None follows torch's setting at every call.
     """
-    builder = _builder(segment.family, graph.shape(segment.nodes[0]), threads)
-    emission = Emission(builder, chosen)
+    images, sequences = _cut(segment)
+    builder = kernels.PlanBuilder(batch=images, threads=threads)
+    emission = Emission(builder, chosen, sequences)
     shapes = []
     for source in segment.inputs:
-        emission.values[source], shape = _input(builder, segment.family, graph.shape(source))
+        if is_mask(source):
+            emission.values[source], shape = _mask_input(builder, graph.shape(source))
+        else:
+            emission.values[source], shape = _input(builder, segment.family, graph.shape(source))
         shapes.append(shape)
     for node in segment.nodes:
-        emission.add(node)
+        _emit(emission, node)
     for node in segment.outputs:
-        _output(builder, segment.family, emission.values[node])
+        _output(builder, emission.values[node])
     return PlanModule(builder.build(), shapes, [graph.shape(node) for node in segment.outputs])
 
 
-def _builder(family: str, shape: Shape, threads: int | None) -> kernels.PlanBuilder:
-    """For values of this shape: images one by one, tokens tile by tile."""
-    tokens = math.prod(shape[:-1])
-    batch = tokens // token_tile(tokens) if family == TOKENS else shape[0]
-    return kernels.PlanBuilder(batch=batch, threads=threads)
+def _emit(emission: Emission, node: fx.Node) -> None:
+    """Append one node."""
+    value = _OPS[node.target].emit(emission, node)
+    if is_pooled(graph.shape(node)) and len(value.shape) == 3:
+        value = emission.builder.flatten(value)
+    emission.values[node] = value
+
+
+def _cut(segment: Segment) -> tuple[int, int]:
+    """Images of a segment's plan and sequences in each: images and whole sequences, or tiles."""
+    shapes = [graph.shape(node) for node in segment.nodes]
+    if segment.family == TOKENS:
+        tokens = math.prod(shapes[0][:-1])
+        return tokens // token_tile(tokens), 1
+    if segment.family == SEQUENCES:
+        batch, tokens = next(shape[:2] for shape in shapes if len(shape) == 3)
+        sequences = sequence_tile(batch, tokens)
+        return batch // sequences, sequences
+    return shapes[0][0], 1
 
 
 def _input(builder: kernels.PlanBuilder, family: str, shape: Shape) -> tuple[Any, Shape]:
     """Declare an input of torch's shape; returns the value and the shape that the plan takes."""
-    if family == TOKENS:
-        tile = (math.prod(shape[:-1]) // builder.batch, shape[-1])
-        return builder.input(tile, layout="tokens"), (builder.batch, *tile)
-    image = shape[1:2] if is_pooled(shape) else shape[1:]
-    return builder.input(image), (shape[0], *image)
+    if len(shape) == 4 and family == SPATIAL:
+        image = shape[1:2] if is_pooled(shape) else shape[1:]
+        return builder.input(image), (shape[0], *image)
+    rows = math.prod(shape[:-1]) // builder.batch
+    if len(shape) == 2 and rows == 1 and family != TOKENS:
+        return builder.input(shape[1:]), shape
+    return builder.input((rows, shape[-1]), layout="tokens"), (builder.batch, rows, shape[-1])
 
 
-def _output(builder: kernels.PlanBuilder, family: str, value: Any) -> None:
-    builder.output(value, layout="tokens" if family == TOKENS else "channels")
+def _mask_input(builder: kernels.PlanBuilder, shape: Shape) -> tuple[Any, Shape]:
+    """A mask (batch, heads, queries, keys) enters as a row per key."""
+    rows = math.prod(shape[:-1]) // builder.batch
+    return builder.input((rows, shape[-1]), layout="tokens"), (builder.batch, rows, shape[-1])
+
+
+def _output(builder: kernels.PlanBuilder, value: Any) -> None:
+    builder.output(value, layout="tokens" if len(value.shape) == 2 else "channels")
 
 
 class LayerProbe:
@@ -112,13 +142,14 @@ class LayerProbe:
     def __init__(self, layer: Layer, candidate: Candidate, threads: int | None) -> None:
         assert candidate.emit is not None
         family = TOKENS if layer.has_tokens else SPATIAL
-        builder = _builder(family, layer.output_shape, threads)
+        images = layer.columns // layer.planned_columns if layer.has_tokens else layer.images
+        builder = kernels.PlanBuilder(batch=images, threads=threads)
         value, shape = _input(builder, family, layer.input_shape)
         residual, self._shapes = None, [shape]
         if layer.has_residual:
             residual, shape = _input(builder, family, layer.output_shape)
             self._shapes.append(shape)
-        _output(builder, family, candidate.emit(builder, value, residual))
+        _output(builder, candidate.emit(builder, value, residual))
         self._plan = builder.build()
 
     def kernel_seconds(self, x: Tensor, residual: Tensor | None) -> Callable[[], float]:

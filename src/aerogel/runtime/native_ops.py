@@ -1,67 +1,26 @@
 """Which operators a native plan knows, and how each enters it.
 
-In a plan of the spatial family a (batch, C, H, W) tensor is the value (C, H, W) of each image, a
-(batch, F) tensor and pooled (batch, C, 1, 1) planes are vectors. In a plan of the tokens family a
-(..., F) tensor is one value of F features by tokens.
+In a plan of the spatial family a (batch, C, H, W) tensor is the value (C, H, W) of each image,
+(batch, T, F) tokens are (F, T), a (batch, F) tensor and pooled (batch, C, 1, 1) planes are vectors.
+In a plan of the tokens family a (..., F) tensor is one value of F features by tokens, and in one of
+the sequences family these are the tokens of whole sequences, and (batch, F) has a column for each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from aerogel import kernels
 from aerogel.runtime import graph, ops
-from aerogel.runtime.candidates import Candidate
+from aerogel.runtime.emission import Emission, NativeOp, is_pooled
 from aerogel.runtime.layer import epilogue, plain_arguments
 from aerogel.runtime.segments import EITHER, SPATIAL, TOKENS
 
 aten = torch.ops.aten
-
-
-def is_pooled(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape is one vector per image, spelled as planes."""
-    return len(shape) == 4 and shape[2:] == (1, 1)
-
-
-@dataclass
-class Emission:
-    """A plan under construction.
-
-    Attributes:
-        builder: Of the plan.
-        chosen: The candidate of each layer.
-        values: The plan's values by node.
-    """
-
-    builder: kernels.PlanBuilder
-    chosen: Mapping[fx.Node, Candidate]
-    values: dict[Any, Any] = field(default_factory=dict)
-
-    def add(self, node: fx.Node) -> None:
-        """Append one node."""
-        value = NATIVE_OPS[node.target].emit(self, node)
-        if is_pooled(graph.shape(node)) and len(value.shape) == 3:
-            value = self.builder.flatten(value)
-        self.values[node] = value
-
-
-@dataclass(frozen=True)
-class NativeOp:
-    """How one operator enters a plan.
-
-    Attributes:
-        family: (node) -> the segment family it needs, or None if this call cannot be native.
-        emit: (emission, node) -> the plan's value.
-    """
-
-    family: Callable[[fx.Node], str | None]
-    emit: Callable[[Emission, fx.Node], Any]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -109,11 +68,14 @@ def _pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (left, right) if graph.shape(left) == out and fits else None
 
 
-def _pair_family(node: fx.Node) -> str | None:
+def pair_family(node: fx.Node) -> str | None:
+    """Of a sum or product of two values."""
     return None if _pair(node) is None else _elementwise_family(node)
 
 
-def _emit_pair(method: str) -> Callable[[Emission, fx.Node], Any]:
+def emit_pair(method: str) -> Callable[[Emission, fx.Node], Any]:
+    """For the builder's `add` or `mul`."""
+
     def emit(emission: Emission, node: fx.Node) -> Any:
         operands = _pair(node)
         assert operands is not None
@@ -124,9 +86,12 @@ def _emit_pair(method: str) -> Callable[[Emission, fx.Node], Any]:
 
 
 def _global_pool_family(node: fx.Node) -> str | None:
-    if len(graph.shape(_source(node))) != 4:
+    rank, args = len(graph.shape(_source(node))), graph.arguments(node)
+    if rank == 3 and node.target is aten.mean.dim:  # over tokens
+        plain = not args["keepdim"] and args["dtype"] is None
+        return SPATIAL if plain and [axis % 3 for axis in args["dim"] or ()] == [1] else None
+    if rank != 4:
         return None
-    args = graph.arguments(node)
     if node.target is aten.mean.dim:
         axes = sorted(axis % 4 for axis in args["dim"] or ())
         return SPATIAL if axes == [2, 3] and args["dtype"] is None else None
@@ -184,8 +149,8 @@ NATIVE_OPS: dict[Any, NativeOp] = {
     ops.conv2d: NativeOp(lambda node: SPATIAL, _emit_layer),
     ops.linear: NativeOp(_linear_family, _emit_layer),
     ops.activation: NativeOp(_elementwise_family, _emit_activation),
-    aten.add.Tensor: NativeOp(_pair_family, _emit_pair("add")),
-    aten.mul.Tensor: NativeOp(_pair_family, _emit_pair("mul")),
+    aten.add.Tensor: NativeOp(pair_family, emit_pair("add")),
+    aten.mul.Tensor: NativeOp(pair_family, emit_pair("mul")),
     aten.max_pool2d.default: NativeOp(_window_family, _emit_max_pool),
     aten.avg_pool2d.default: NativeOp(_window_family, _emit_avg_pool),
     aten.adaptive_avg_pool2d.default: NativeOp(_global_pool_family, _emit_global_pool),

@@ -12,9 +12,11 @@ from torch import fx, nn
 from aerogel.runtime import graph
 from aerogel.runtime.layer import is_layer
 
-# A segment's values are planes and vectors of images, or features of tokens; a (batch, features)
-# matrix can be either.
-SPATIAL, TOKENS, EITHER = "spatial", "tokens", "either"
+# What a plan's values are columns of, from the least to the most that is asked of them. Nodes that
+# treat every row alike take anything ("either") or tokens, cut as one likes; attention wants whole
+# sequences, and what looks at the pixels of an image wants its images one by one.
+EITHER, TOKENS, SEQUENCES, SPATIAL = "either", "tokens", "sequences", "spatial"
+_DEMANDS = (EITHER, TOKENS, SEQUENCES, SPATIAL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Segment:
 
     Attributes:
         nodes: In topological order.
-        family: "spatial" or "tokens".
+        family: "spatial", "sequences" or "tokens".
     """
 
     nodes: tuple[fx.Node, ...]
@@ -53,7 +55,8 @@ def partition(gm: fx.GraphModule, family_of: Callable[[fx.Node], str | None]) ->
 
     Args:
         gm: The graph.
-        family_of: "spatial", "tokens", "either", or None for a node that stays outside.
+        family_of: "spatial", "sequences", "tokens", "either", or None for a node that stays
+            outside.
 
     Returns:
         Segments with at least one layer. Layers over tokens that read the same value (query,
@@ -68,7 +71,7 @@ def partition(gm: fx.GraphModule, family_of: Callable[[fx.Node], str | None]) ->
         for source in node.all_input_nodes:
             merger.join(node, source)
     for node in gm.graph.nodes:
-        readers = [user for user in node.users if merger.family(user) == TOKENS]
+        readers = [user for user in node.users if merger.family(user) in (TOKENS, SEQUENCES)]
         for first, second in pairwise(readers):
             merger.join(first, second)
     return merger.segments()
@@ -81,8 +84,10 @@ class _Merger:
         self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self._group: dict[fx.Node, list[fx.Node]] = {}
         self._family: dict[int, str] = {}
+        self._own: dict[fx.Node, str] = {}
 
     def add(self, node: fx.Node, family: str) -> None:
+        self._own[node] = family
         self._group[node] = [node]
         self._family[id(self._group[node])] = family
 
@@ -91,17 +96,29 @@ class _Merger:
         return None if group is None else self._family[id(group)]
 
     def join(self, a: fx.Node, b: fx.Node) -> None:
-        """Merge the groups of two nodes unless families differ or a cycle would arise."""
+        """Merge the groups of two nodes unless their demands differ or a cycle would arise."""
         first, second = self._group.get(a), self._group.get(b)
         if first is None or second is None or first is second:
             return
-        families = {self._family[id(first)], self._family[id(second)]} - {EITHER}
-        if len(families) > 1 or self._leaves_and_returns({*first, *second}):
+        union = [*first, *second]
+        family = max(self._family[id(first)], self._family[id(second)], key=_DEMANDS.index)
+        if not self._fits(family, union) or self._leaves_and_returns(set(union)):
             return
         first.extend(second)
-        self._family[id(first)] = families.pop() if families else EITHER
+        self._family[id(first)] = family
         for node in second:
             self._group[node] = first
+
+    def _fits(self, family: str, nodes: list[fx.Node]) -> bool:
+        """Whether every node has the images, or the sequences, that a family's plan runs over."""
+        if family not in (SPATIAL, SEQUENCES):
+            return True
+        shapes = [graph.shape(node) for node in nodes]
+        if len({shape[0] for shape in shapes}) > 1:
+            return False
+        if any(len(graph.shape(node)) > 3 and self._own[node] != SPATIAL for node in nodes):
+            return False
+        return family == SPATIAL or len({s[1] for s in shapes if len(s) == 3}) <= 1
 
     def _leaves_and_returns(self, union: set[fx.Node]) -> bool:
         pending = [user for node in union for user in node.users if user not in union]

@@ -9,18 +9,23 @@ from torch import fx
 from aerogel.runtime.passes.fold_batch_norm import fold_batch_norm
 from aerogel.runtime.passes.fold_constants import fold_constants
 from aerogel.runtime.passes.fuse_activation import fuse_activation
+from aerogel.runtime.passes.fuse_attention import fuse_attention
 from aerogel.runtime.passes.fuse_residual import fuse_residual
 from aerogel.runtime.passes.name_layers import name_layers
 from aerogel.runtime.passes.remove_identity import remove_identity
 from aerogel.runtime.passes.remove_mutation import remove_mutation
+from aerogel.runtime.passes.simplify_movement import simplify_movement
 
 # Order matters: an addition must be absorbed before the activation that follows it, and both
-# only after batch norm no longer stands between them and their layer.
+# only after batch norm no longer stands between them and their layer. Attention leaves views behind
+# that cancel those around it.
 PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
     remove_identity,
     fold_constants,
     name_layers,
     fold_batch_norm,
+    fuse_attention,
+    simplify_movement,
     fuse_residual,
     fuse_activation,
 )
@@ -38,9 +43,11 @@ __all__ = [
     "fold_batch_norm",
     "fold_constants",
     "fuse_activation",
+    "fuse_attention",
     "fuse_residual",
     "name_layers",
     "remove_identity",
     "remove_mutation",
     "simplify",
+    "simplify_movement",
 ]
