@@ -81,6 +81,7 @@ bench: setup
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
 	$(BIN)/python benchmarks/fast_sparse_convnets.py
 	$(BIN)/python benchmarks/gemv.py
+	$(BIN)/python benchmarks/transformer_networks.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@
 
 BERT-base and ViT-S/16 have random weights, MiniLM its own, where they can be had; the smallest in
 each linear layer of the blocks are zero. Peers run the same network, zeros included, which none of
-them gains from. How engines take turns, and what the ratios are, is told in networks.py.
+them gains from. How engines take turns, and what the ratios are, is told in harness.py.
 
 The limit is what the multiply-adds that are left, those of attention included, would take at the
 measured peak.
