@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fakes import build_with
-from networks import mobile_network, perceptron
 from torch import Tensor, nn
 
 import aerogel
 from aerogel.runtime import compiled as compiled_module
 from aerogel.runtime.strategies import CALLS, PLANS
+from networks import mobile_network, perceptron
 
 
 def expect(model: nn.Module, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from fakes import build_with, clock
-from networks import mobile_network, perceptron
 
 from aerogel.runtime.compiler import Settings
 from aerogel.runtime.layer import Layer
@@ -14,6 +13,7 @@ from aerogel.runtime.strategies import CALLS, EAGER, PLANS, TORCH, deviation, fa
 from aerogel.runtime.timing import MIN_ROUNDS, measure, race
 from aerogel.runtime.tuner import Tuner
 from aerogel.runtime.tuning_cache import TuningCache
+from networks import mobile_network, perceptron
 
 
 def linear(sparsity: float, block: int = 1, columns: int = 16) -> Layer:

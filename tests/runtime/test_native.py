@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import build_with
-from networks import sparsify_
 from torch import Tensor, nn
 
 from aerogel.runtime.layer import token_tile
 from aerogel.runtime.strategies import PLANS
+from networks import sparsify_
 
 
 class Net(nn.Module):

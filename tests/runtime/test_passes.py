@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import InvertedResidual, Residual, mobile_network, perceptron, settle_norms_
 from torch import Tensor, fx, nn
 
 from aerogel.runtime import ops
@@ -26,6 +25,7 @@ from aerogel.runtime.passes import (
     simplify,
 )
 from aerogel.runtime.passes.remove_mutation import mutates
+from networks import InvertedResidual, Residual, mobile_network, perceptron, settle_norms_
 
 aten = torch.ops.aten
 
