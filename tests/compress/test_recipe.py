@@ -43,7 +43,7 @@ def _file(tmp_path: Path, text: str) -> Path:
         ("pattern: 4y1\n", "1:10", "4y1"),
         ("measure:\n  engines: [torch, openvno]\n", "2:12", "nearest: openvino"),
         ("base: dmo\n", "1:7", "nearest: demo"),
-        ("prune: {epochs: 0}\n", "1:8", "pruning needs training steps"),
+        ("prune: {epochs: 0}\n", "1:8", "needs training steps"),
         ("sparsity: 0.9\npattern: 2:4\n", "1:11", "contradicts pattern = '2:4', which means 0.5"),
         ("dense: {batch_size: 10, grad_accumulation: 3}", "1:8", "not a multiple"),
         ("schedule: {begin: 0.5, end: 0.2}", "1:11", "not after begin"),

@@ -187,7 +187,9 @@ class _Run:
         with self.console.task("prune", "steps") as task:
             state = self.folder.training_state("prune")
             dense = self.load(DENSE_FILE)
-            curves = train_sparse(model, dense, self.dataset, self.recipe, state, task)
+            model, curves = train_sparse(
+                model, dense, self.dataset, self.recipe, state, task, self._fresh
+            )
         check_finite(model, "the sparse network after training")
         self._save(model, SPARSE_FILE, sparse=True)
         weights = {n: model.get_parameter(n) for n in self._pruned(model)}
@@ -206,6 +208,10 @@ class _Run:
             patterns=dict.fromkeys(names, self.recipe.pattern),
             format="auto" if sparse else "dense",
         )
+
+    def _fresh(self, seed: int) -> nn.Module:
+        spec = self.recipe.model.model_copy(update={"weights": None})
+        return load_model(spec, self.dataset, seed=seed)
 
     def load(self, name: str) -> nn.Module:
         """The network with the weights of one of the run's files, in evaluation mode."""

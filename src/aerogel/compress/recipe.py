@@ -13,7 +13,7 @@ command line. Errors name the file, line and column; unknown keys and names list
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -21,11 +21,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from aerogel.compress.methods import METHODS, method_names, slug_of
+if TYPE_CHECKING:
+    from aerogel.pruning.method import Method
 
 ENGINES = ("torch eager", "torch channels_last", "torch.compile", "onnxruntime", "openvino")
 # Peers for networks with zeros, which are compared only where they are asked for.
@@ -36,6 +38,13 @@ ENGINE_ALIASES = {
     "compile": "torch.compile",
     "ort": "onnxruntime",
 }
+
+
+def pruning_methods() -> dict[str, Method]:
+    """`aerogel.pruning.METHODS`, imported when a recipe is checked rather than for ``--help``."""
+    from aerogel.pruning import METHODS
+
+    return METHODS
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
@@ -236,9 +245,13 @@ class Recipe(_Part):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        name = slug_of(method)
-        if name not in method_names():
-            raise ValueError(f"{method!r} is unknown; nearest: {nearest(name, method_names())}")
+        from aerogel.pruning.method import method_slug
+
+        name = method_slug(method)
+        if name not in pruning_methods():
+            raise ValueError(
+                f"{method!r} is unknown; nearest: {nearest(name, [*pruning_methods()])}"
+            )
         return name
 
     @field_validator("pattern")
@@ -251,18 +264,20 @@ class Recipe(_Part):
 
     @field_validator("prune")
     @classmethod
-    def _prunes(cls, phase: Training) -> Training:
-        if phase.skipped:
-            raise ValueError("pruning needs training steps; epochs must be above 0")
+    def _method_trains(cls, phase: Training, info: ValidationInfo) -> Training:
+        method = pruning_methods().get(info.data.get("method", ""))
+        if phase.skipped and method is not None and not method.one_shot:
+            raise ValueError(f"method = {method.slug!r} needs training steps; expected above 0")
         return phase
 
     @model_validator(mode="after")
     def _method_has_pattern(self) -> Recipe:
-        kinds = METHODS[self.method].patterns
-        if kinds and self.pattern.strip().lower().partition(":")[0] not in kinds:
+        method = pruning_methods()[self.method]
+        if not method.prunes_by(self.pattern):
             raise ValueError(
-                f"method = {self.method!r} prunes by {' or '.join(kinds)} "
-                f"(for example {METHODS[self.method].pattern}), not by pattern = {self.pattern!r}"
+                f"method = {self.method!r} prunes by {' or '.join(method.patterns)} "
+                f"(for example {method.pattern or method.patterns[0]}), "
+                f"not by pattern = {self.pattern!r}"
             )
         return self
 

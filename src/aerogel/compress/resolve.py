@@ -9,8 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from aerogel.compress.methods import METHODS, slug_of
-from aerogel.compress.recipe import Measurement, Recipe, nearest
+from aerogel.compress.recipe import Measurement, Recipe, nearest, pruning_methods
 from aerogel.compress.sources import Location, RecipeError, Source, merge, parse_yaml, read_yaml
 
 # What runs when nothing is asked for.
@@ -150,7 +149,9 @@ def _base_of(sources: list[Source]) -> list[Source]:
 
 def _fit_pattern_to_method(values: dict[str, Any], sources: list[Source]) -> None:
     """A method with a pattern of its own takes it, unless one is chosen along with the method."""
-    method = METHODS.get(slug_of(str(values.get("method"))))
+    from aerogel.pruning.method import method_slug
+
+    method = pruning_methods().get(method_slug(str(values.get("method"))))
     if method is None or method.pattern is None:
         return
     chosen = next(i for i in reversed(range(len(sources))) if "method" in sources[i].values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 from aerogel import data, train
 from aerogel.compress.console import Task
 from aerogel.compress.loading import example_inputs
-from aerogel.compress.methods import METHODS, Goal
 from aerogel.compress.recipe import Distillation, Recipe, Training
 from aerogel.compress.selection import pruned_parameters
+from aerogel.compress.trainings import FixedMasks, RecipeTrainings, calibration_batches
+from aerogel.pruning import METHODS, Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
 
 CURVES = ("loss", "lr", "sparsity")
 
@@ -56,8 +57,12 @@ def train_sparse(
     recipe: Recipe,
     state: Path,
     task: Task,
-) -> list[dict[str, Any]]:
-    """Make the network sparse in place while it trains on; its zeros are baked in at the end.
+    fresh: Callable[[int], nn.Module],
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Make the network sparse, with its zeros baked in at the end.
+
+    A method of training does so in place while it trains on. A one-shot method prunes first; if the
+    recipe has training steps, the network then trains with its masks fixed.
 
     Args:
         model: The network, with dense weights.
@@ -66,27 +71,63 @@ def train_sparse(
         recipe: Method, pattern, schedule and `recipe.prune`.
         state: Folder that a killed run goes on from.
         task: Progress.
+        fresh: Makes the network with initial weights of a seed.
 
     Returns:
-        Training curves, as `report.Curve` reads them.
+        The sparse network, and training curves as `report.Curve` reads them.
+
+    Raises:
+        ValueError: The method is not for this data.
     """
-    config = _config(recipe, recipe.prune, recipe.distillation)
-    goal = _goal(model, recipe, config.total_steps(len(dataset.train)))
-    method, pruners = METHODS[recipe.method], []
-    if method.prepare is not None:  # deterministic, so a run that was stopped finds it as it was
+    method = METHODS[recipe.method]
+    config = None
+    if not recipe.prune.skipped:
+        config = _config(recipe, recipe.prune, recipe.distillation)
+    goal = _goal(model, recipe, 1 if config is None else config.total_steps(len(dataset.train)))
+    if method.from_scratch:
+        model.load_state_dict(fresh(recipe.seed).state_dict())
+    # All of this is deterministic, so a run that was stopped finds the network as it was.
+    if method.prepare is not None:
         method.prepare(model, dense, example_inputs(dataset, 1), goal)
+    if isinstance(method, OneShotMethod):
+        batches = calibration_batches(dataset)
+        method.prune(model, batches, goal, lambda done, total, name: task.update(done, total, name))
+    if config is None:
+        return model, []
+    if isinstance(method, SearchMethod):
+        trainings = RecipeTrainings(dense, fresh, dataset, config, state, task, goal)
+        return method.search(trainings, goal), []
+    teacher = None
+    if recipe.distillation is not None or dataset.task != "classification":
+        teacher = dense.requires_grad_(False)
+    return model, _fit_sparse(model, teacher, dataset, config, goal, method, state, task)
+
+
+def _fit_sparse(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    dataset: data.Dataset,
+    config: train.TrainConfig,
+    goal: Goal,
+    method: Method,
+    state: Path,
+    task: Task,
+) -> list[dict[str, Any]]:
+    pruners: list[Any] = []
 
     def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        pruners.append(method.build(model, optimizer, goal))
+        if isinstance(method, TrainingMethod):
+            pruners.append(method.build(model, optimizer, goal))
+        else:
+            pruners.append(FixedMasks(model, optimizer, goal))
         return pruners[-1]
 
-    learns = recipe.distillation is not None or dataset.task != "classification"
     history = train.fit(
         model,
         dataset,
         config,
         optimizer_wrapper=wrap,
-        teacher=dense.requires_grad_(False) if learns else None,
+        teacher=teacher,
         resume_dir=state,
         on_progress=lambda p: _show(task, p),
     )
@@ -97,15 +138,21 @@ def train_sparse(
 def chosen_by(
     recipe: Recipe, model: nn.Module
 ) -> tuple[str, Sequence[str], Sequence[str], Sequence[str]]:
-    """What decides which weights are pruned, as `pruned_parameters` takes it after the model."""
-    proposed = METHODS[recipe.method].proposes(model)
-    return recipe.pattern, recipe.include, recipe.exclude, proposed
+    """What decides which weights are pruned, as `pruned_parameters` takes it after the model.
+
+    Raises:
+        ValueError: The method is not for this network.
+    """
+    method = METHODS[recipe.method]
+    if (reason := method.unfit(model)) is not None:
+        raise ValueError(f"method = {recipe.method!r} cannot prune this network: {reason}")
+    return recipe.pattern, recipe.include, recipe.exclude, method.proposes(model)
 
 
 def _goal(model: nn.Module, recipe: Recipe, steps: int) -> Goal:
     names = pruned_parameters(model, *chosen_by(recipe, model))
     ramp = recipe.schedule.model_dump()
-    return Goal(names, recipe.sparsity, recipe.pattern, steps, **ramp)
+    return Goal(names, recipe.sparsity, recipe.pattern, steps, **ramp, seed=recipe.seed)
 
 
 def _config(

@@ -116,7 +116,10 @@ class ImageSplit(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def subset(self, count: int) -> ImageSplit:
         """The first `count` samples of a fixed shuffle."""
-        keep = fixed_subset(len(self), count)
+        return self.select(fixed_subset(len(self), count))
+
+    def select(self, keep: Tensor) -> ImageSplit:
+        """The samples at `keep`, (N,) int64."""
         return ImageSplit(
             self.images[keep], self.labels[keep], self.mean, self.std, self.num_classes
         )

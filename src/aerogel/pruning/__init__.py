@@ -4,8 +4,11 @@ Methods that others build on live there and are shown here too: the dynamic trai
 and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
+from aerogel.pruning import fast_sparse_convnets, gradual_pruning, sparsebytenn
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
     GroupKernelPruner,
@@ -18,15 +21,28 @@ from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 
+_SYSTEMS = (gradual_pruning, fast_sparse_convnets, sparsebytenn)
+
+METHODS: dict[str, Method] = {
+    method.slug: method for method in (*(system.METHOD for system in _SYSTEMS), *SHARED_METHODS)
+}
+"""Every pruning method by its slug, as `aerogel compress --method` and the arena take it."""
+
 __all__ = [
     "ITOP",
+    "METHODS",
     "SET",
+    "Goal",
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
     "MaskSet",
+    "Method",
+    "OneShotMethod",
     "PointwisePruner",
     "RigL",
+    "SearchMethod",
+    "TrainingMethod",
     "apply_plan",
     "group_kernel_prune",
     "invert_plan",

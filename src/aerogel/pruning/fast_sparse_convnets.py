@@ -42,6 +42,7 @@ import torch
 from torch import nn
 
 from aerogel.pruning.callbacks import PrunerCallback
+from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import ScheduledPruner
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen
@@ -344,3 +345,44 @@ def _ramp(
     last = max(min(round(end * steps), steps - 1), first + 1)
     every = min(frequency, last - first)
     return Cubic(initial, sparsity, first, (last - first) // every, every, power)
+
+
+_BLOCKS = {"unstructured": 1, "2x1": 2, "4x1": 4}  # pattern -> output channels that share zeros
+
+
+def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> PointwisePruner:
+    begin, end, frequency = goal.window()
+    modules = {name: name.removesuffix(".weight") for name in goal.parameters}
+    other = [n for n, module in modules.items() if not is_pointwise(model.get_submodule(module))]
+    if other:
+        raise ValueError(
+            f"method = 'fast-sparse-convnets' prunes 1x1 convolutions only, not {other[0]!r}; "
+            "exclude it, or use gradual-pruning"
+        )
+    return PointwisePruner(
+        model,
+        optimizer,
+        goal.sparsity,
+        steps=goal.steps,
+        blocks=_BLOCKS[goal.pattern],
+        layers=tuple(modules.values()),
+        begin=begin / goal.steps,
+        end=end / goal.steps,
+        frequency=frequency,
+        initial_sparsity=goal.initial_sparsity,
+        power=goal.power,
+    )
+
+
+def _unfit(model: nn.Module) -> str | None:
+    found = any(is_pointwise(module) for module in model.modules())
+    return None if found else "it has no 1x1 convolutions"
+
+
+METHOD = TrainingMethod(
+    slug="fast-sparse-convnets",
+    build=_build,
+    patterns=tuple(_BLOCKS),
+    proposes=lambda model: tuple(select_pointwise(model)),
+    unfit=_unfit,
+)

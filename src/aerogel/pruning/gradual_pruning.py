@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from aerogel.pruning.callbacks import PrunerCallback, PrunerFactory, make_trainer_callback
+from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import ScheduledPruner
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen, make_coupling
@@ -246,3 +247,22 @@ def _check_weights(selection: ParamSelection, pattern: Pattern, final: float) ->
             warnings.warn(
                 f"{name!r} has {units} units, of which sparsity {final} would keep none; it keeps 1"
             )
+
+
+def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> GradualPruner:
+    begin, end, frequency = goal.window()
+    return GradualPruner(
+        model,
+        optimizer,
+        goal.sparsity,
+        initial_sparsity=goal.initial_sparsity,
+        begin_step=begin,
+        end_step=end,
+        frequency=frequency,
+        power=goal.power,
+        pattern=goal.pattern,
+        include=goal.parameters,
+    )
+
+
+METHOD = TrainingMethod(slug="gradual-pruning", build=_build)

@@ -36,13 +36,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import FineTuning, ScheduledPruner, fine_tuning_schedule
 from aerogel.runtime import CompiledModule
 from aerogel.sparsity.allocation import densities_by_cost
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling
 from aerogel.sparsity.masks import MaskSet, build_masks, find_parameter
-from aerogel.sparsity.patterns import KernelGroup, KernelPattern, Pattern
+from aerogel.sparsity.patterns import KernelGroup, KernelPattern, Pattern, parse_pattern
 from aerogel.sparsity.permute import NotTraceable
 from aerogel.sparsity.rearrange import (
     RearrangementPlan,
@@ -51,7 +52,7 @@ from aerogel.sparsity.rearrange import (
     invert_plan,
     plan_rearrangement,
 )
-from aerogel.sparsity.schedules import Schedule
+from aerogel.sparsity.schedules import Cubic, Schedule
 from aerogel.sparsity.select import (
     ParamRef,
     ParamSelection,
@@ -450,3 +451,34 @@ def _densities(
         name: pattern.fixed_density or 1.0 - scale * config.rates.get(name, config.sparsity)
         for name, pattern in patterns.items()
     }
+
+
+def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> GroupKernelPruner:
+    begin, end, every = goal.window()
+    ramp = Cubic(
+        goal.initial_sparsity, goal.sparsity, begin, (end - begin) // every, every, goal.power
+    )
+    return GroupKernelPruner(model, optimizer, _config(goal), steps=goal.steps, schedule=ramp)
+
+
+def _prepare(model: nn.Module, dense: nn.Module, example: Any, goal: Goal) -> None:
+    plan = rearrange_network(model, example, _config(goal))
+    apply_plan(model, plan)
+    apply_plan(dense, plan)  # its features are learnt channel by channel
+
+
+def _config(goal: Goal) -> GroupKernelConfig:
+    pattern = parse_pattern(goal.pattern)
+    if not isinstance(pattern, KernelGroup):
+        raise ValueError(f"pattern must be kernel-group:G, got {goal.pattern!r}")
+    return GroupKernelConfig(pattern.g, goal.sparsity, include=goal.parameters)
+
+
+METHOD = TrainingMethod(
+    slug="sparsebytenn",
+    build=_build,
+    patterns=("kernel-group",),
+    pattern="kernel-group:4",
+    proposes=default_targets,
+    prepare=_prepare,
+)

@@ -1,0 +1,95 @@
+"""Methods of every kind run from a recipe: in training, at once, and by several trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from aerogel import compress, runtime
+from aerogel.compress import RecipeError, load_recipe
+from aerogel.pruning import METHODS, Goal, SearchMethod
+from aerogel.pruning.method import Trainings
+from aerogel.sparsity import MaskSet, magnitude_
+
+
+def _zeros(folder: Path) -> dict[str, float]:
+    state = runtime.load(folder / "model.safetensors")
+    return {n: float((w == 0).float().mean()) for n, w in state.items() if n.endswith("weight")}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_one_shot_methods_need_no_training(method: str, tiny_recipe: Path, tmp_path: Path) -> None:
+    flags = {"method": method, "sparsity": 0.5, "prune.epochs": 0, "dense.epochs": 1}
+    results = compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+    assert results is not None
+    zeros = _zeros(tmp_path / "run")
+    assert max(zeros.values()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_after_one_shot_pruning_training_keeps_the_zeros_where_they_are(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    flags = {"method": "magnitude", "sparsity": 0.8, "dense.epochs": 1}
+    compress.run(load_recipe(tiny_recipe, {**flags, "prune.epochs": 0}), tmp_path / "once")
+    compress.run(load_recipe(tiny_recipe, {**flags, "prune.epochs": 1}), tmp_path / "tuned")
+    once, tuned = (
+        runtime.load(tmp_path / name / "model.safetensors") for name in ("once", "tuned")
+    )
+    for name in (n for n, w in once.items() if bool((w == 0).float().mean() > 0.5)):
+        assert torch.equal(once[name] == 0, tuned[name] == 0)
+        assert not torch.equal(once[name], tuned[name])
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_methods_that_train_sparse_start_from_initial_weights(
+    method: str, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    flags = {"method": method, "sparsity": 0.8, "dense.epochs": 1, "prune.epochs": 8}
+    results = compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+    assert results is not None
+    assert 0.5 < max(_zeros(tmp_path / "run").values()) < 0.95
+    assert (results.quality[0].sparse or 0) > 0.5
+
+
+def test_methods_that_train_several_networks_go_on_after_a_kill(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    stop_before: list[str] = ["second"]
+
+    def search(trainings: Trainings, goal: Goal) -> nn.Module:
+        best, score = trainings.trained(), -1.0
+        for seed, name in enumerate(("first", "second")):
+            if name in stop_before:
+                raise KeyboardInterrupt
+            model = trainings.fresh(seed)
+            masks: MaskSet = magnitude_(model, goal.sparsity, include=goal.parameters)
+            found = trainings.train(model, masks, name, seed)
+            trained.append(name)
+            if found > score:
+                best, score = model, found
+        return best
+
+    monkeypatch.setitem(METHODS, "best-of-two", SearchMethod(slug="best-of-two", search=search))
+    flags = {"method": "best-of-two", "sparsity": 0.6, "dense.epochs": 1, "prune.epochs": 1}
+    recipe = load_recipe(tiny_recipe, flags)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(recipe, tmp_path / "run")
+    stop_before.clear()
+    compress.run(recipe, tmp_path / "run")
+    assert trained == ["first", "first", "second"]  # the repeated one was read from its state
+    assert max(_zeros(tmp_path / "run").values()) == pytest.approx(0.6, abs=0.02)
+
+
+def test_only_methods_without_training_may_skip_it(tiny_recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="method = 'rigl' needs training steps"):
+        load_recipe(tiny_recipe, {"method": "rigl", "prune.epochs": 0})
+
+
+def test_a_method_says_why_a_network_is_not_for_it(tiny_recipe: Path, tmp_path: Path) -> None:
+    flags = {"method": "fast-sparse-convnets", "dense.epochs": 1}
+    with pytest.raises(ValueError, match="cannot prune this network: it has no 1x1"):
+        compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
