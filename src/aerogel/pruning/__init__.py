@@ -4,10 +4,17 @@ Methods that others build on live there and are shown here too: the dynamic trai
 and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
-from aerogel.pruning import fast_sparse_convnets, gradual_pruning, sparsebytenn
+from aerogel.pruning import (
+    fast_sparse_convnets,
+    gradual_pruning,
+    progressive_gradient_flow,
+    sparsebytenn,
+)
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning.nm_training import SRSTE, STE
+from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
@@ -21,7 +28,12 @@ from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 
-_SYSTEMS = (gradual_pruning, fast_sparse_convnets, sparsebytenn)
+_SYSTEMS = (
+    gradual_pruning,
+    fast_sparse_convnets,
+    sparsebytenn,
+    progressive_gradient_flow,
+)
 
 METHODS: dict[str, Method] = {
     method.slug: method for method in (*(system.METHOD for system in _SYSTEMS), *SHARED_METHODS)
@@ -32,6 +44,8 @@ __all__ = [
     "ITOP",
     "METHODS",
     "SET",
+    "SRSTE",
+    "STE",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",
@@ -40,10 +54,12 @@ __all__ = [
     "Method",
     "OneShotMethod",
     "PointwisePruner",
+    "ProgressiveGradientFlow",
     "RigL",
     "SearchMethod",
     "TrainingMethod",
     "apply_plan",
+    "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
     "magnitude_",

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ def load_experiment(system: System, checkout: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.parent)) not in sys.path:
+        sys.path.append(folder)  # experiments share modules that lie beside them
     spec.loader.exec_module(module)
     missing = [name for name in ("run", "claims", "SEEDS") if not hasattr(module, name)]
     if missing:
