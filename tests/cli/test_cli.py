@@ -337,3 +337,13 @@ def test_progress_in_a_log_file_has_rate_and_time_left(
             task.update(done, 100, "loss 1.5")
     said = capsys.readouterr().err.splitlines()
     assert said == ["  dense 72/100 steps, 2 steps/s, 14 s left loss 1.5"]
+
+
+def test_sat_prints_what_a_training_step_takes() -> None:
+    shown = CliRunner().invoke(app, ["sat", "resnet18", "--size", "64", "--layers"])
+    assert shown.exit_code == 0, shown.output
+    assert "x the dense step" in shown.output
+    assert "layer4.1.conv2" in shown.output
+    bad = CliRunner().invoke(app, ["sat", "resnet18", "--nm", "2-8"])
+    assert bad.exit_code == 2
+    assert "nm = '2-8'" in bad.output

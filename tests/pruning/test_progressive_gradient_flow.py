@@ -289,7 +289,7 @@ def test_bad_arguments_are_named(options, message):
 
 def test_half_precision_and_early_ends_are_refused():
     model = net().to(torch.bfloat16)
-    with pytest.raises(ValueError, match="'0.weight' is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"'0.weight' is torch.bfloat16"):
         made(model)
     model = net()
     trainer = made(model)

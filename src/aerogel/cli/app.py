@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import aerogel
-from aerogel.cli import bench, compress, export, info, report, reproduce, systems
+from aerogel.cli import bench, compress, export, info, report, reproduce, sat, systems
 
 app = typer.Typer(
     name="aerogel",
@@ -22,6 +22,7 @@ app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("systems")(systems.systems)
 app.command("reproduce")(reproduce.reproduce)
+app.command("sat")(sat.sat)
 app.command("info")(info.info)
 
 

@@ -5,11 +5,13 @@ and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
 from aerogel.pruning import (
+    bdwp,
     fast_sparse_convnets,
     gradual_pruning,
     progressive_gradient_flow,
     sparsebytenn,
 )
+from aerogel.pruning.bdwp import BidirectionalNM
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
@@ -33,6 +35,7 @@ _SYSTEMS = (
     fast_sparse_convnets,
     sparsebytenn,
     progressive_gradient_flow,
+    bdwp,
 )
 
 METHODS: dict[str, Method] = {
@@ -46,6 +49,7 @@ __all__ = [
     "SET",
     "SRSTE",
     "STE",
+    "BidirectionalNM",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",

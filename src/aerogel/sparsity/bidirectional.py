@@ -1,4 +1,7 @@
-"""Linear and convolution layers whose forward and input-gradient products use different masks."""
+"""Linear and convolution layers whose forward and input-gradient products use different masks.
+
+The input-gradient product may instead thin out the output's gradient (SDGP), with dense weights.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.sparsity.group_patterns import GroupPattern
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.select import ParamRef
 
@@ -15,15 +19,20 @@ from aerogel.sparsity.select import ParamRef
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None
+        x: Tensor,
+        weight: Tensor,
+        forward: Tensor,
+        backward: Tensor,
+        bias: Tensor | None,
+        gradient: GroupPattern | None,
     ) -> Tensor:
         return F.linear(x, weight * keep_factor(forward, weight.dtype), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, weight, _, backward, bias = inputs
+        x, weight, _, backward, bias, pattern = inputs
         ctx.save_for_backward(x, weight, backward)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.pattern = bias is not None, pattern
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -35,10 +44,12 @@ class _Linear(torch.autograd.Function):
             inputs.to(rows.dtype),
             (weight * keep_factor(backward, weight.dtype)).to(rows.dtype),
         )
-        to_x = (rows @ kept).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = (_thinned(rows, ctx.pattern) @ kept).view(x.shape).to(x.dtype)
         to_weight = (rows.t() @ inputs).to(weight.dtype) if ctx.needs_input_grad[1] else None
         to_bias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
-        return to_x, to_weight, None, None, to_bias
+        return to_x, to_weight, None, None, to_bias, None
 
 
 class _Conv(torch.autograd.Function):
@@ -49,6 +60,7 @@ class _Conv(torch.autograd.Function):
         forward: Tensor,
         backward: Tensor,
         bias: Tensor | None,
+        gradient: GroupPattern | None,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -59,9 +71,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, weight, _, backward, bias, *geometry = inputs
+        x, weight, _, backward, bias, pattern, *geometry = inputs
         ctx.save_for_backward(x, weight, backward)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.pattern = bias is not None, pattern
         ctx.geometry = geometry
 
     @staticmethod
@@ -73,21 +85,35 @@ class _Conv(torch.autograd.Function):
         zeros = [0] * len(stride)
         bias_sizes = [weight.shape[0]] if ctx.has_bias else None
 
-        def products(w: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+        def products(g: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
             return torch.ops.aten.convolution_backward(
-                gradient, inputs, w, bias_sizes, stride, padding, dilation, False, zeros, 1, wanted
+                g, inputs, kept, bias_sizes, stride, padding, dilation, False, zeros, 1, wanted
             )
 
-        to_x = products(kept, [True, False, False])[0] if ctx.needs_input_grad[0] else None
-        _, to_weight, to_bias = products(kept, [False, True, ctx.has_bias])
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = products(_thinned(gradient, ctx.pattern), [True, False, False])[0]
+        _, to_weight, to_bias = products(gradient, [False, True, ctx.has_bias])
         assert to_weight is not None
         to_x = None if to_x is None else to_x.to(x.dtype)
         to_bias = None if to_bias is None else to_bias.to(weight.dtype)
-        return to_x, to_weight.to(weight.dtype), None, None, to_bias, None, None, None
+        return to_x, to_weight.to(weight.dtype), None, None, to_bias, None, None, None, None
+
+
+def _thinned(gradient: Tensor, pattern: GroupPattern | None) -> Tensor:
+    """The output's gradient, (rows, out) or (batch, out, *), with the largest of every group."""
+    if pattern is None:
+        return gradient
+    return gradient * keep_factor(pattern.select(gradient.abs()), gradient.dtype)
 
 
 def bidirectional_linear(
-    x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    bias: Tensor | None = None,
+    gradient: GroupPattern | None = None,
 ) -> Tensor:
     """x (W m_F)^T + b; dL/dx = dL/dy (W m_B), dL/dW = dL/dy^T x dense.
 
@@ -97,11 +123,12 @@ def bidirectional_linear(
         forward: bool mask m_F.
         backward: bool mask m_B.
         bias: (out,).
+        gradient: thins out dL/dy in the product for dL/dx, along the outputs; None does not.
 
     Reference:
         Fang et al., BDWP, arXiv 2309.13015.
     """
-    return _Linear.apply(x, weight, forward, backward, bias)
+    return _Linear.apply(x, weight, forward, backward, bias, gradient)
 
 
 def bidirectional_conv(
@@ -113,14 +140,16 @@ def bidirectional_conv(
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
+    gradient: GroupPattern | None = None,
 ) -> Tensor:
     """The same for a convolution of one group, in 1, 2 or 3 dimensions."""
-    return _Conv.apply(x, weight, forward, backward, bias, stride, padding, dilation)
+    return _Conv.apply(x, weight, forward, backward, bias, gradient, stride, padding, dilation)
 
 
 class _BidirectionalLayer(nn.Module):
     mask_forward: Tensor
     mask_backward: Tensor
+    gradient_pattern: GroupPattern | None
 
 
 class BidirectionalLinear(nn.Linear, _BidirectionalLayer):
@@ -128,7 +157,12 @@ class BidirectionalLinear(nn.Linear, _BidirectionalLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         return bidirectional_linear(
-            input, self.weight, self.mask_forward, self.mask_backward, self.bias
+            input,
+            self.weight,
+            self.mask_forward,
+            self.mask_backward,
+            self.bias,
+            self.gradient_pattern,
         )
 
 
@@ -141,7 +175,8 @@ class _BidirectionalConv(nn.modules.conv._ConvNd, _BidirectionalLayer):
             padding = (0,) * len(self.stride)
         masks = self.mask_forward, self.mask_backward
         geometry = self.stride, padding, self.dilation
-        return bidirectional_conv(input, self.weight, *masks, self.bias, *geometry)
+        pattern = self.gradient_pattern
+        return bidirectional_conv(input, self.weight, *masks, self.bias, *geometry, pattern)
 
 
 class BidirectionalConv1d(_BidirectionalConv, nn.Conv1d):
@@ -164,7 +199,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def attach_bidirectional(ref: ParamRef, mask: Tensor) -> None:
+def attach_bidirectional(ref: ParamRef, mask: Tensor, gradient: GroupPattern | None = None) -> None:
     """Turn a plain layer into its bidirectional form, in place.
 
     Raises:
@@ -181,6 +216,7 @@ def attach_bidirectional(ref: ParamRef, mask: Tensor) -> None:
         raise ValueError(f"bidirectional masks need groups=1, {ref.name!r} has {module.groups}")
     module.register_buffer("mask_forward", mask)
     module.register_buffer("mask_backward", torch.ones_like(mask))
+    module.gradient_pattern = gradient  # type: ignore[assignment]
     module.__class__ = kind
 
 
@@ -193,3 +229,4 @@ def detach_bidirectional(ref: ParamRef) -> None:
     ref.module.__class__ = kind
     del ref.module.mask_forward
     del ref.module.mask_backward
+    del ref.module.gradient_pattern

@@ -259,18 +259,21 @@ class Bidirectional(Coupling):
 
     Args:
         backward: pattern of the backward mask, scored by magnitude; ``None`` = dense.
+        gradient: pattern that thins out the output's gradient in the same product, along the
+            outputs; ``None`` does not.
 
     Reference:
         Fang et al., BDWP, arXiv 2309.13015.
     """
 
     backward: GroupPattern | None = field(default_factory=lambda: NM(2, 8, axis=0))
+    gradient: GroupPattern | None = None
     name: ClassVar[str] = "bidirectional"
 
     def attach(self, ref: ParamRef, mask: Tensor) -> None:
         if self.backward is not None:
             self.backward.validate(ref.shape, ref.name)
-        attach_bidirectional(ref, mask)
+        attach_bidirectional(ref, mask, self.gradient)
 
     def mask_holder(self, ref: ParamRef) -> tuple[nn.Module, str]:
         return ref.module, "mask_forward"
