@@ -105,6 +105,24 @@ class Builder {
     return push(std::move(op), x, residual, y, name);
   }
 
+  // As gemv, for a weight of single rows that is n:m along its inputs.
+  int nm(int x, Address values, int32_t type, Address scales, Address columns, Address row_ptr,
+         int64_t rows, int64_t cols, int n, int m, Address bias, int32_t activation, int residual,
+         const std::string& name) {
+    const Value in = value(x);
+    if (cols != in.channels || in.columns() != 1 || in.ld != 1) {
+      throw std::invalid_argument("nm: expected a vector of " + std::to_string(cols));
+    }
+    const BlockRows source{nullptr, reinterpret_cast<const int32_t*>(columns),
+                           reinterpret_cast<const int64_t*>(row_ptr), rows, cols, 1};
+    const StoredValues stored{reinterpret_cast<const void*>(values), static_cast<ValueType>(type),
+                              scales ? floats(scales) : nullptr};
+    auto op = std::make_unique<NmOp>(source, stored, n, m, bias ? floats(bias) : nullptr,
+                                     epilogue(activation, residual));
+    const int y = graph_.add_value(rows, 1, 1, true, false);
+    return push(std::move(op), x, residual, y, name);
+  }
+
   // The arrays of BlockRows, each row a flattened kernel: (in / groups, kernel_h, kernel_w).
   int sparse_conv(int x, Address values, Address columns, Address row_ptr, int64_t rows,
                   int64_t cols, int32_t block, Address bias, int64_t groups,
@@ -355,6 +373,7 @@ void bind_plan(nb::module_& m) {
       .def("linear", &Builder::linear)
       .def("spmm", &Builder::spmm)
       .def("gemv", &Builder::gemv)
+      .def("nm", &Builder::nm)
       .def("sparse_conv", &Builder::sparse_conv)
       .def("binary", &Builder::binary)
       .def("activation", &Builder::activation)

@@ -9,6 +9,7 @@ namespace aerogel {
 struct SpmmKernels;      // spmm.h: sparse weights x dense activations
 struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
+struct NmKernels;        // nm.h: the same for N:M weights
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
@@ -24,6 +25,7 @@ struct KernelTable {
   const RooflineKernels* roofline;
   const LayerKernels* layers;
   const GemvKernels* gemv;
+  const NmKernels* nm;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
 };

@@ -9,12 +9,14 @@ extern const SddmmKernels kSddmmKernels;
 extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
+extern const NmKernels kNmKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
-                            &kGemvKernels,       &kSparseInputKernels, &kTokenKernels};
+                            &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
+                            &kTokenKernels};
 
 }  // namespace aerogel::AEROGEL_ISA
