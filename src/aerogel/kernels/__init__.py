@@ -13,6 +13,7 @@ from aerogel.kernels._library import (
 )
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
+from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan
 from aerogel.kernels.plan_builder import PlanBuilder, Value
@@ -59,7 +60,9 @@ __all__ = [
     "isa",
     "native_available",
     "native_gemv_weight",
+    "native_nm_weight",
     "native_weight",
+    "nm_pattern",
     "quantize_rows",
     "reference_activation",
     "reference_mode",

@@ -71,8 +71,8 @@ class BlockRowWeight:
     shape: tuple[int, int]
     block: int
     scales: Tensor | None = None
-    # What spmm and gemv keep: native streams, prepared calls, and the default variant by columns;
-    # sddmm keeps its native pattern.
+    # What spmm and gemv keep: native streams, prepared calls, the default variant by columns and
+    # the n:m pattern; sddmm keeps its native pattern.
     _streams: dict[object, Any] = field(default_factory=dict, repr=False)
     _calls: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     _defaults: dict[object, Any] = field(default_factory=dict, repr=False)

@@ -2,7 +2,8 @@
 
 Such a product reads each weight once, so that its time is the weight's way from memory. The kernel
 streams 5 bytes for a non-zero in float32, 3 in bfloat16 and 2 in int8 (`BlockRowWeight.pack(...,
-dtype=...)`); dense float32 takes 4 for every element. For many vectors `spmm` is faster: it reads
+dtype=...)`); dense float32 takes 4 for every element. Where the zeros are n:m along the inputs an
+index takes 2 or 3 bits instead of a byte (nm.py). For many vectors `spmm` is faster: it reads
 the weight once for all of them.
 
 Reference: Kreutzer, Hager, Wellein, Fehske, Bishop, A unified sparse matrix data format for
@@ -30,8 +31,9 @@ from aerogel.kernels._calls import (
     stored_arrays,
     version,
 )
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import isa, native, native_available, reference_mode
 from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.spmm import (
     check_activation,
     check_operands,
@@ -130,6 +132,7 @@ def _prepared_call(
         None if residual is None else (residual.shape, residual.stride()),
         activation,
         threads,
+        isa(),  # n:m streams belong to one
         version(weight),
     )
     return kept_call(weight, key, lambda: _prepare(x, weight, bias, residual, activation, threads))
@@ -151,7 +154,11 @@ def _prepare(
         return PreparedCall(None, shape, False, False)
     tokens = math.prod(shape[:-1])
     copy_residual = residual is not None and row_strides(residual, tokens, "tokens").copy
-    call = native().GemvCall(native_gemv_weight(weight), tokens, code, threads)
+    pattern = nm_pattern(weight)
+    if pattern is not None:
+        call = native().NmCall(native_nm_weight(weight, *pattern), tokens, code, threads)
+    else:
+        call = native().GemvCall(native_gemv_weight(weight), tokens, code, threads)
     return PreparedCall(call, shape, row_strides(x, tokens, "tokens").copy, copy_residual)
 
 

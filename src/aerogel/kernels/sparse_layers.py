@@ -14,6 +14,7 @@ from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv_reference
 from aerogel.kernels.layers import Packed, Shape, Weighted, same_shape
+from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.sparse_conv import dense_conv2d
 from aerogel.kernels.spmm import ACTIVATIONS
 from aerogel.kernels.values import VALUE_TYPES
@@ -74,9 +75,13 @@ class Gemv(Weighted):
     def emit(self, builder: Any, inputs: Sequence[int], name: str) -> int:
         values, columns, row_ptr = self.arrays
         residual = inputs[1] if len(inputs) > 1 else -1
-        return builder.gemv(
+        pattern = nm_pattern(self.weight)
+        emit, shape = (
+            (builder.gemv, (self.weight.block,)) if pattern is None else (builder.nm, pattern)
+        )
+        return emit(
             inputs[0], address(values), VALUE_TYPES[values.dtype], address(self.weight.scales),
-            address(columns), address(row_ptr), *self.weight.shape, self.weight.block,
+            address(columns), address(row_ptr), *self.weight.shape, *shape,
             address(self.bias), ACTIVATIONS[self.activation], residual, name,
         )  # fmt: skip
 
@@ -85,5 +90,7 @@ class Gemv(Weighted):
 
     @property
     def weight_bytes(self) -> int:
-        values = self.weight.values
+        values, pattern = self.weight.values, nm_pattern(self.weight)
+        if pattern is not None:
+            return native_nm_weight(self.weight, *pattern).nbytes + self.bias_bytes
         return (values.element_size() + 1) * values.numel() + self.bias_bytes
