@@ -148,4 +148,4 @@ def test_a_plan_runs_the_same_product(isa, cols):
     for threads in (1, 2):
         builder = PlanBuilder(threads=threads)
         builder.output(builder.gemv(builder.input((cols,)), packed, bias, activation="relu"))
-        close(builder.build()(x[None])[0].flatten(), expected)
+        close(builder.build().run([x[None]])[0].flatten(), expected)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fakes import build_with, clock
 from torch import Tensor, nn
 
-from aerogel import kernels
+from aerogel import kernels, runtime
 from aerogel.runtime.candidates import candidates_for
 from aerogel.runtime.layer import Layer
 from aerogel.runtime.strategies import CALLS, PLANS
 from aerogel.runtime.tuner import Tuner
 from aerogel.runtime.tuning_cache import TuningCache
+from aerogel.sparsity import NM
 from networks import sparsify_
 
 needs_native = pytest.mark.skipif(
@@ -74,3 +77,37 @@ def test_it_is_not_offered_for_dense_weights() -> None:
 def test_the_tuner_may_choose_it() -> None:
     tuned = Tuner(1, TuningCache(None, {}), clock("gemv")).tune([linear(0.9, 2)])[0]
     assert tuned.best_direct.name == "gemv"
+
+
+@needs_native
+def test_zeros_that_are_n_of_m_take_their_own_stream_and_measurements() -> None:
+    plain = linear(0.5, 1)
+    weight = torch.randn(32, 48)
+    kept = weight * NM(2, 4).select(weight.abs())
+    layer = Layer("fc", "linear", kept, None, "relu", False, (1, 48), (1, 32))
+    assert layer.signature() != plain.signature()
+    found = {c.name: c for c in candidates_for(layer, 1)}
+    assert "gemv 2:4" in found
+    assert "gemv" in {c.name for c in candidates_for(plain, 1)}
+    module = found["gemv 2:4"].module
+    assert module is not None
+    x = torch.randn(1, 48)
+    torch.testing.assert_close(module()(x), (x @ kept.t()).relu(), atol=1e-5, rtol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_network_pruned_to_2_of_4_compiles_and_survives_its_checkpoint(
+    batch: int, tmp_path: Path
+) -> None:
+    model, x = Classifier().eval(), torch.randn(batch, 3, 5, 5)
+    with torch.no_grad():
+        for layer in (model.first, model.second):
+            layer.weight.copy_(torch.randn_like(layer.weight))
+            layer.weight.mul_(NM(2, 4).select(layer.weight.abs()))
+    runtime.save(model, tmp_path / "model.safetensors")
+    loaded = runtime.load(tmp_path / "model.safetensors", Classifier()).eval()
+    compiled = build_with(loaded, x, whole=PLANS, layer="gemv")
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+    if batch == 1:
+        assert any("gemv 2:4" in row.kernel for row in compiled.explain().rows)

@@ -151,6 +151,7 @@ class Layer:
             self.has_residual,
             self.planned_columns,
             round(self.zeros.sparsity, 2),
+            self.zeros.pattern,
             self.zeros.block,
         ]
 

@@ -47,7 +47,7 @@ def sparse_vectors(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     packed = kernels.BlockRowWeight.pack(layer.matrix, block=1)
     planned = layer.columns == 1 and not layer.has_tokens
     yield Candidate(
-        NAME,
+        _name(packed),
         sparse=True,
         module=lambda: GemvLayer(layer, packed, threads),
         emit=_emit(layer, packed) if planned else None,
@@ -60,7 +60,12 @@ def sparse_head(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     one_vector = layer.is_pointwise and layer.input_shape[0] == layer.columns == 1
     if one_vector and layer.zeros.sparsity >= _FAR_BELOW:
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=1)
-        yield Candidate(NAME, sparse=True, emit=_emit(layer, packed))
+        yield Candidate(_name(packed), sparse=True, emit=_emit(layer, packed))
+
+
+def _name(packed: kernels.BlockRowWeight) -> str:
+    pattern = kernels.nm_pattern(packed)
+    return NAME if pattern is None else f"{NAME} {pattern[0]}:{pattern[1]}"
 
 
 def _emit(layer: Layer, packed: kernels.BlockRowWeight) -> Any:
