@@ -94,9 +94,7 @@ template <int kKernel, int kStride>
 void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
                      Activation activation, float* y, int64_t first_row, int64_t last_row) {
   const Window& w = layer.window;
-  // Seven rows divide the usual planes; with stride 2 four already amortise the input rows.
-  const bool seven = w.out_h % 7 == 0 || w.out_h > 16;
-  const int64_t whole = seven && (kStride == 1 || w.out_h % 4 != 0) ? 7 : 4;
+  const int64_t whole = depthwise_tile_rows(w);
   for (int64_t oy = first_row; oy < last_row;) {
     const int64_t left = last_row - oy;
     const int64_t count = left >= whole ? whole : (left >= 4 ? 4 : 1);

@@ -156,18 +156,17 @@ void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 
 namespace {
 
-// Large planes are cut into bands of rows, as the layers around a depthwise one cut their columns, and
-// small ones by channels, as the others then do: a core finds its own part in its cache. Bands are
-// whole numbers of the kernel's tiles.
-constexpr int64_t kBandedRows = 28, kBandTile = 7;
+// Large planes are cut into bands of rows, as the products around cut their columns, and small ones by
+// channels, as those then do: a core finds its own part in its cache. Bands are whole numbers of the
+// kernel's tiles.
+constexpr int64_t kBandedRows = 14;
 
-int64_t band_count(const Window& w, int threads) {
+int64_t band_count(const Window& w, int64_t tile, int threads) {
   if (threads <= 1 || w.out_h < kBandedRows) return 1;
-  return std::min<int64_t>(w.out_h / (2 * kBandTile), 2 * threads);
+  return std::min<int64_t>((w.out_h + tile - 1) / tile, 2 * threads);
 }
 
-Range band_rows(const Window& w, int64_t band, int64_t bands) {
-  const int64_t tile = w.stride_h == 1 ? kBandTile : 4;
+Range band_rows(const Window& w, int64_t tile, int64_t band, int64_t bands) {
   const Range tiles = share((w.out_h + tile - 1) / tile, band, bands);
   return {tile * tiles.first, std::min(tile * tiles.last, w.out_h)};
 }
@@ -177,7 +176,8 @@ Range band_rows(const Window& w, int64_t band, int64_t bands) {
 int64_t DepthwiseOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t taps = source.window.kernel_h * source.window.kernel_w;
-  const int64_t bands = band_count(source.window, frame.threads);
+  const Window& w = source.window;
+  const int64_t bands = band_count(w, depthwise_tile_rows(w), frame.threads);
   const int64_t wanted =
       worthwhile_tasks(bands * y.channels, y.channels * y.columns * taps, frame.threads);
   return (wanted + bands - 1) / bands * bands;
@@ -185,10 +185,11 @@ int64_t DepthwiseOp::tasks(const Frame& frame) const {
 
 void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const int64_t bands = band_count(source.window, frame.threads);
+  const Window& w = source.window;
+  const int64_t tile = depthwise_tile_rows(w), bands = band_count(w, tile, frame.threads);
   const int64_t parts = tasks / bands;
   const Range c = share(y.channels, task % parts, parts);
-  const Range rows = band_rows(source.window, task / parts, bands);
+  const Range rows = band_rows(w, tile, task / parts, bands);
   kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last,
                      rows.first, rows.last);
 }
@@ -317,14 +318,18 @@ void PoolOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 int64_t PoolOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t work = y.channels * y.columns * window.kernel_h * window.kernel_w;
-  return worthwhile_tasks(y.channels, work, frame.threads);
+  const int64_t bands = band_count(window, 1, frame.threads);
+  const int64_t wanted = worthwhile_tasks(bands * y.channels, work, frame.threads);
+  return (wanted + bands - 1) / bands * bands;
 }
 
 void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const Range c = share(y.channels, task, tasks);
+  const int64_t bands = band_count(window, 1, frame.threads), parts = tasks / bands;
+  const Range c = share(y.channels, task % parts, parts);
+  const Range rows = band_rows(window, 1, task / parts, bands);
   kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld}, c.first,
-                c.last);
+                c.last, rows.first, rows.last);
 }
 
 void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
@@ -332,7 +337,9 @@ void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 }
 
 int64_t MeanOp::tasks(const Frame& frame) const {
-  return elementwise_tasks(frame.operand(inputs[0]), frame.threads);
+  constexpr int64_t kSumAcross = 4;  // of a vector: as long as so many loads
+  const Operand x = frame.operand(inputs[0]);
+  return worthwhile_tasks(x.channels, kSumAcross * x.channels * x.columns, frame.threads);
 }
 
 void MeanOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {

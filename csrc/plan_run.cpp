@@ -131,12 +131,13 @@ struct Plan::Call {
   const float* const* inputs;
   float* const* outputs;
   int threads;
+  Sharing sharing;
   Workspace& workspace;
   Team& team;
   std::vector<StepTime>* times;
 };
 
-std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads) {
+std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads, Sharing sharing) {
   std::unique_ptr<Workspace> workspace;
   {
     const std::lock_guard<std::mutex> lock(pool_mutex_);
@@ -149,7 +150,8 @@ std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads) {
     workspace = std::make_unique<Workspace>();
     if (joint_floats_) workspace->joint = FloatBuffer(joint_floats_ + 2 * kReadSlack);
   }
-  const size_t images = batch_ > 1 ? static_cast<size_t>(threads) : 1;
+  const bool own = batch_ > 1 && sharing == Sharing::kImages;
+  const size_t images = own ? static_cast<size_t>(threads) : 1;
   while (workspace->images.size() < images) {
     workspace->images.emplace_back(image_floats_ + 2 * kReadSlack);
   }
@@ -170,16 +172,17 @@ void Plan::fill_idle_arenas(float value) {
   }
 }
 
-void Plan::run(const float* const* inputs, float* const* outputs, int threads,
+void Plan::run(const float* const* inputs, float* const* outputs, int threads, Sharing sharing,
                std::vector<StepTime>* times) {
   threads = std::max(1, threads);
+  if (times) sharing = Sharing::kOperations;
 #ifndef _OPENMP
   threads = 1;
 #endif
-  std::unique_ptr<Workspace> workspace = take_workspace(threads);
+  std::unique_ptr<Workspace> workspace = take_workspace(threads, sharing);
   if (threads == 1) {
     Team team(1);
-    Call call{inputs, outputs, 1, *workspace, team, times};
+    Call call{inputs, outputs, 1, sharing, *workspace, team, times};
     worker(call, 0);
     team.rethrow();
   } else {
@@ -193,7 +196,7 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads,
       {
         const int granted = omp_get_num_threads();
         team = std::make_unique<Team>(granted);
-        call.reset(new Call{inputs, outputs, granted, *workspace, *team, times});
+        call.reset(new Call{inputs, outputs, granted, sharing, *workspace, *team, times});
       }
       worker(*call, omp_get_thread_num());
     }
@@ -204,8 +207,8 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads,
   pool_.push_back(std::move(workspace));
 }
 
-// What every thread does: whole images while there is one for each thread, then a share of every
-// operation of the remaining images, then a share of every joint operation.
+// What every thread does: whole images while there is one for each thread, unless operations are to be
+// shared; then a share of every operation of the remaining images, and of every joint operation.
 void Plan::worker(Call& call, int thread) const {
   Workspace& space = call.workspace;
   float* scratch = space.scratch[static_cast<size_t>(thread)].data();
@@ -232,7 +235,8 @@ void Plan::worker(Call& call, int thread) const {
     Frame frame{values_.data(), space.image(0), joint, call.inputs, call.outputs, begin, 0, count,
                 call.threads};
     const int64_t alone =
-        call.threads > 1 && !call.times ? count / call.threads * call.threads : 0;
+        call.threads > 1 && call.sharing == Sharing::kImages ? count / call.threads * call.threads
+                                                             : 0;
     if (alone > 0) {
       call.team.share(step++, alone, thread, [&](int64_t i) {
         Frame own = frame;
