@@ -166,9 +166,18 @@ int64_t band_count(const Window& w, int64_t tile, int threads) {
   return std::min<int64_t>((w.out_h + tile - 1) / tile, 2 * threads);
 }
 
-Range band_rows(const Window& w, int64_t tile, int64_t band, int64_t bands) {
+struct BandTask {
+  Range channels, rows;
+};
+
+// Bands begin with different channels: the cache line in which two of them meet would else go back and
+// forth between the cores that write them.
+BandTask band_task(const Window& w, int64_t channels, int64_t tile, int64_t bands, int64_t task,
+                   int64_t tasks) {
+  const int64_t parts = tasks / bands, band = task / parts;
   const Range tiles = share((w.out_h + tile - 1) / tile, band, bands);
-  return {tile * tiles.first, std::min(tile * tiles.last, w.out_h)};
+  return {share(channels, (task + band * parts / bands) % parts, parts),
+          {tile * tiles.first, std::min(tile * tiles.last, w.out_h)}};
 }
 
 }  // namespace
@@ -187,11 +196,9 @@ void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) c
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
   const Window& w = source.window;
   const int64_t tile = depthwise_tile_rows(w), bands = band_count(w, tile, frame.threads);
-  const int64_t parts = tasks / bands;
-  const Range c = share(y.channels, task % parts, parts);
-  const Range rows = band_rows(w, tile, task / parts, bands);
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last,
-                     rows.first, rows.last);
+  const BandTask part = band_task(w, y.channels, tile, bands, task, tasks);
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation},
+                     part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
 // dense linear layer
@@ -325,11 +332,10 @@ int64_t PoolOp::tasks(const Frame& frame) const {
 
 void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const int64_t bands = band_count(window, 1, frame.threads), parts = tasks / bands;
-  const Range c = share(y.channels, task % parts, parts);
-  const Range rows = band_rows(window, 1, task / parts, bands);
-  kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld}, c.first,
-                c.last, rows.first, rows.last);
+  const int64_t bands = band_count(window, 1, frame.threads);
+  const BandTask part = band_task(window, y.channels, 1, bands, task, tasks);
+  kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld},
+                part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
 void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {

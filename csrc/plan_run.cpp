@@ -70,7 +70,10 @@ class Patience {
 // prepared for step s + 1.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads), counters_(3 * static_cast<size_t>(threads)) {}
+  Team(int threads, bool timed)
+      : threads_(threads),
+        counters_(3 * static_cast<size_t>(threads)),
+        finished_(timed ? counters_.size() : 0) {}
 
   // Every thread of the team calls it for the same step; returns when the step is done.
   template <class Task>
@@ -86,9 +89,18 @@ class Team {
       }
     }
     counter(step + 1, thread).store(0, std::memory_order_relaxed);
+    if (!finished_.empty()) finished_[slot(step, thread)].seconds = seconds_now(threads_);
     arrived_.value.fetch_add(1, std::memory_order_acq_rel);
     const int64_t all = (step + 1) * threads_;
     for (Patience patience; arrived_.value.load(std::memory_order_acquire) < all;) patience.wait();
+  }
+
+  // When the last thread of a timed team was done with a step that is over. A single thread's own view
+  // would not do: one that comes late from a barrier may find the next step done by the others.
+  double finished(int64_t step) const {
+    double last = 0.0;
+    for (int t = 0; t < threads_; ++t) last = std::max(last, finished_[slot(step, t)].seconds);
+    return last;
   }
 
   // An exception may neither leave a parallel region nor keep a thread from its barriers.
@@ -109,17 +121,25 @@ class Team {
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
+  struct alignas(64) Stamp {
+    double seconds = 0.0;
+  };
   // A single task is the first thread's.
   int64_t first_task(int64_t tasks, int owner) const {
     return (tasks * owner + threads_ - 1) / threads_;
   }
 
+  size_t slot(int64_t step, int thread) const {
+    return static_cast<size_t>(step % 3 * threads_ + thread);
+  }
+
   std::atomic<int64_t>& counter(int64_t step, int owner) {
-    return counters_[static_cast<size_t>(step % 3 * threads_ + owner)].value;
+    return counters_[slot(step, owner)].value;
   }
 
   const int threads_;
   std::vector<Counter> counters_;
+  std::vector<Stamp> finished_;
   Counter arrived_;
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
@@ -181,7 +201,7 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
 #endif
   std::unique_ptr<Workspace> workspace = take_workspace(threads, sharing);
   if (threads == 1) {
-    Team team(1);
+    Team team(1, false);
     Call call{inputs, outputs, 1, sharing, *workspace, team, times};
     worker(call, 0);
     team.rethrow();
@@ -195,7 +215,7 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
 #pragma omp single
       {
         const int granted = omp_get_num_threads();
-        team = std::make_unique<Team>(granted);
+        team = std::make_unique<Team>(granted, times != nullptr);
         call.reset(new Call{inputs, outputs, granted, sharing, *workspace, *team, times});
       }
       worker(*call, omp_get_thread_num());
@@ -215,8 +235,8 @@ void Plan::worker(Call& call, int thread) const {
   float* joint = joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
   int64_t step = 0;
   size_t timed = 0;
+  double begin = call.times ? seconds_now(call.threads) : 0.0;
   const auto share_op = [&](const Op& op, const Frame& frame) {
-    const double begin = call.times ? seconds_now(call.threads) : 0.0;
     const int64_t tasks = op.tasks(frame);
     if (call.threads == 1) {
       for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
@@ -225,9 +245,10 @@ void Plan::worker(Call& call, int thread) const {
                       [&](int64_t i) { op.run(frame, i, tasks, scratch); });
     }
     if (call.times && thread == 0) {
-      const double seconds = seconds_now(call.threads) - begin;
+      const double end = call.threads == 1 ? seconds_now(1) : call.team.finished(step - 1);
       if (timed == call.times->size()) call.times->push_back({op.name, 0.0});
-      (*call.times)[timed++].seconds += seconds;
+      (*call.times)[timed++].seconds += end - begin;
+      begin = end;
     }
   };
   for (int64_t begin = 0; begin < batch_; begin += chunk_) {

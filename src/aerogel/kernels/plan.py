@@ -138,6 +138,9 @@ class Plan:
     def profile(self, inputs: Sequence[Tensor], repeats: int = 5) -> list[tuple[str, float]]:
         """Median seconds of every step of a run, copies in and out included.
 
+        All threads share every step, unless a run would give each images of its own: then a single
+        thread is timed, and they are taken to halve (and so on) its time.
+
         Args:
             inputs: as for `run`.
             repeats: runs to take the median of, after one that is not counted.
@@ -154,10 +157,14 @@ class Plan:
         outputs = [torch.empty(shape) for shape in self._output_shapes]
         addresses = [x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs]
         threads = self.threads or torch.get_num_threads()
+        apart = threads if self.batch >= threads and not self.way.together else 1
+        threads //= apart
         plan = self._native_plan()
         rounds = [plan.profile(*addresses, threads) for _ in range(repeats + 1)][1:]
         medians = (statistics.median(row[1] for row in rows) for rows in zip(*rounds, strict=True))
-        return [(name, seconds) for (name, _), seconds in zip(rounds[0], medians, strict=True)]
+        return [
+            (name, seconds / apart) for (name, _), seconds in zip(rounds[0], medians, strict=True)
+        ]
 
     def describe(self) -> list[OpInfo]:
         """One row per operation, in execution order."""
