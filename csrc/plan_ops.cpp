@@ -159,7 +159,7 @@ namespace {
 // Large planes are cut into bands of rows, as the products around cut their columns, and small ones by
 // channels, as those then do: a core finds its own part in its cache. Bands are whole numbers of the
 // kernel's tiles.
-constexpr int64_t kBandedRows = 14;
+constexpr int64_t kBandedRows = 28;
 
 int64_t band_count(const Window& w, int64_t tile, int threads) {
   if (threads <= 1 || w.out_h < kBandedRows) return 1;

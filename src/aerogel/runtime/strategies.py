@@ -24,7 +24,7 @@ from aerogel.runtime.lowering import (
 )
 from aerogel.runtime.native import PlanModule
 from aerogel.runtime.segments import Segment
-from aerogel.runtime.timing import Measure
+from aerogel.runtime.timing import Measure, Race, timed
 from aerogel.runtime.tuner import Tuned
 from aerogel.runtime.tuning_cache import TuningCache
 
@@ -115,6 +115,7 @@ class Strategist:
         threads: For native plans; None follows torch's setting at every call.
         tolerance: Largest deviation allowed.
         measure: Times callables against each other.
+        race: The same by their better rounds.
         cache: Remembers how the ways to run a segment compare.
     """
 
@@ -127,11 +128,12 @@ class Strategist:
         threads: int | None,
         tolerance: float,
         measure: Measure,
+        race: Race,
         cache: TuningCache,
     ) -> None:
         self._fused, self._tuned, self._leaves = fused, tuned, leaves
         self._threads, self._tolerance = threads, tolerance
-        self._measure, self._cache = measure, cache
+        self._measure, self._race, self._cache = measure, race, cache
         self.notes: list[str] = []
 
     def contenders(self) -> list[Contender]:
@@ -150,7 +152,7 @@ class Strategist:
         return found
 
     def _contender(self, name: str, pieces: list[Piece]) -> Contender:
-        return Contender(name, lower(self._fused, pieces).forward, pieces)
+        return Contender(name, _shortest_call(lower(self._fused, pieces)), pieces)
 
     def _plans(self) -> list[Piece]:
         """Everything native that can be, the other layers as they are fastest."""
@@ -217,8 +219,8 @@ class Strategist:
         key = self._cache.key("threads", segment.family, self._signature(segment))
         seconds = self._cache.get(key, ways)
         if seconds is None:
-            runs = {name: partial(run, way) for name, way in ways.items()}
-            seconds = self._measure(runs, _SECONDS_PER_SEGMENT)
+            runs = {name: timed(partial(run, way)) for name, way in ways.items()}
+            seconds = self._race(runs, _SECONDS_PER_SEGMENT)
             self._cache.put(key, seconds)
         enough = (1 + _WORTH_A_THREAD) * min(seconds.values())
         plan.way = next(way for name, way in ways.items() if seconds[name] <= enough)
@@ -243,6 +245,17 @@ class Strategist:
         names = [self._tuned[node].layer.name for node in segment.layers if node in self._tuned]
         where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         self.notes.append(f"{where}: {text}")
+
+
+def _shortest_call(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph that is one plan from inputs to outputs needs no graph to be called."""
+    *inputs, call, output = gm.graph.nodes
+    if all(node.op == "placeholder" for node in inputs) and call.op == "call_module":
+        module = gm.get_submodule(str(call.target))
+        whole = call.args == tuple(inputs) and output.args == ((call,),)
+        if isinstance(module, PlanModule) and whole:
+            return module.run
+    return gm.forward
 
 
 def _same_pieces(some: list[Piece], others: list[Piece]) -> bool:
