@@ -218,23 +218,6 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
   return layer.window.stride_w == 1 ? &depthwise_plane<5, 1> : &depthwise_plane<5, 2>;
 }
 
-// Another core may have the lines of a channel's rows, and few are on their way at a time if each
-// waits for the arithmetic of the one before.
-AEROGEL_INLINE void fetch_ahead(const DepthwiseArgs& args, int64_t c, int64_t first_row,
-                                int64_t last_row) {
-  constexpr int64_t kLine = 16, kMost = 1024;  // floats; longer stretches the hardware foresees
-  const Window& w = args.layer->window;
-  const float* x = args.x + c / args.layer->multiplier * args.ldx;
-  const float* y = args.y + c * args.ldy;
-  const int64_t from = larger(0, first_row * w.stride_h - w.pad_h) * w.in_w;
-  const int64_t to = smaller(w.in_h, last_row * w.stride_h + w.kernel_h) * w.in_w;
-  if (to - from > kMost) return;
-  for (int64_t i = from; i < to; i += kLine) __builtin_prefetch(x + i);
-  for (int64_t i = first_row * w.out_w; i < last_row * w.out_w; i += kLine) {
-    __builtin_prefetch(y + i, 1);
-  }
-}
-
 void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
@@ -243,9 +226,7 @@ void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, 
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);
   const int64_t taps = layer.window.kernel_h * layer.window.kernel_w;
-  constexpr int64_t kAhead = 2;  // channels
   for (int64_t c = first; c < last; ++c) {
-    if (c + kAhead < last) fetch_ahead(args, c + kAhead, first_row, last_row);
     float* y = args.y + c * args.ldy;
     plane(layer, args.x + c / layer.multiplier * args.ldx, layer.weight + c * taps, layer.bias[c],
           in_registers ? args.activation : Activation::kNone, y, first_row, last_row);
