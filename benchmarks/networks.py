@@ -2,12 +2,12 @@
 
     python benchmarks/networks.py [NAME ...] [--explain] [--quick] [--json] [--threads N] [--check]
 
-Of the weights, the smallest in each pruned layer are zero. MobileNetV2's are real: torchvision's,
-trained on ImageNet, from a package (see aerogel.data); those of the others, and of MobileNetV2 where
-the package cannot be had, are random, and batch norms have statistics of their own. All engines run the same network in turn (see harness.py), each
-sample one call after an untimed one. One thread is timed by the process's CPU time. With several
-threads the network compiled for one runs too, and everybody pauses first, until the threads of the
-one before have gone to sleep.
+Of the weights, the smallest in each pruned layer are zero. MobileNetV2's are real (torchvision's,
+trained on ImageNet, see aerogel.data); all others, and MobileNetV2's where they cannot be had, are
+random, and batch norms have statistics of their own. All engines run the same network in turn (see
+harness.py), each sample one call after an untimed one. One thread is timed by the process's CPU
+time. With several threads the network compiled for one runs too, and everybody pauses first, until
+the threads of the one before have gone to sleep.
 
 The limit is what the multiply-adds that are left would take at the measured peak.
 """
