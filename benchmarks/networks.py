@@ -2,10 +2,12 @@
 
     python benchmarks/networks.py [NAME ...] [--explain] [--quick] [--json] [--threads N] [--check]
 
-The networks have random weights of which the smallest in each pruned layer are zero, and batch
-norms with statistics of their own. All engines run the same network in turn (see harness.py), each
-sample one call after an untimed one. One thread is timed by the process's CPU time. With several
-threads the network compiled for one runs too.
+Of the weights, the smallest in each pruned layer are zero. MobileNetV2's are real (torchvision's,
+trained on ImageNet, see aerogel.data); all others, and MobileNetV2's where they cannot be had, are
+random, and batch norms have statistics of their own. All engines run the same network in turn (see
+harness.py), each sample one call after an untimed one. One thread is timed by the process's CPU
+time. With several threads the network compiled for one runs too, and everybody pauses first, until
+the threads of the one before have gone to sleep.
 
 The limit is what the multiply-adds that are left would take at the measured peak.
 """
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +28,18 @@ from torch import Tensor, nn
 
 import aerogel
 import harness
-from aerogel import bench, models
+from aerogel import bench, data, models
 from harness import Column, Figure, Findings, Setup
 
 OURS, ALONE, PEER = "aerogel", "aerogel, 1 thread", "onnxruntime"
 PEERS = (bench.TorchEager(), bench.TorchChannelsLast(), bench.OnnxRuntime(), bench.OpenVino())
 TWO_THREADS = 1.7  # times one thread, at least
+PAUSE_SECONDS = 0.05  # idle threads of a pool spin for some milliseconds before they sleep
+PRETRAINED = ("mobilenet_v2",)
 
 COLUMNS = (
     Column("network", "network"),
+    Column("weights", "weights"),
     Column("zeros", "zeros", ".0%"),
     Column("block", "block"),
     Column("batch", "batch"),
@@ -77,19 +83,39 @@ CASES = (
 )
 
 
-def make_network(case: Case) -> nn.Module:
-    """The pruned network, ready for inference."""
-    extra = {"zero_init_last": False} if case.model.startswith("resnet") else {}
-    network = models.create_model(case.model, **extra).eval().requires_grad_(False)
+def trained_weights(case: Case) -> Path | None:
+    """Where a trained network's weights are, or None if there are none here."""
+    if case.model not in PRETRAINED:
+        return None
+    try:
+        return data.fetch_checkpoint(case.model)
+    except (OSError, data.FetchError) as error:
+        print(f"{case.model}: random weights, because {error}", file=sys.stderr)
+        return None
+
+
+def make_network(case: Case, trained: Path | None = None) -> nn.Module:
+    """The pruned network, ready for inference, with trained weights or random ones."""
+    if trained is not None:
+        network = models.create_model(case.model, checkpoint_path=trained)
+        network = network.eval().requires_grad_(False)
+    else:
+        extra = {"zero_init_last": False} if case.model.startswith("resnet") else {}
+        network = models.create_model(case.model, **extra).eval().requires_grad_(False)
+        vary_norms(network)
+    for name, _ in network.prune_targets():
+        remove_smallest(network.get_submodule(name).weight, case.sparsity, case.block)
+    return network
+
+
+def vary_norms(network: nn.Module) -> None:
+    """Statistics that a trained network might have, so that no norm is an identity."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0.0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
             module.weight.uniform_(0.5, 1.5)
             module.bias.normal_(0.0, 0.1)
-    for name, _ in network.prune_targets():
-        remove_smallest(network.get_submodule(name).weight, case.sparsity, case.block)
-    return network
 
 
 def remove_smallest(weight: Tensor, sparsity: float, block: int) -> None:
@@ -149,6 +175,8 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            if threads > 1:
+                time.sleep(PAUSE_SECONDS)
             call()
             begin = clock()
             call()
@@ -157,13 +185,14 @@ def take_turns(
 
 
 def rows_of(
-    case: Case, samples: dict[str, list[float]], limit: float, error: float
+    case: Case, weights: str, samples: dict[str, list[float]], limit: float, error: float
 ) -> list[dict[str, Any]]:
     ours = samples[OURS]
     rows = []
     for engine, seconds in samples.items():
         row: dict[str, Any] = {
             "network": case.model,
+            "weights": weights,
             "zeros": case.sparsity,
             "block": f"{case.block}x1",
             "batch": case.batch,
@@ -200,10 +229,12 @@ def measure(setup: Setup) -> Findings:
     with bench.Workspace() as workspace, torch.no_grad():
         for case in cases:
             torch.manual_seed(0)
-            network, images = make_network(case), torch.randn(case.batch, 3, 224, 224)
+            trained = trained_weights(case)
+            network, images = make_network(case, trained), torch.randn(case.batch, 3, 224, 224)
+            weights = "random" if trained is None else "ImageNet"
             samples, missing, error = samples_of(case, setup, network, images, workspace)
             limit = 1e-9 * operations(network, images) / setup.roof.fma_gflops
-            rows += rows_of(case, samples, limit, error)
+            rows += rows_of(case, weights, samples, limit, error)
             rows += [
                 {"network": case.model, "engine": engine, "missing": reason}
                 for engine, reason in missing.items()

@@ -318,11 +318,11 @@ std::vector<Pointer> pointers(const std::vector<Address>& addresses, size_t expe
 }
 
 void run_plan(Plan& plan, const std::vector<Address>& inputs, const std::vector<Address>& outputs,
-              int threads) {
+              int threads, bool together) {
   const auto in = pointers<const float*>(inputs, plan.input_count());
   const auto out = pointers<float*>(outputs, plan.output_count());
   const nb::gil_scoped_release release;
-  plan.run(in.data(), out.data(), threads);
+  plan.run(in.data(), out.data(), threads, together ? Sharing::kOperations : Sharing::kImages);
 }
 
 std::vector<std::pair<std::string, double>> profile_plan(Plan& plan,
@@ -334,7 +334,7 @@ std::vector<std::pair<std::string, double>> profile_plan(Plan& plan,
   std::vector<StepTime> times;
   {
     const nb::gil_scoped_release release;
-    plan.run(in.data(), out.data(), threads, &times);
+    plan.run(in.data(), out.data(), threads, Sharing::kOperations, &times);
   }
   std::vector<std::pair<std::string, double>> rows;
   for (StepTime& time : times) rows.emplace_back(std::move(time.name), time.seconds);
@@ -345,7 +345,8 @@ std::vector<std::pair<std::string, double>> profile_plan(Plan& plan,
 
 void bind_plan(nb::module_& m) {
   nb::class_<Plan>(m, "Plan")
-      .def("run", &run_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
+      .def("run", &run_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"),
+           nb::arg("together") = false)
       .def("profile", &profile_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
       .def("fill_idle_arenas", &Plan::fill_idle_arenas, nb::arg("value"))
       .def_prop_ro("arena_bytes", &Plan::arena_bytes);

@@ -162,6 +162,13 @@ struct DepthwiseLayer {
   const float* zeros;  // stands in for the rows above and below the plane
 };
 
+// Output rows of a register tile. Seven divide the usual planes; with stride 2 four already amortise
+// the input rows.
+__attribute__((always_inline)) constexpr int64_t depthwise_tile_rows(const Window& w) {
+  const bool seven = w.out_h % 7 == 0 || w.out_h > 16;
+  return seven && (w.stride_h == 1 || w.out_h % 4 != 0) ? 7 : 4;
+}
+
 struct DepthwiseArgs {
   const DepthwiseLayer* layer;
   const float* x;  // padded
@@ -227,8 +234,9 @@ struct LayerKernels {
   // Output rows [first_row, last_row) of channels [first, last).
   void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                     int64_t last_row);
+  void (*pool)(const PoolArgs& args, int64_t first, int64_t last, int64_t first_row,
+               int64_t last_row);
   // All of the following handle channels [first, last).
-  void (*pool)(const PoolArgs& args, int64_t first, int64_t last);
   void (*binary)(const BinaryArgs& args, int64_t first, int64_t last);
   void (*channel_mean)(const float* x, int64_t ldx, int64_t columns, float* y, int64_t ldy,
                        int64_t first, int64_t last);

@@ -94,9 +94,7 @@ template <int kKernel, int kStride>
 void depthwise_plane(const DepthwiseLayer& layer, const float* x, const float* weight, float bias,
                      Activation activation, float* y, int64_t first_row, int64_t last_row) {
   const Window& w = layer.window;
-  // Seven rows divide the usual planes; with stride 2 four already amortise the input rows.
-  const bool seven = w.out_h % 7 == 0 || w.out_h > 16;
-  const int64_t whole = seven && (kStride == 1 || w.out_h % 4 != 0) ? 7 : 4;
+  const int64_t whole = depthwise_tile_rows(w);
   for (int64_t oy = first_row; oy < last_row;) {
     const int64_t left = last_row - oy;
     const int64_t count = left >= whole ? whole : (left >= 4 ? 4 : 1);
@@ -142,6 +140,72 @@ void depthwise_general(const DepthwiseLayer& layer, const float* x, const float*
   }
 }
 
+#if defined(AEROGEL_USE_AVX512)
+
+constexpr int kMostTaps = 25;
+
+// Planes that a few registers hold: every tap takes all outputs at once from the input's registers, by
+// a permutation. kPairs: of registers that hold the input.
+template <int kPairs>
+void depthwise_registers(const DepthwiseArgs& args, int64_t first, int64_t last) {
+  const DepthwiseLayer& layer = *args.layer;
+  const Window& w = layer.window;
+  __m512i from[kMostTaps];               // of each output: its input's place
+  __mmask16 reads[kMostTaps][kPairs];    // which outputs read that pair; padding reads none
+  int taps = 0;
+  for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
+    for (int64_t kx = 0; kx < w.kernel_w; ++kx, ++taps) {
+      alignas(64) int32_t place[kLanes] = {};
+      for (int p = 0; p < kPairs; ++p) reads[taps][p] = 0;
+      for (int64_t i = 0; i < w.out_h * w.out_w; ++i) {
+        const int64_t y = i / w.out_w * w.stride_h - w.pad_h + ky * w.dilation_h;
+        const int64_t x = i % w.out_w * w.stride_w - w.pad_w + kx * w.dilation_w;
+        if (y < 0 || y >= w.in_h || x < 0 || x >= w.in_w) continue;
+        place[i] = static_cast<int32_t>(y * w.in_w + x);
+        const int bit = 1 << i;
+        reads[taps][place[i] / (2 * kLanes)] |= static_cast<__mmask16>(bit);
+      }
+      from[taps] = _mm512_load_si512(place);  // the permutation looks at an index modulo 32
+    }
+  }
+  const Clamp clamp(args.activation);
+  for (int64_t c = first; c < last; ++c) {
+    const float* x = args.x + c / layer.multiplier * args.ldx;
+    const float* weight = layer.weight + c * taps;
+    Vec acc[kPairs];
+    for (int p = 0; p < kPairs; ++p) acc[p] = p == 0 ? broadcast(layer.bias[c]) : zero();
+    for (int t = 0; t < taps; ++t) {
+      const Vec tap = broadcast(weight[t]);
+      for (int p = 0; p < kPairs; ++p) {
+        const Vec low = load(x + 2 * p * kLanes), high = load(x + (2 * p + 1) * kLanes);
+        const Vec moved = _mm512_permutex2var_ps(low, from[t], high);
+        acc[p] = _mm512_mask3_fmadd_ps(moved, tap, acc[p], reads[t][p]);
+      }
+    }
+    if (kPairs == 2) acc[0] = add(acc[0], acc[kPairs - 1]);
+    store(args.y + c * args.ldy, clamp(acc[0]));
+  }
+}
+
+// Channels that fit; false if the layer's do not.
+bool depthwise_small(const DepthwiseArgs& args, int64_t first, int64_t last) {
+  const Window& w = args.layer->window;
+  const int64_t in = w.in_h * w.in_w;
+  if (w.out_h * w.out_w > kLanes || in > 4 * kLanes || w.kernel_h * w.kernel_w > kMostTaps ||
+      !is_cheap(args.activation)) {
+    return false;
+  }
+  in > 2 * kLanes ? depthwise_registers<2>(args, first, last)
+                  : depthwise_registers<1>(args, first, last);
+  return true;
+}
+
+#else
+
+bool depthwise_small(const DepthwiseArgs&, int64_t, int64_t) { return false; }
+
+#endif
+
 using DepthwisePlane = void (*)(const DepthwiseLayer&, const float* x, const float* weight,
                                 float bias, Activation, float* y, int64_t first_row,
                                 int64_t last_row);
@@ -157,6 +221,8 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
 void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
+  // Small planes are never cut into bands.
+  if (first_row == 0 && last_row == layer.window.out_h && depthwise_small(args, first, last)) return;
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);
   const int64_t taps = layer.window.kernel_h * layer.window.kernel_w;

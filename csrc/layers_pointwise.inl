@@ -66,9 +66,7 @@ void mean_channels(const float* x, int64_t ldx, int64_t columns, float* y, int64
     for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
       for (int v = 0; v < 4; ++v) sums[v] = add(sums[v], load(row + i + v * kLanes));
     }
-    for (int v = 0; i < columns; i += kLanes, ++v) {
-      sums[v] = add(sums[v], load_upto(row + i, columns - i));
-    }
+    for (; i < columns; i += kLanes) sums[0] = add(sums[0], load_upto(row + i, columns - i));
     y[c * ldy] = scale * sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   }
 }

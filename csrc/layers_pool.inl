@@ -61,12 +61,13 @@ AEROGEL_INLINE int64_t pool_extent(int64_t o, int64_t stride, int64_t pad, int64
 }
 
 template <bool kMax>
-void pool_plane(const PoolArgs& a, const float* x, float* y) {
+void pool_plane(const PoolArgs& a, const float* x, float* y, int64_t first_row, int64_t last_row) {
   const Window& w = a.window;
   const int64_t reach = (w.kernel_w - 1) * w.dilation_w + 1;
   const int64_t chunk = larger(1, (kPoolSpan - reach) / w.stride_w + 1);
   float row[kPoolSpan + 2 * kLanes];
-  for (int64_t oy = 0; oy < w.out_h; ++oy, y += w.out_w) {
+  y += first_row * w.out_w;
+  for (int64_t oy = first_row; oy < last_row; ++oy, y += w.out_w) {
     for (int64_t ox0 = 0; ox0 < w.out_w; ox0 += chunk) {
       const int64_t ox1 = smaller(ox0 + chunk, w.out_w);
       const int64_t from = larger(0, ox0 * w.stride_w - w.pad_w);
@@ -92,14 +93,15 @@ void pool_plane(const PoolArgs& a, const float* x, float* y) {
   }
 }
 
-void pool_channels(const PoolArgs& args, int64_t first, int64_t last) {
+void pool_channels(const PoolArgs& args, int64_t first, int64_t last, int64_t first_row,
+                   int64_t last_row) {
   for (int64_t c = first; c < last; ++c) {
     const float* x = args.x + c * args.ldx;
     float* y = args.y + c * args.ldy;
     if (args.kind == Pool::kMax) {
-      pool_plane<true>(args, x, y);
+      pool_plane<true>(args, x, y, first_row, last_row);
     } else {
-      pool_plane<false>(args, x, y);
+      pool_plane<false>(args, x, y, first_row, last_row);
     }
   }
 }

@@ -108,6 +108,11 @@ struct Graph {
   int add_value(int64_t channels, int64_t height, int64_t width, bool vector, bool tokens);
 };
 
+// What the threads of a run share while there is an image for each: the batch, every one working on
+// images of its own in an arena of its own; or every operation of one image after the other, whose
+// single arena may stay in a cache that several would overflow.
+enum class Sharing : int32_t { kImages = 0, kOperations = 1 };
+
 struct StepTime {
   std::string name;
   double seconds;
@@ -120,7 +125,7 @@ class Plan {
   // inputs[i]: the i-th input of the whole batch, contiguous; outputs likewise. Thread-safe.
   // If `times` is given, images are run one after the other and each step is timed.
   void run(const float* const* inputs, float* const* outputs, int threads,
-           std::vector<StepTime>* times = nullptr);
+           Sharing sharing = Sharing::kImages, std::vector<StepTime>* times = nullptr);
 
   int64_t arena_bytes() const { return 4 * (image_floats_ + joint_floats_); }
   size_t input_count() const { return graph_inputs_; }
@@ -139,7 +144,7 @@ class Plan {
   };
   struct Call;
 
-  std::unique_ptr<Workspace> take_workspace(int threads);
+  std::unique_ptr<Workspace> take_workspace(int threads, Sharing sharing);
   void worker(Call& call, int thread) const;
 
   int64_t batch_, chunk_;

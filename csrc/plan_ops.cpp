@@ -156,20 +156,28 @@ void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 
 namespace {
 
-// Large planes are cut into bands of rows, as the layers around a depthwise one cut their columns, and
-// small ones by channels, as the others then do: a core finds its own part in its cache. Bands are
-// whole numbers of the kernel's tiles.
-constexpr int64_t kBandedRows = 28, kBandTile = 7;
+// Large planes are cut into bands of rows, as the products around cut their columns, and small ones by
+// channels, as those then do: a core finds its own part in its cache. Bands are whole numbers of the
+// kernel's tiles.
+constexpr int64_t kBandedRows = 28;
 
-int64_t band_count(const Window& w, int threads) {
+int64_t band_count(const Window& w, int64_t tile, int threads) {
   if (threads <= 1 || w.out_h < kBandedRows) return 1;
-  return std::min<int64_t>(w.out_h / (2 * kBandTile), 2 * threads);
+  return std::min<int64_t>((w.out_h + tile - 1) / tile, 2 * threads);
 }
 
-Range band_rows(const Window& w, int64_t band, int64_t bands) {
-  const int64_t tile = w.stride_h == 1 ? kBandTile : 4;
+struct BandTask {
+  Range channels, rows;
+};
+
+// Bands begin with different channels: the cache line in which two of them meet would else go back and
+// forth between the cores that write them.
+BandTask band_task(const Window& w, int64_t channels, int64_t tile, int64_t bands, int64_t task,
+                   int64_t tasks) {
+  const int64_t parts = tasks / bands, band = task / parts;
   const Range tiles = share((w.out_h + tile - 1) / tile, band, bands);
-  return {tile * tiles.first, std::min(tile * tiles.last, w.out_h)};
+  return {share(channels, (task + band * parts / bands) % parts, parts),
+          {tile * tiles.first, std::min(tile * tiles.last, w.out_h)}};
 }
 
 }  // namespace
@@ -177,7 +185,8 @@ Range band_rows(const Window& w, int64_t band, int64_t bands) {
 int64_t DepthwiseOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t taps = source.window.kernel_h * source.window.kernel_w;
-  const int64_t bands = band_count(source.window, frame.threads);
+  const Window& w = source.window;
+  const int64_t bands = band_count(w, depthwise_tile_rows(w), frame.threads);
   const int64_t wanted =
       worthwhile_tasks(bands * y.channels, y.channels * y.columns * taps, frame.threads);
   return (wanted + bands - 1) / bands * bands;
@@ -185,12 +194,11 @@ int64_t DepthwiseOp::tasks(const Frame& frame) const {
 
 void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const int64_t bands = band_count(source.window, frame.threads);
-  const int64_t parts = tasks / bands;
-  const Range c = share(y.channels, task % parts, parts);
-  const Range rows = band_rows(source.window, task / parts, bands);
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, c.first, c.last,
-                     rows.first, rows.last);
+  const Window& w = source.window;
+  const int64_t tile = depthwise_tile_rows(w), bands = band_count(w, tile, frame.threads);
+  const BandTask part = band_task(w, y.channels, tile, bands, task, tasks);
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation},
+                     part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
 // dense linear layer
@@ -317,14 +325,17 @@ void PoolOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 int64_t PoolOp::tasks(const Frame& frame) const {
   const Operand y = frame.operand(output);
   const int64_t work = y.channels * y.columns * window.kernel_h * window.kernel_w;
-  return worthwhile_tasks(y.channels, work, frame.threads);
+  const int64_t bands = band_count(window, 1, frame.threads);
+  const int64_t wanted = worthwhile_tasks(bands * y.channels, work, frame.threads);
+  return (wanted + bands - 1) / bands * bands;
 }
 
 void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
-  const Range c = share(y.channels, task, tasks);
-  kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld}, c.first,
-                c.last);
+  const int64_t bands = band_count(window, 1, frame.threads);
+  const BandTask part = band_task(window, y.channels, 1, bands, task, tasks);
+  kernels->pool({kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld},
+                part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
 void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
@@ -332,7 +343,9 @@ void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
 }
 
 int64_t MeanOp::tasks(const Frame& frame) const {
-  return elementwise_tasks(frame.operand(inputs[0]), frame.threads);
+  constexpr int64_t kSumAcross = 4;  // of a vector: as long as so many loads
+  const Operand x = frame.operand(inputs[0]);
+  return worthwhile_tasks(x.channels, kSumAcross * x.channels * x.columns, frame.threads);
 }
 
 void MeanOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {

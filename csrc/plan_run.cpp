@@ -1,7 +1,7 @@
 // How a plan runs: one parallel region per call, in which every thread has a share of each operation's
-// tasks and helps the others when it is done, and between operations a barrier that spins briefly,
-// then yields, then sleeps. A foreign process that takes a core away costs its time slice, not a
-// spinning stand-off.
+// tasks and helps the others when it is done. Who has nothing to do until an operation is over spins
+// briefly, then yields, then sleeps. A foreign process that takes a core away costs the task it
+// interrupts and the end of the region, not a stand-off at every operation.
 #include <time.h>
 
 #include <algorithm>
@@ -63,35 +63,47 @@ class Patience {
   int waited_ = 0;
 };
 
+// How far a thread has come: the step it is at, and all tasks up to that step's end.
+struct Progress {
+  int64_t step = 0, due = 0;
+};
+
 // Shared by the threads of one run. All of them pass through the same sequence of steps. In each, a
 // thread takes tasks from its own share first, because neighbouring tasks touch neighbouring data and
-// what a core wrote in one step is likely to be what it reads in the next. Every share has a counter.
-// Three rows of counters suffice: while step s runs, nobody is still in step s - 2, whose counters are
-// prepared for step s + 1.
+// what a core wrote in one step is likely to be what it reads in the next; then it helps the others.
+// A step is over when its tasks are done, whoever did them: nobody waits for a thread that has lost its
+// core, unless it holds a task, and such a thread passes by what was done without it.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads), counters_(3 * static_cast<size_t>(threads)) {}
+  // timed_steps: how many steps there are if they are to be timed, else 0.
+  Team(int threads, int64_t timed_steps)
+      : threads_(threads),
+        taken_(static_cast<size_t>(threads)),
+        finished_(static_cast<size_t>(timed_steps)) {}
 
-  // Every thread of the team calls it for the same step; returns when the step is done.
+  // Every thread of the team calls it for the same steps; returns when the step is over.
   template <class Task>
-  void share(int64_t step, int64_t tasks, int thread, Task&& task) {
-    for (int helped = 0; helped < threads_; ++helped) {
+  void share(Progress* progress, int64_t tasks, int thread, Task&& task) {
+    const int64_t step = progress->step++, due = progress->due += tasks;
+    for (int helped = 0; helped < threads_ && !over(due); ++helped) {
       const int owner = (thread + helped) % threads_;
-      const int64_t begin = first_task(tasks, owner), end = first_task(tasks, owner + 1);
-      std::atomic<int64_t>& taken = counter(step, owner);
-      while (taken.load(std::memory_order_relaxed) < end - begin) {
-        const int64_t i = begin + taken.fetch_add(1, std::memory_order_relaxed);
-        if (i >= end) break;
-        guard([&] { task(i); });
+      const int64_t begin = first_task(tasks, owner), count = first_task(tasks, owner + 1) - begin;
+      for (int64_t i; (i = take(step, owner, count)) < count;) {
+        guard([&] { task(begin + i); });
+        if (!finished_.empty()) stamp(step);
+        done_.value.fetch_add(1, std::memory_order_acq_rel);
       }
     }
-    counter(step + 1, thread).store(0, std::memory_order_relaxed);
-    arrived_.value.fetch_add(1, std::memory_order_acq_rel);
-    const int64_t all = (step + 1) * threads_;
-    for (Patience patience; arrived_.value.load(std::memory_order_acquire) < all;) patience.wait();
+    for (Patience patience; !over(due);) patience.wait();
   }
 
-  // An exception may neither leave a parallel region nor keep a thread from its barriers.
+  // When the last task of a timed step was done. A thread's own view would not do: one that comes late
+  // may find a step done by the others.
+  double finished(int64_t step) const {
+    return finished_[static_cast<size_t>(step)].load(std::memory_order_relaxed);
+  }
+
+  // An exception may neither leave a parallel region nor keep a thread from its tasks.
   template <class Body>
   void guard(Body&& body) {
     try {
@@ -109,18 +121,39 @@ class Team {
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
+  static constexpr int kStepShift = 32;  // a counter holds its step above the tasks taken in it
+
   // A single task is the first thread's.
   int64_t first_task(int64_t tasks, int owner) const {
     return (tasks * owner + threads_ - 1) / threads_;
   }
 
-  std::atomic<int64_t>& counter(int64_t step, int owner) {
-    return counters_[static_cast<size_t>(step % 3 * threads_ + owner)].value;
+  bool over(int64_t due) const { return done_.value.load(std::memory_order_acquire) >= due; }
+
+  // The number of a task of this step in the owner's share, or `count` if none is left.
+  int64_t take(int64_t step, int owner, int64_t count) {
+    std::atomic<int64_t>& taken = taken_[static_cast<size_t>(owner)].value;
+    const int64_t none = step << kStepShift;
+    int64_t seen = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t now = std::max(seen, none);
+      if (now - none >= count) return count;  // all are taken, or the step is long over
+      if (taken.compare_exchange_weak(seen, now + 1, std::memory_order_relaxed)) return now - none;
+    }
+  }
+
+  void stamp(int64_t step) {
+    std::atomic<double>& last = finished_[static_cast<size_t>(step)];
+    const double now = seconds_now(threads_);
+    double seen = last.load(std::memory_order_relaxed);
+    while (seen < now && !last.compare_exchange_weak(seen, now, std::memory_order_relaxed)) {
+    }
   }
 
   const int threads_;
-  std::vector<Counter> counters_;
-  Counter arrived_;
+  std::vector<Counter> taken_;
+  std::vector<std::atomic<double>> finished_;
+  Counter done_;
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 };
@@ -131,12 +164,13 @@ struct Plan::Call {
   const float* const* inputs;
   float* const* outputs;
   int threads;
+  Sharing sharing;
   Workspace& workspace;
   Team& team;
   std::vector<StepTime>* times;
 };
 
-std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads) {
+std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads, Sharing sharing) {
   std::unique_ptr<Workspace> workspace;
   {
     const std::lock_guard<std::mutex> lock(pool_mutex_);
@@ -149,7 +183,8 @@ std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads) {
     workspace = std::make_unique<Workspace>();
     if (joint_floats_) workspace->joint = FloatBuffer(joint_floats_ + 2 * kReadSlack);
   }
-  const size_t images = batch_ > 1 ? static_cast<size_t>(threads) : 1;
+  const bool own = batch_ > 1 && sharing == Sharing::kImages;
+  const size_t images = own ? static_cast<size_t>(threads) : 1;
   while (workspace->images.size() < images) {
     workspace->images.emplace_back(image_floats_ + 2 * kReadSlack);
   }
@@ -170,61 +205,56 @@ void Plan::fill_idle_arenas(float value) {
   }
 }
 
-void Plan::run(const float* const* inputs, float* const* outputs, int threads,
+void Plan::run(const float* const* inputs, float* const* outputs, int threads, Sharing sharing,
                std::vector<StepTime>* times) {
   threads = std::max(1, threads);
+  if (times) sharing = Sharing::kOperations;
 #ifndef _OPENMP
   threads = 1;
 #endif
-  std::unique_ptr<Workspace> workspace = take_workspace(threads);
+  std::unique_ptr<Workspace> workspace = take_workspace(threads, sharing);
   if (threads == 1) {
-    Team team(1);
-    Call call{inputs, outputs, 1, *workspace, team, times};
+    Team team(1, 0);
+    Call call{inputs, outputs, 1, sharing, *workspace, team, times};
     worker(call, 0);
     team.rethrow();
   } else {
 #ifdef _OPENMP
-    // The runtime may grant fewer threads than asked for; the team is what there really is.
-    std::unique_ptr<Team> team;
-    std::unique_ptr<Call> call;
+    // The runtime may grant fewer threads than asked for: the others then do their shares.
+    const size_t steps = times ? batch_ * (image_ops_.size() + joint_ops_.size()) : 0;
+    Team team(threads, static_cast<int64_t>(steps));
+    Call call{inputs, outputs, threads, sharing, *workspace, team, times};
 #pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
-      {
-        const int granted = omp_get_num_threads();
-        team = std::make_unique<Team>(granted);
-        call.reset(new Call{inputs, outputs, granted, *workspace, *team, times});
-      }
-      worker(*call, omp_get_thread_num());
-    }
-    team->rethrow();
+    worker(call, omp_get_thread_num());
+    team.rethrow();
 #endif
   }
   const std::lock_guard<std::mutex> lock(pool_mutex_);
   pool_.push_back(std::move(workspace));
 }
 
-// What every thread does: whole images while there is one for each thread, then a share of every
-// operation of the remaining images, then a share of every joint operation.
+// What every thread does: whole images while there is one for each thread, unless operations are to be
+// shared; then a share of every operation of the remaining images, and of every joint operation.
 void Plan::worker(Call& call, int thread) const {
   Workspace& space = call.workspace;
   float* scratch = space.scratch[static_cast<size_t>(thread)].data();
   float* joint = joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
-  int64_t step = 0;
+  Progress progress;
   size_t timed = 0;
+  double begin = call.times ? seconds_now(call.threads) : 0.0;
   const auto share_op = [&](const Op& op, const Frame& frame) {
-    const double begin = call.times ? seconds_now(call.threads) : 0.0;
     const int64_t tasks = op.tasks(frame);
     if (call.threads == 1) {
       for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
     } else {
-      call.team.share(step++, tasks, thread,
+      call.team.share(&progress, tasks, thread,
                       [&](int64_t i) { op.run(frame, i, tasks, scratch); });
     }
     if (call.times && thread == 0) {
-      const double seconds = seconds_now(call.threads) - begin;
+      const double end = call.threads == 1 ? seconds_now(1) : call.team.finished(progress.step - 1);
       if (timed == call.times->size()) call.times->push_back({op.name, 0.0});
-      (*call.times)[timed++].seconds += seconds;
+      (*call.times)[timed++].seconds += end - begin;
+      begin = end;
     }
   };
   for (int64_t begin = 0; begin < batch_; begin += chunk_) {
@@ -232,9 +262,10 @@ void Plan::worker(Call& call, int thread) const {
     Frame frame{values_.data(), space.image(0), joint, call.inputs, call.outputs, begin, 0, count,
                 call.threads};
     const int64_t alone =
-        call.threads > 1 && !call.times ? count / call.threads * call.threads : 0;
+        call.threads > 1 && call.sharing == Sharing::kImages ? count / call.threads * call.threads
+                                                             : 0;
     if (alone > 0) {
-      call.team.share(step++, alone, thread, [&](int64_t i) {
+      call.team.share(&progress, alone, thread, [&](int64_t i) {
         Frame own = frame;
         own.image_arena = space.image(static_cast<size_t>(thread));
         own.image = begin + i;

@@ -20,6 +20,9 @@ constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transpose
 constexpr int64_t kTasksPerThread = 4;
 constexpr int32_t kMaxColumnTiles = 1024;
 constexpr int32_t kSmallGroups = 4;  // block rows, walked together only if equally long
+// Wide enough to be shared by columns: what the layers around make of the same columns then stays in
+// one core's cache. Narrower ones are shared by outputs, so that every core streams its own weights.
+constexpr int64_t kSharedColumns = 128;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -416,10 +419,11 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   const SpmmWeight& weight = *a.weight;
   const int64_t panels = panel_count(a);
   const int64_t ranges = tasks / (a.batch * panels);
-  // Ranges of outputs vary slowest: a thread that takes neighbouring tasks makes whole channels.
-  const int64_t panel = task % panels;
-  const int64_t image = task / panels % a.batch;
-  const int64_t range = task / panels / a.batch;
+  // Neighbouring tasks are one thread's.
+  const bool by_columns = a.columns >= kSharedColumns;
+  const int64_t panel = by_columns ? task / ranges % panels : task % panels;
+  const int64_t image = by_columns ? task / ranges / panels : task / panels % a.batch;
+  const int64_t range = by_columns ? task % ranges : task / panels / a.batch;
   const Range columns = a.window ? Range{0, 0} : panel_columns(a, panel, panels);
   SpmmPanel p;
   p.stream = &weight.stream();

@@ -56,7 +56,7 @@ def test_what_fails_is_rejected_and_said(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*args: object) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(PlanModule, "forward", broken)
+    monkeypatch.setattr(PlanModule, "run", broken)
     compiled = build_with(perceptron(), torch.randn(4, 24))
     assert compiled.explain().chosen == EAGER
     assert any("no such instruction" in note for note in compiled.explain().notes)

@@ -91,3 +91,19 @@ def test_a_whole_network_is_one_plan() -> None:
 )
 def test_tokens_go_in_tiles_that_divide_them(tokens: int, tile: int) -> None:
     assert token_tile(tokens) == tile
+
+
+def test_global_pool_of_a_single_pixel_stays_in_the_plan() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ).eval()
+    images = torch.randn(2, 4, 8, 8)
+    compiled = build_with(network, images)
+    assert compiled.explain().chosen == "native plans"
+    assert not any("no native plan" in note for note in compiled.explain().notes)
+    torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.ops import sddmm_op, spmm_op
-from aerogel.kernels.plan import OpInfo, Plan
+from aerogel.kernels.plan import OpInfo, Plan, Way
 from aerogel.kernels.plan_builder import PlanBuilder, Value
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.sddmm import sddmm, sddmm_reference
@@ -52,6 +52,7 @@ __all__ = [
     "SpmmVariant",
     "TrainedPattern",
     "Value",
+    "Way",
     "available_isas",
     "default_variant",
     "gemv",

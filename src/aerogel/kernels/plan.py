@@ -64,12 +64,31 @@ class Network:
     outputs: tuple[Port, ...]
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the threads of a run work.
+
+    Attributes:
+        most_threads: more are left idle; None uses all that the plan has.
+        together: every operation of every image is shared; else each thread takes images of its own
+            while there are enough.
+    """
+
+    most_threads: int | None = None
+    together: bool = False
+
+    def __str__(self) -> str:
+        count = "all threads" if self.most_threads is None else f"{self.most_threads} thread(s)"
+        return f"{count} together" if self.together else count
+
+
 class Plan:
     """A network ready to run; made by `PlanBuilder.build`. Runs may overlap in several threads."""
 
     def __init__(self, network: Network) -> None:
         self.batch = network.batch
         self.threads = network.threads
+        self.way = Way()
         self._steps = network.steps
         self._inputs = network.inputs
         self._outputs = network.outputs
@@ -98,15 +117,29 @@ class Plan:
         if reference_mode() or not native_available():
             return self._run_reference(tensors)
         outputs = [torch.empty(shape) for shape in self._output_shapes]
+        way, threads = self.way, self.threads or torch.get_num_threads()
         self._native_plan().run(
             [x.data_ptr() for x in tensors],
             [y.data_ptr() for y in outputs],
-            self.threads or torch.get_num_threads(),
+            threads if way.most_threads is None else min(threads, way.most_threads),
+            way.together,
         )
         return outputs
 
+    def ways(self) -> list[Way]:
+        """The ways worth timing with the threads that a run has now, from one thread upwards."""
+        threads = self.threads or torch.get_num_threads()
+        counts = sorted({threads, *(1 << n for n in range(threads.bit_length() - 1)), 1})
+        apart = [Way(None if count == threads else count) for count in counts]
+        if threads == 1 or self.batch == 1:
+            return apart
+        return [*apart, Way(None, together=True)]
+
     def profile(self, inputs: Sequence[Tensor], repeats: int = 5) -> list[tuple[str, float]]:
         """Median seconds of every step of a run, copies in and out included.
+
+        All threads share every step, unless a run would give each images of its own: then a single
+        thread is timed, and they are taken to halve (and so on) its time.
 
         Args:
             inputs: as for `run`.
@@ -124,10 +157,14 @@ class Plan:
         outputs = [torch.empty(shape) for shape in self._output_shapes]
         addresses = [x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs]
         threads = self.threads or torch.get_num_threads()
+        apart = threads if self.batch >= threads and not self.way.together else 1
+        threads //= apart
         plan = self._native_plan()
         rounds = [plan.profile(*addresses, threads) for _ in range(repeats + 1)][1:]
         medians = (statistics.median(row[1] for row in rows) for rows in zip(*rounds, strict=True))
-        return [(name, seconds) for (name, _), seconds in zip(rounds[0], medians, strict=True)]
+        return [
+            (name, seconds / apart) for (name, _), seconds in zip(rounds[0], medians, strict=True)
+        ]
 
     def describe(self) -> list[OpInfo]:
         """One row per operation, in execution order."""

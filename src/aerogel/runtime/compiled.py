@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +34,11 @@ class Program:
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec | None
     explanation: Explanation
+
+    @cached_property
+    def only_output(self) -> bool:
+        """Whether there is a single output, not in a tuple or dict."""
+        return self.out_spec is not None and self.out_spec.is_leaf()
 
 
 class CompiledModule(nn.Module):
@@ -73,14 +79,24 @@ class CompiledModule(nn.Module):
         key, args, kwargs, leaves = self._read(args, kwargs)
         if torch.is_grad_enabled():
             self._refuse_gradients(leaves)
-        with torch.no_grad():
-            program = self._lookup(key)
-            if program is None:
-                program = self._replan(key, args, kwargs, leaves)
-            if program.out_spec is None:
-                return program.run(*args, **kwargs)
-            outputs = program.run(*leaves)
-        if program.out_spec.is_leaf():
+            with torch.no_grad():
+                return self._run(key, args, kwargs, leaves)
+        return self._run(key, args, kwargs, leaves)
+
+    def _run(
+        self,
+        key: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: tuple[Any, ...] | list[Any],
+    ) -> Any:
+        program = self._lookup(key)
+        if program is None:
+            program = self._replan(key, args, kwargs, leaves)
+        if program.out_spec is None:
+            return program.run(*args, **kwargs)
+        outputs = program.run(*leaves)
+        if program.only_output:
             return outputs[0]
         return pytree.tree_unflatten(outputs, program.out_spec)
 

@@ -212,6 +212,7 @@ def _plan_by_graph(
         threads=settings.threads,
         tolerance=settings.tolerance,
         measure=settings.measure,
+        race=settings.race,
         cache=cache,
     )
     contenders = strategist.contenders()

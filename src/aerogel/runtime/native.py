@@ -38,9 +38,13 @@ class PlanModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the plan."""
-        given = list(map(_shaped, inputs, self._inputs))
-        results = tuple(map(_shaped, self.plan.run(given), self._outputs))
+        results = self.run(*inputs)
         return results[0] if len(results) == 1 else results
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """All outputs, without the detours of a module's call."""
+        given = list(map(_shaped, inputs, self._inputs))
+        return tuple(map(_shaped, self.plan.run(given), self._outputs))
 
 
 def _shaped(x: Tensor, shape: Shape) -> Tensor:

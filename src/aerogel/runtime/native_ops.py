@@ -99,7 +99,8 @@ def _global_pool_family(node: fx.Node) -> str | None:
 
 
 def _emit_global_pool(emission: Emission, node: fx.Node) -> Any:
-    return emission.builder.global_avg_pool(emission.values[_source(node)])
+    x = emission.values[_source(node)]
+    return x if len(x.shape) == 1 else emission.builder.global_avg_pool(x)
 
 
 def _window_family(node: fx.Node) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from aerogel import kernels
 from aerogel.runtime import graph
 from aerogel.runtime.lowering import (
     Piece,
@@ -21,8 +22,9 @@ from aerogel.runtime.lowering import (
     native_segments,
     plan_piece,
 )
+from aerogel.runtime.native import PlanModule
 from aerogel.runtime.segments import Segment
-from aerogel.runtime.timing import Measure
+from aerogel.runtime.timing import Measure, Race, timed
 from aerogel.runtime.tuner import Tuned
 from aerogel.runtime.tuning_cache import TuningCache
 
@@ -34,6 +36,8 @@ EAGER, TORCH, CALLS, PLANS, MIXED = (
     "measured pieces",
 )
 _SECONDS_PER_SEGMENT = 0.5
+# A thread that is left free is worth more than a difference which the next run may not show.
+_WORTH_A_THREAD = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,7 @@ class Strategist:
         threads: For native plans; None follows torch's setting at every call.
         tolerance: Largest deviation allowed.
         measure: Times callables against each other.
+        race: The same by their better rounds.
         cache: Remembers how the ways to run a segment compare.
     """
 
@@ -123,11 +128,12 @@ class Strategist:
         threads: int | None,
         tolerance: float,
         measure: Measure,
+        race: Race,
         cache: TuningCache,
     ) -> None:
         self._fused, self._tuned, self._leaves = fused, tuned, leaves
         self._threads, self._tolerance = threads, tolerance
-        self._measure, self._cache = measure, cache
+        self._measure, self._race, self._cache = measure, race, cache
         self.notes: list[str] = []
 
     def contenders(self) -> list[Contender]:
@@ -146,16 +152,20 @@ class Strategist:
         return found
 
     def _contender(self, name: str, pieces: list[Piece]) -> Contender:
-        return Contender(name, lower(self._fused, pieces).forward, pieces)
+        return Contender(name, _shortest_call(lower(self._fused, pieces)), pieces)
 
     def _plans(self) -> list[Piece]:
         """Everything native that can be, the other layers as they are fastest."""
         pieces = []
-        for segment in native_segments(self._fused, self._tuned, only_where_it_pays=False):
+        segments = native_segments(self._fused, self._tuned, only_where_it_pays=False)
+        values = record(self._fused, self._leaves, [s for each in segments for s in each.inputs])
+        for segment in segments:
             try:
                 pieces.append(plan_piece(segment, self._tuned, self._threads))
             except (ValueError, NotImplementedError) as error:
                 self._note(segment, f"no native plan: {error}")
+                continue
+            self._settle_threads(pieces[-1], [values[source] for source in segment.inputs])
         return self._with_calls_elsewhere(pieces)
 
     def _mixed(self) -> list[Piece]:
@@ -177,6 +187,8 @@ class Strategist:
         except (ValueError, NotImplementedError) as error:
             self._note(segment, f"no native plan: {error}")
             return call_pieces(segment.layers, self._tuned)
+        for piece in ways["plan"][1]:
+            self._settle_threads(piece, inputs)
         expected = ways["torch"][0](*inputs)
         for name in [name for name in ways if name != "torch"]:
             flaw = flaw_of(partial(ways[name][0], *inputs), expected, self._tolerance)
@@ -190,6 +202,33 @@ class Strategist:
             seconds = self._measure(runs, _SECONDS_PER_SEGMENT)
             self._cache.put(key, seconds)
         return ways[min(seconds, key=lambda name: seconds[name])][1]
+
+    def _settle_threads(self, piece: Piece, inputs: list[Any]) -> None:
+        """Let a plan use its threads as was measured to be fastest: small ones gain from none."""
+        assert isinstance(piece.module, PlanModule)
+        plan = piece.module.plan
+        ways = {str(way): way for way in plan.ways()}
+        if len(ways) == 1:
+            return
+
+        def run(way: kernels.Way) -> None:
+            plan.way = way
+            piece.module(*inputs)
+
+        segment = piece.segment
+        key = self._cache.key("threads", segment.family, self._signature(segment))
+        seconds = self._cache.get(key, ways)
+        if seconds is None:
+            runs = {name: timed(partial(run, way)) for name, way in ways.items()}
+            try:
+                seconds = self._race(runs, _SECONDS_PER_SEGMENT)
+            except (RuntimeError, ValueError, TypeError):
+                return  # who compares its outputs will find that it fails
+            self._cache.put(key, seconds)
+        enough = (1 + _WORTH_A_THREAD) * min(seconds.values())
+        plan.way = next(way for name, way in ways.items() if seconds[name] <= enough)
+        if plan.way.most_threads is not None:
+            self._note(segment, f"more than {plan.way} gain nothing")
 
     def _signature(self, segment: Segment) -> list[Any]:
         signature: list[Any] = []
@@ -209,6 +248,17 @@ class Strategist:
         names = [self._tuned[node].layer.name for node in segment.layers if node in self._tuned]
         where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         self.notes.append(f"{where}: {text}")
+
+
+def _shortest_call(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph that is one plan from inputs to outputs needs no graph to be called."""
+    *inputs, call, output = gm.graph.nodes
+    if all(node.op == "placeholder" for node in inputs) and call.op == "call_module":
+        module = gm.get_submodule(str(call.target))
+        whole = call.args == tuple(inputs) and output.args == ((call,),)
+        if isinstance(module, PlanModule) and whole:
+            return module.run
+    return gm.forward
 
 
 def _same_pieces(some: list[Piece], others: list[Piece]) -> bool:
