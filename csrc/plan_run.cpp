@@ -8,13 +8,12 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <mutex>
 #include <thread>
 
+#include "parallel.h"
 #include "plan.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -173,9 +172,6 @@ void Plan::fill_idle_arenas(float value) {
 void Plan::run(const float* const* inputs, float* const* outputs, int threads,
                std::vector<StepTime>* times) {
   threads = std::max(1, threads);
-#ifndef _OPENMP
-  threads = 1;
-#endif
   std::unique_ptr<Workspace> workspace = take_workspace(threads);
   if (threads == 1) {
     Team team(1);
@@ -183,22 +179,18 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads,
     worker(call, 0);
     team.rethrow();
   } else {
-#ifdef _OPENMP
     // The runtime may grant fewer threads than asked for; the team is what there really is.
     std::unique_ptr<Team> team;
     std::unique_ptr<Call> call;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
-      {
-        const int granted = omp_get_num_threads();
+    std::once_flag once;
+    run_team(threads, [&](int thread, int granted) {
+      std::call_once(once, [&] {
         team = std::make_unique<Team>(granted);
         call.reset(new Call{inputs, outputs, granted, *workspace, *team, times});
-      }
-      worker(*call, omp_get_thread_num());
-    }
+      });
+      worker(*call, thread);
+    });
     team->rethrow();
-#endif
   }
   const std::lock_guard<std::mutex> lock(pool_mutex_);
   pool_.push_back(std::move(workspace));
