@@ -16,7 +16,7 @@ help:
 	@echo "make test           lint, types, floors, tests, sanitizers, packages: what CI runs"
 	@echo "make test-sanitize  kernel tests under AddressSanitizer and UBSan"
 	@echo "make test-threads   tests of several threads under ThreadSanitizer"
-	@echo "make fuzz           loaders against 100,000 damaged files each"
+	@echo "make fuzz           checkpoints damaged 200,000 times (AEROGEL_FUZZ=100000 of either kind)"
 	@echo "make minilm         the longer example: a pretrained sentence encoder"
 	@echo "make reproduce      the slow evidence: every experiment, then docs/evidence.md"
 	@echo "make bench          every benchmark; tables go to docs/benchmarks"
@@ -67,6 +67,9 @@ test-sanitize: setup
 
 test-threads: setup
 	bash tests/sanitize.sh threads $(BIN)/python
+
+fuzz: setup
+	$(BIN)/pytest -m slow tests/runtime/test_checkpoint_damage.py
 
 dist: setup
 	rm -rf dist

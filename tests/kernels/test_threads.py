@@ -54,7 +54,7 @@ def weight_gradient(layout: str, block: int) -> Call:
 
 
 def image_plan(batch: int) -> Call:
-    """What MobileNets and ResNets are made of; batch 3 on two threads has whole images and a rest."""
+    """What MobileNets and ResNets are made of; batch 3 on two threads has two images and a rest."""
     b = PlanBuilder(batch, 1)
     x = b.input((3, 20, 20))
     y = b.conv2d(x, torch.randn(16, 3, 3, 3) / 5, None, 2, 1, activation="relu")
