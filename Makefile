@@ -9,12 +9,14 @@ BENCH_DIR ?= docs/benchmarks
 BENCHMARKS ?= spmm conv group_kernels networks sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
-        test-sanitize
+        test-sanitize test-threads fuzz
 
 help:
 	@echo "make demo           compress a real network and see it run faster (sets everything up first)"
 	@echo "make test           lint, types, floors, tests, sanitizers, packages: what CI runs"
 	@echo "make test-sanitize  kernel tests under AddressSanitizer and UBSan"
+	@echo "make test-threads   tests of several threads under ThreadSanitizer"
+	@echo "make fuzz           checkpoints damaged 200,000 times (AEROGEL_FUZZ=100000 of either kind)"
 	@echo "make minilm         the longer example: a pretrained sentence encoder"
 	@echo "make reproduce      the slow evidence: every experiment, then docs/evidence.md"
 	@echo "make bench          every benchmark; tables go to docs/benchmarks"
@@ -41,7 +43,7 @@ demo: setup
 minilm: setup
 	$(BIN)/aerogel compress minilm --data wordnet-glosses --out runs/minilm
 
-test: lint unit test-sanitize dist
+test: lint unit test-sanitize test-threads dist
 
 lint: setup
 	$(BIN)/ruff check
@@ -61,7 +63,13 @@ browser:
 	  echo "no Chromium here: browser tests will be skipped"
 
 test-sanitize: setup
-	bash tests/sanitize.sh $(BIN)/python
+	bash tests/sanitize.sh memory $(BIN)/python
+
+test-threads: setup
+	bash tests/sanitize.sh threads $(BIN)/python
+
+fuzz: setup
+	$(BIN)/pytest -m slow tests/runtime/test_checkpoint_damage.py
 
 dist: setup
 	rm -rf dist

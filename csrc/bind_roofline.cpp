@@ -1,5 +1,6 @@
 // Timings of the roofline micro-benchmarks on a number of threads at once.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <new>
@@ -7,11 +8,8 @@
 
 #include "bindings.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "roofline.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace nb = nanobind;
 
@@ -42,21 +40,19 @@ double time_on_threads(int threads, int64_t floats, Work work) {
     work(buffers[t].get(), sinks[t].get());
   }
   const auto begin = std::chrono::steady_clock::now();
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-#endif
-  for (int t = 0; t < threads; ++t) work(buffers[t].get(), sinks[t].get());
+  run_team(threads, [&](int thread, int granted) {
+    for (int t = thread; t < threads; t += granted) work(buffers[t].get(), sinks[t].get());
+  });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 double fma_gflops(int threads, int64_t rounds) {
   const RooflineKernels& kernels = *active_table().roofline;
-  int64_t operations = 0;
+  std::atomic<int64_t> operations{0};  // every thread reports the same number
   const double seconds = time_on_threads(threads, kSinkFloats, [&](float*, float* sink) {
-    const int64_t done = kernels.fma(rounds, sink);
-    if (sink != nullptr) operations = done;
+    operations.store(kernels.fma(rounds, sink), std::memory_order_relaxed);
   });
-  return 1e-9 * static_cast<double>(operations) * threads / seconds;
+  return 1e-9 * static_cast<double>(operations.load()) * threads / seconds;
 }
 
 double load_gbps(int threads, int64_t bytes, int64_t rounds) {

@@ -10,11 +10,9 @@
 #include <exception>
 #include <thread>
 
+#include "parallel.h"
 #include "plan.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -209,9 +207,6 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
                std::vector<StepTime>* times) {
   threads = std::max(1, threads);
   if (times) sharing = Sharing::kOperations;
-#ifndef _OPENMP
-  threads = 1;
-#endif
   std::unique_ptr<Workspace> workspace = take_workspace(threads, sharing);
   if (threads == 1) {
     Team team(1, 0);
@@ -219,15 +214,12 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
     worker(call, 0);
     team.rethrow();
   } else {
-#ifdef _OPENMP
     // The runtime may grant fewer threads than asked for: the others then do their shares.
     const size_t steps = times ? batch_ * (image_ops_.size() + joint_ops_.size()) : 0;
     Team team(threads, static_cast<int64_t>(steps));
     Call call{inputs, outputs, threads, sharing, *workspace, team, times};
-#pragma omp parallel num_threads(threads)
-    worker(call, omp_get_thread_num());
+    run_team(threads, [&](int thread, int) { worker(call, thread); });
     team.rethrow();
-#endif
   }
   const std::lock_guard<std::mutex> lock(pool_mutex_);
   pool_.push_back(std::move(workspace));

@@ -29,11 +29,12 @@ def build_with(
     whole: str = "native plans",
     layer: str = "spmm",
     tolerance: float = 1e-4,
+    threads: int = 1,
     **kwargs: Any,
 ) -> CompiledModule:
     """Compile with fake timers: `layer` names the fastest candidates, `whole` the fastest model."""
     settings = Settings(
-        threads=1,
+        threads=threads,
         tolerance=tolerance,
         strategy=strategy,
         measure=clock(whole),

@@ -56,10 +56,12 @@ def test_images_of_another_size_are_planned() -> None:
     torch.testing.assert_close(compiled(x), expect(model, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("strategy", [CALLS, PLANS])
-def test_concurrent_calls_do_not_disturb_each_other(strategy: str) -> None:
+def test_concurrent_calls_do_not_disturb_each_other(strategy: str, threads: int) -> None:
     model = mobile_network()
-    compiled = build_with(model, torch.randn(1, 3, 20, 20), strategy=strategy)
+    example = torch.randn(1, 3, 20, 20)
+    compiled = build_with(model, example, strategy=strategy, threads=threads)
     inputs = [torch.randn(1 + i % 2, 3, 20, 20) for i in range(24)]
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(compiled, inputs))

@@ -1,6 +1,6 @@
 """Damaged and hostile files: a clear error, never a crash, code, or an allocation they ask for.
 
-`AEROGEL_FUZZ=100000 pytest -m slow tests/runtime/test_checkpoint_damage.py` goes on for longer.
+`make fuzz` goes on for longer: AEROGEL_FUZZ (default 100,000) copies of either kind.
 """
 
 from __future__ import annotations
@@ -357,6 +357,26 @@ def test_no_mutation_with_a_mended_checksum_crashes(good: Path) -> None:
         for read in (load, inspect):
             with contextlib.suppress(CheckpointError):
                 read(good)
+
+
+def fuzz_packed(count: int, seed: int) -> None:
+    """In another process, whose crash is an exit code, with little memory to ask for."""
+    script = Path(__file__).with_name("fuzz_checkpoint.py")
+    done = subprocess.run(
+        [sys.executable, script, str(count), str(seed)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_mutation_of_packed_weights_crashes_a_process_with_little_memory() -> None:
+    fuzz_packed(600, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_no_mutation_of_packed_weights_crashes_however_long_one_tries(seed: int) -> None:
+    fuzz_packed(SLOW // 10, seed)
 
 
 @pytest.mark.slow
