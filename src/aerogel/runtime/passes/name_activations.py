@@ -1,8 +1,8 @@
 """A GELU that a model or an exporter spells out in sums and products becomes one activation.
 
-It is recognised by what it does: a stretch of element-by-element operators around an erf or a tanh is
-run on numbers, and what comes out is compared. So neither the order of the factors nor the place of
-a constant matters.
+It is recognised by what it does: a stretch of element-by-element operators around an erf or a tanh
+is run on numbers, and what comes out is compared. So neither the order of the factors nor the place
+of a constant matters.
 """
 
 from __future__ import annotations
