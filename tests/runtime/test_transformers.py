@@ -422,18 +422,14 @@ def test_gelu_of_a_gelu_gives_two() -> None:
     assert kinds_of(Perceptron(lambda x: act(act(x))), torch.randn(1, 9, WIDTH)) == ["gelu", "gelu"]
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_torch_encoder_layers_are_one_plan(batch_first: bool, norm_first: bool) -> None:
+def test_torch_encoder_layers_are_one_plan(norm_first: bool) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
-        WIDTH, HEADS, 48, activation="gelu", batch_first=batch_first, norm_first=norm_first
+        WIDTH, HEADS, 48, activation="gelu", batch_first=True, norm_first=norm_first
     )
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    fused = simplify(capture(model.eval(), (torch.randn(3, 9, WIDTH),), {}).graph_module)
-    assert len(list(graph.calls(fused, ops.attention))) == 2
-    if batch_first:
-        assert_one_plan(sparsify_(model, 0.5), torch.randn(3, 9, WIDTH))
+    assert_one_plan(sparsify_(model, 0.5), torch.randn(3, 9, WIDTH))
 
 
 def test_gpt2_is_one_plan_behind_its_embedding() -> None:
