@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
-BENCHMARKS ?= spmm conv group_kernels networks sparse_training scaling
+BENCHMARKS ?= spmm conv group_kernels networks transformer_networks sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize test-threads fuzz
@@ -89,7 +89,6 @@ bench: setup
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
 	$(BIN)/python benchmarks/fast_sparse_convnets.py
 	$(BIN)/python benchmarks/gemv.py
-	$(BIN)/python benchmarks/transformer_networks.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,13 +18,14 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import aerogel
 import harness
@@ -56,7 +57,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A network and what it must reach over ONNX Runtime on one thread."""
+    """A network and what it must reach over its dense peer on one thread."""
 
     model: str
     batch: int
@@ -126,45 +127,56 @@ def remove_smallest(weight: Tensor, sparsity: float, block: int) -> None:
     groups *= (scores > threshold)[:, None]
 
 
-def operations(network: nn.Module, images: Tensor) -> int:
+def operations(network: nn.Module, inputs: bench.Inputs) -> int:
     """Two for every multiply-add with a weight that is not zero."""
     total = 0
 
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
+    def count(module: Any, _: object, output: Tensor) -> None:
         nonlocal total
-        places = output.numel() // output.shape[1]
+        places = output.numel() // module.weight.shape[0]
         total += 2 * int(module.weight.count_nonzero()) * places
 
     layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     handles = [layer.register_forward_hook(count) for layer in layers]
-    network(images)
+    network(*inputs.args, **inputs.kwargs)
     for handle in handles:
         handle.remove()
     return total
 
 
 def samples_of(
-    case: Case, setup: Setup, network: nn.Module, images: Tensor, workspace: bench.Workspace
+    name: str,
+    setup: Setup,
+    network: nn.Module,
+    inputs: bench.Inputs,
+    engines: Sequence[bench.Engine],
+    workspace: bench.Workspace,
 ) -> tuple[dict[str, list[float]], dict[str, str], float]:
     """Seconds of each engine in turn, why others are missing, and our relative error."""
-    compiled = aerogel.compile(network, images, threads=setup.threads)
+    example: Any = inputs.kwargs or inputs.args
+    compiled = aerogel.compile(network, example, threads=setup.threads)
     if setup.options.explain:
-        print(f"\n{case.name}\n{compiled.explain()}\n", file=sys.stderr)
-    expected = network(images)
-    error = float((compiled(images) - expected).abs().max() / expected.abs().max())
-    calls: dict[str, Callable[[], Any]] = {OURS: lambda: compiled(images)}
+        print(f"\n{name}\n{compiled.explain()}\n", file=sys.stderr)
+    args, kwargs = inputs.args, inputs.kwargs
+    error = relative_error(compiled(*args, **kwargs), network(*args, **kwargs))
+    calls: dict[str, Callable[[], Any]] = {OURS: lambda: compiled(*args, **kwargs)}
     if setup.threads > 1:
-        alone = aerogel.compile(network, images, threads=1)
-        calls[ALONE] = lambda: alone(images)
+        alone = aerogel.compile(network, example, threads=1)
+        calls[ALONE] = lambda: alone(*args, **kwargs)
     missing = {}
-    for engine in PEERS:
+    for engine in engines:
         reason = engine.available()
         if reason is None:
-            inputs = bench.Inputs.of(images)
             calls[engine.name] = engine.prepare(network, inputs, setup.threads, workspace)
         else:
             missing[engine.name] = reason
     return take_turns(calls, setup.threads, setup.rounds * setup.sweeps), missing, error
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Largest difference of the first output, relative to its largest value."""
+    first, expected = (pytree.tree_leaves(y)[0] for y in (ours, theirs))
+    return float((first - expected).abs().max() / expected.abs().max())
 
 
 def take_turns(
@@ -209,6 +221,14 @@ def rows_of(
     return rows
 
 
+def missing_rows(network: str, reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each engine that could not run, with the reason."""
+    return [
+        {"network": network, "engine": engine, "missing": reason}
+        for engine, reason in reasons.items()
+    ]
+
+
 def figures_of(case: Case, samples: dict[str, list[float]]) -> list[Figure]:
     name = f"{case.model}, {case.sparsity:.0%} zeros in {case.block}x1, batch {case.batch}"
     found = []
@@ -221,30 +241,34 @@ def figures_of(case: Case, samples: dict[str, list[float]]) -> list[Figure]:
     return found
 
 
+def wanted(cases: Sequence[Case], setup: Setup) -> list[Case]:
+    """Those that the command line names, or all; the first alone with --quick."""
+    names = setup.options.names or [case.name for case in cases]
+    return [case for case in cases if case.name in names][: 1 if setup.quick else None]
+
+
 def measure(setup: Setup) -> Findings:
     rows: list[dict[str, Any]] = []
     figures: list[Figure] = []
-    wanted = setup.options.names or [case.name for case in CASES]
-    cases = [case for case in CASES if case.name in wanted][: 1 if setup.quick else None]
     with bench.Workspace() as workspace, torch.no_grad():
-        for case in cases:
+        for case in wanted(CASES, setup):
             torch.manual_seed(0)
             trained = trained_weights(case)
-            network, images = make_network(case, trained), torch.randn(case.batch, 3, 224, 224)
+            network = make_network(case, trained)
+            inputs = bench.Inputs.of(torch.randn(case.batch, 3, 224, 224))
             weights = "random" if trained is None else "ImageNet"
-            samples, missing, error = samples_of(case, setup, network, images, workspace)
-            limit = 1e-9 * operations(network, images) / setup.roof.fma_gflops
+            samples, missing, error = samples_of(
+                case.name, setup, network, inputs, PEERS, workspace
+            )
+            limit = 1e-9 * operations(network, inputs) / setup.roof.fma_gflops
             rows += rows_of(case, weights, samples, limit, error)
-            rows += [
-                {"network": case.model, "engine": engine, "missing": reason}
-                for engine, reason in missing.items()
-            ]
+            rows += missing_rows(case.model, missing)
             figures += figures_of(case, samples)
     return Findings(COLUMNS, rows, figures)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    names = [case.name for case in CASES]
+def add_options(parser: argparse.ArgumentParser, cases: Sequence[Case] = CASES) -> None:
+    names = [case.name for case in cases]
     parser.add_argument(
         "names", nargs="*", metavar="NAME", choices=[*names, []], help=f"of {', '.join(names)}"
     )

@@ -16,7 +16,7 @@ from aerogel.runtime import graph, ops
 from aerogel.runtime.capture import capture
 from aerogel.runtime.compiled import CompiledModule
 from aerogel.runtime.layer import sequence_tile
-from aerogel.runtime.passes import simplify
+from aerogel.runtime.passes import layers_before_movement, name_layers, simplify
 from aerogel.runtime.strategies import CALLS, PLANS, TORCH
 from networks import sparsify_
 
@@ -326,3 +326,176 @@ def test_short_sequences_go_together_if_their_number_allows(
     batch: int, tokens: int, together: int
 ) -> None:
     assert sequence_tile(batch, tokens) == together
+
+
+def exact_gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+GELUS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "erf of a quotient": (exact_gelu, "gelu"),
+    "erf of a product": (lambda x: 0.5 * x * (1 + torch.erf(x * 0.70710678)), "gelu"),
+    "erf, x first": (lambda x: 0.5 * (x * (torch.erf(x / 1.41421356) + 1)), "gelu"),
+    "constants stored": (
+        lambda x: x * torch.tensor(0.5) * (torch.erf(x / torch.tensor(2.0).sqrt()) + 1),
+        "gelu",
+    ),
+    "GPT-2": (
+        lambda x: (
+            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        ),
+        "gelu_tanh",
+    ),
+    "tanh without a power": (
+        lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+        "gelu_tanh",
+    ),
+    "of a sum": (lambda x: exact_gelu(x + x), "gelu"),
+}
+
+
+def kinds_of(model: nn.Module, *args: Tensor) -> list[str]:
+    """The activations of a model as it enters a plan, layers' epilogues included."""
+    fused = simplify(capture(model.eval(), args, {}).graph_module)
+    given = [*graph.calls(fused, ops.activation), *graph.calls(fused, ops.linear)]
+    kinds = [arg for node in given for arg in node.args if isinstance(arg, str)]
+    return [kind for kind in kinds if kind != "none"]
+
+
+class Perceptron(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.act, self.first, self.second = act, nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        sparsify_(self, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_a_gelu_spelled_out_is_native(name: str) -> None:
+    act, kind = GELUS[name]
+    model, x = Perceptron(act), torch.randn(1, 33, WIDTH)
+    assert kinds_of(model, x) == [kind]
+    assert_one_plan(model, x)
+
+
+@pytest.mark.parametrize("kind", ["none", "tanh"])
+def test_a_gelu_that_export_has_decomposed_is_native(kind: str) -> None:
+    model, x = Perceptron(nn.GELU(kind)), torch.randn(1, 33, WIDTH)
+    table = {
+        torch.ops.aten.gelu.default: torch._decomp.decomposition_table[torch.ops.aten.gelu.default]
+    }
+    program = torch.export.export(model.eval(), (x,)).run_decompositions(table)
+    assert not [node for node in program.graph.nodes if "gelu" in str(node.target)]
+    decomposed = program.module()
+    wanted = "gelu_tanh" if kind == "tanh" else "gelu"
+    fused = simplify(capture(decomposed, (x,), {}).graph_module)
+    epilogues = [node.args[3] for node in graph.calls(fused, ops.linear) if len(node.args) > 3]
+    assert wanted in epilogues
+    compiled = build_with(decomposed, x, strategy=PLANS)
+    assert plans_of(compiled) == {"plan 0)"}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x * 0.5 * (1 + torch.erf(x)),
+        lambda x: x * (1 + torch.erf(x / math.sqrt(2))),
+        lambda x: 0.5 * x * (1 + torch.tanh(x)),
+        lambda x: 0.5 * x * (1 + torch.erf(x.flip(-1) / math.sqrt(2))),
+    ],
+)
+def test_what_only_looks_like_a_gelu_is_none(act: Callable[[Tensor], Tensor]) -> None:
+    model, x = Perceptron(act), torch.randn(2, 9, WIDTH)
+    assert kinds_of(model, x) == []
+    compiled = build_with(model, x, strategy=PLANS)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_of_a_gelu_gives_two() -> None:
+    act = GELUS["erf of a product"][0]
+    assert kinds_of(Perceptron(lambda x: act(act(x))), torch.randn(1, 9, WIDTH)) == ["gelu", "gelu"]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torch_encoder_layers_are_one_plan(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 48, activation="gelu", batch_first=True, norm_first=norm_first
+    )
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert_one_plan(sparsify_(model, 0.5), torch.randn(3, 9, WIDTH))
+
+
+def test_gpt2_is_one_plan_behind_its_embedding() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=32,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model, ids = transformers.GPT2Model(config).eval(), torch.randint(0, 50, (2, 16))
+    kwargs = {"input_ids": ids, "use_cache": False}
+    compiled = build_with(model, strategy=PLANS, **kwargs)
+    rows = compiled.explain().rows
+    assert len(rows) == 8
+    assert {row.kernel.rpartition("(")[2] for row in rows} == {"plan 0)"}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5)
+
+
+def flattened(x: Tensor) -> Tensor:
+    return x.reshape(-1, WIDTH)
+
+
+MOVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "rows": (flattened, True),
+    "tokens first": (lambda x: x.transpose(0, 1), True),
+    "rows of tokens first": (lambda x: flattened(x.transpose(0, 1)), True),
+    "part of the tokens": (lambda x: x[:, 1:], False),
+    "features cut": (
+        lambda x: x.reshape(-1, 2, WIDTH // 2).transpose(1, 2).reshape(-1, WIDTH),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("kind", ["linear", "norm", "activation"])
+def test_layers_go_before_moves_of_whole_tokens_alone(name: str, kind: str) -> None:
+    move, goes = MOVES[name]
+    torch.manual_seed(0)
+    layer = {
+        "linear": nn.Linear(WIDTH, WIDTH),
+        "norm": nn.LayerNorm(WIDTH),
+        "activation": nn.GELU(),
+    }
+    model = Moved(nn.Linear(WIDTH, WIDTH), move, layer[kind]).eval()
+    x = torch.randn(3, 4, WIDTH)
+    before = simplify_until_moved(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(before(x)[0], model(x), rtol=1e-4, atol=1e-5)
+    calls = [node for node in before.graph.nodes if node.op == "call_function"]
+    last_layer = next(node for node in reversed(calls) if node.target in _LAYERS)
+    assert (last_layer.args[0].target is ops.linear) == goes
+
+
+_LAYERS = (ops.linear, ops.activation, torch.ops.aten.layer_norm.default)
+
+
+class Moved(nn.Module):
+    def __init__(self, first: nn.Module, move: Callable[[Tensor], Tensor], layer: nn.Module):
+        super().__init__()
+        self.first, self.move, self.layer = first, move, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.move(self.first(x)))
+
+
+def simplify_until_moved(model: nn.Module, x: Tensor) -> Any:
+    return layers_before_movement(name_layers(capture(model, (x,), {}).graph_module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,16 @@ def _gelu(gm: fx.GraphModule, node: fx.Node) -> None:
     graph.replace(node, ops.activation, (args["self"], kind))
 
 
+def _layer_norm(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The decomposed norm, where only its first result is read."""
+    results = list(node.users)
+    if len(results) != 1 or results[0].target is not operator.getitem or results[0].args[1] != 0:
+        return
+    args = graph.arguments(node)
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    graph.replace(results[0], aten.layer_norm.default, tuple(args[name] for name in names))
+
+
 def _product_with_gate(gm: fx.GraphModule, node: fx.Node) -> None:
     """x * sigmoid(x), as some write silu."""
     left, right = node.args
@@ -160,6 +171,7 @@ _REWRITES: dict[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
     aten.silu.default: _activation("silu"),
     aten.sigmoid.default: _activation("sigmoid"),
     aten.gelu.default: _gelu,
+    aten.native_layer_norm.default: _layer_norm,
     aten.hardtanh.default: _clamp,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
