@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
-BENCHMARKS ?= spmm conv group_kernels networks sparse_training scaling
+BENCHMARKS ?= spmm conv gemv group_kernels networks peers fast_sparse_convnets sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize
@@ -79,8 +79,6 @@ docs: setup
 bench: setup
 	set -e; for threads in 1 2; do for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
-	$(BIN)/python benchmarks/fast_sparse_convnets.py
-	$(BIN)/python benchmarks/gemv.py
 	$(BIN)/python benchmarks/transformer_networks.py
 
 clean:
