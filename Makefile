@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
-BENCHMARKS ?= spmm conv group_kernels networks transformer_networks sparse_training scaling
+BENCHMARKS ?= spmm conv gemv nm group_kernels networks transformer_networks peers \
+  fast_sparse_convnets sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize test-threads fuzz
@@ -87,8 +88,6 @@ docs: setup
 bench: setup
 	set -e; for threads in 1 2; do for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py --threads $$threads --save $(BENCH_DIR); done; done
-	$(BIN)/python benchmarks/fast_sparse_convnets.py
-	$(BIN)/python benchmarks/gemv.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

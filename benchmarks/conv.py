@@ -3,7 +3,8 @@
     python benchmarks/conv.py [--quick] [--json] [--threads N] [--check] [--save]
 
 `F.conv2d` and the packed kernel take turns; see harness.py. Beside the median of the rounds' ratios
-stands the ratio of the two shortest times.
+stands the ratio of the two shortest times. The limit is what the multiply-adds that are left, or
+the loads of their activations from L1, whichever take longer, allow.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ COLUMNS = (
     Column("sparse_us", "ours us", ".0f"),
     Column("times_dense", "x conv2d", ".2f"),
     Column("times_dense_best", "x, shortest", ".2f"),
+    Column("limit", "limit", ".1f"),
     Column("gflops", "GFLOP/s", ".1f"),
     Column("fma_share", "of FMA peak", ".0%"),
     Column("variant", "V G K T pack C"),
@@ -55,6 +57,7 @@ class Row:
     sparse_us: float
     times_dense: float
     times_dense_best: float
+    limit: float
     gflops: float
     fma_share: float
     variant: tuple[int, ...]
@@ -76,10 +79,12 @@ class Case:
         dense: Call = lambda: F.conv2d(x, weight, bias, padding=1)  # noqa: E731
         self.contest = Contest({"dense": dense}, variants)
         self.operations = 2 * packed.values.numel() * side * side
+        self.loaded_bytes = 4 * packed.columns.numel() * side * side
 
     def row(self, roof: kernels.Roofline) -> Row:
         contest = self.contest
         gflops = 1e-9 * self.operations / contest.seconds()
+        multiply, load = self.operations / roof.fma_gflops, self.loaded_bytes / roof.load_gbps_l1
         return Row(
             layer=self.layer,
             sparsity=self.sparsity,
@@ -88,6 +93,7 @@ class Case:
             sparse_us=1e6 * contest.seconds(),
             times_dense=contest.times_faster("dense"),
             times_dense_best=min(contest.times["dense"]) / min(contest.times[OURS]),
+            limit=contest.seconds("dense") / (1e-9 * max(multiply, load)),
             gflops=gflops,
             fma_share=gflops / roof.fma_gflops,
             variant=contest.variant,
@@ -113,7 +119,9 @@ def figures(patterns: tuple[tuple[float, int], ...], rows: list[Row]) -> list[Fi
         chosen = rows[i * len(LAYERS) : (i + 1) * len(LAYERS)]
         name = f"3x3, {pattern[0]:.0%} zeros in {pattern[1]}x1, geometric mean"
         mean = statistics.geometric_mean(row.times_dense for row in chosen)
-        found.append(Figure(name, mean, "x F.conv2d", FLOORS.get(pattern), AIMS.get(pattern)))
+        limit = statistics.geometric_mean(row.limit for row in chosen)
+        promise = FLOORS.get(pattern), AIMS.get(pattern)
+        found.append(Figure(name, mean, "x F.conv2d", *promise, limit=limit))
     return found
 
 

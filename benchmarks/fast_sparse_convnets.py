@@ -1,10 +1,11 @@
 """The networks of "Fast Sparse ConvNets" (arXiv 1911.09723) at 224, and the sum of 1x1 layers.
 
-    python benchmarks/fast_sparse_convnets.py [layers|networks|rules] [--threads N] [--check]
+    python benchmarks/fast_sparse_convnets.py [layers|networks|rules] [--quick] [--threads N]
+                                              [--json] [--check] [--save]
 
 *layers*: all 1x1 convolutions of MobileNet v1, each with ReLU6, as often as the network has them.
 Dense is the fastest of torch's ways for each layer (with the clamp fused where torch can), sparse
-the fastest variant of the packed kernel. Printed is the ratio of the sums.
+the fastest variant of the packed kernel. The figure is the ratio of the sums.
 
 *networks*: whole networks compiled by `aerogel.runtime.sparsify_convs` against the dense network
 with batch norm folded, in eager torch (either memory format) and in ONNX Runtime. MobileNet v2 has
@@ -13,8 +14,8 @@ its real ImageNet weights where they can be had.
 *rules*: MobileNet v1 at 30 to 90 % zeros: what measuring does and what XNNPACK's rule of two thirds
 would do, against the same dense network.
 
-Candidates take turns, round by round, in one process; medians. One thread is timed by its CPU time,
-several by the wall clock.
+Candidates take turns; see harness.py. One thread is timed by its CPU time, several by the wall
+clock. The limit is what the multiply-adds that are left would take at the measured peak.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import harness
 from aerogel import bench, data, kernels, models, runtime
 from aerogel.models.mobilenet import V1_BLOCKS
 from aerogel.pruning.fast_sparse_convnets import block_patterns, select_pointwise
 from aerogel.sparsity import build_masks, compute_scores
-from aerogel.train.allocator import keep_freed_memory
-from harness import Call, Timer
+from harness import OURS, Call, Column, Contest, Figure, Findings, Setup, ratio
+from networks import operations
 from spmm import random_weight
 
+PARTS = ("layers", "networks", "rules")
 STEM_CHANNELS, IMAGE = 32, 224
 # (sparsity, block) -> what the sum over the layers must reach on one thread.
 LAYER_FLOORS = {(0.9, 1): 2.5, (0.7, 1): 1.2, (0.3, 4): 1.0}
@@ -56,6 +60,21 @@ NETWORKS: dict[tuple[str, float, str | int], tuple[float, float | None]] = {
 }
 NEVER_BELOW = 0.95
 RULE_SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.9)
+
+COLUMNS = (
+    Column("part", "part"),
+    Column("what", "what"),
+    Column("zeros", "zeros", ".0%"),
+    Column("block", "block"),
+    Column("peer", "against"),
+    Column("peer_ms", "its ms", ".3f"),
+    Column("ours_ms", "ours ms", ".3f"),
+    Column("times", "ours is", ".2f"),
+    Column("chosen", "chosen"),
+)
+
+# A row of the table, or a figure.
+Found = Iterator[dict[str, Any] | Figure]
 
 
 def pointwise_layers() -> dict[tuple[int, int, int], int]:
@@ -90,7 +109,9 @@ def dense_calls(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
     return calls
 
 
-def sparse_calls(x: Tensor, weight: Tensor, bias: Tensor, block: int) -> dict[str, Call]:
+def sparse_calls(
+    x: Tensor, weight: Tensor, bias: Tensor, block: int
+) -> dict[tuple[int, ...], Call]:
     """Every variant of the packed kernel worth trying."""
     packed = kernels.BlockRowWeight.pack(weight, block)
 
@@ -99,36 +120,38 @@ def sparse_calls(x: Tensor, weight: Tensor, bias: Tensor, block: int) -> dict[st
         return lambda: kernels.spmm(x, own, bias, activation="relu6", variant=variant)
 
     variants = kernels.spmm_variants(packed, x.shape[2] * x.shape[3])
-    return {f"sparse {i}": call(v) for i, v in enumerate(variants)}
+    return {tuple(v): call(v) for v in variants}
 
 
-def compare_layers(timer: Timer, rounds: int) -> list[str]:
-    """Prints the sums; returns what is below its floor."""
-    missed = []
+def compare_layers(setup: Setup) -> Found:
+    """Every 1x1 layer, and the sums over the network."""
     for (sparsity, block), floor in LAYER_FLOORS.items():
-        dense_sum = sparse_sum = 0.0
+        sums = {"dense": 0.0, OURS: 0.0}
+        flops = 0
         for (outputs, inputs, side), count in pointwise_layers().items():
             weight, bias = random_weight(outputs, inputs, sparsity, block), torch.randn(outputs)
             x = torch.randn(1, inputs, side, side)
-            dense, sparse = dense_calls(x, weight, bias), sparse_calls(x, weight, bias, block)
-            tuning = timer.rounds(sparse, 3)
-            best = min(tuning, key=lambda name: statistics.median(tuning[name]))
-            times = timer.rounds({**dense, "sparse": sparse[best]}, rounds)
-            medians = {name: statistics.median(each) for name, each in times.items()}
-            ours = medians.pop("sparse")
-            quickest = min(medians, key=lambda name: medians[name])
-            dense_sum += count * medians[quickest]
-            sparse_sum += count * ours
-            print(
-                f"  {count} x {inputs:4d} -> {outputs:4d} @ {side:3d}: {quickest:13s} "
-                f"{1e6 * medians[quickest]:6.0f} us, sparse {1e6 * ours:6.0f} us, "
-                f"{medians[quickest] / ours:5.2f}x"
-            )
-        ratio = dense_sum / sparse_sum
-        print(f"{sparsity:.0%} zeros, {block}x1: sum {ratio:.2f}x (floor {floor})\n")
-        if ratio < floor:
-            missed.append(f"layers {sparsity:.0%} {block}x1: {ratio:.2f}x, floor {floor}")
-    return missed
+            dense = dense_calls(x, weight, bias)
+            contest = Contest(dense, sparse_calls(x, weight, bias, block))
+            contest.sweep(setup.timer, setup.rounds)
+            quickest = contest.fastest(dense)
+            sums["dense"] += count * contest.seconds(quickest)
+            sums[OURS] += count * contest.seconds()
+            flops += count * 2 * int(weight.count_nonzero()) * side * side
+            yield {
+                "part": "layers",
+                "what": f"{count} x {inputs} -> {outputs} @ {side}x{side}",
+                "zeros": sparsity,
+                "block": f"{block}x1",
+                "peer": quickest,
+                "peer_ms": 1e3 * contest.seconds(quickest),
+                "ours_ms": 1e3 * contest.seconds(),
+                "times": contest.times_faster(quickest),
+            }
+        limit = sums["dense"] / (1e-9 * flops / setup.roof.fma_gflops)
+        name = f"1x1 layers of mobilenet_v1 with ReLU6, {sparsity:.0%} zeros in {block}x1"
+        unit = "x the fastest dense calls of torch (sums)"
+        yield Figure(name, sums["dense"] / sums[OURS], unit, floor, limit=limit)
 
 
 def network(name: str) -> nn.Module:
@@ -138,7 +161,7 @@ def network(name: str) -> nn.Module:
             weights = data.fetch_checkpoint(name)
             return models.create_model(name, checkpoint_path=weights).eval()
         except data.FetchError as error:
-            print(f"random weights: {error}")
+            print(f"random weights: {error}", file=sys.stderr)
     made = models.create_model(name).eval()
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -184,11 +207,11 @@ def dense_engines(
     return engines
 
 
-def interleave(engines: dict[str, Call], threads: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, the first left out."""
-    clock = time.process_time if threads == 1 else time.perf_counter
+def interleave(engines: dict[str, Call], setup: Setup) -> dict[str, list[float]]:
+    """Seconds of each round, the first left out; engines may have threads of their own."""
+    clock = time.process_time if setup.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(rounds + 1):
+    for number in range(setup.rounds * setup.sweeps + 1):
         for name, engine in engines.items():
             begin = clock()
             engine()
@@ -197,91 +220,97 @@ def interleave(engines: dict[str, Call], threads: int, rounds: int) -> dict[str,
     return times
 
 
-def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
-    """Median over the rounds of the other's time by ours."""
-    return statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True))
-
-
-def compare_networks(threads: int, rounds: int, workspace: bench.Workspace) -> list[str]:
-    """Prints a line for each network; returns what is below its floor."""
-    missed = []
-    for (name, sparsity, blocks), (eager_floor, onnx_floor) in NETWORKS.items():
+def compare_networks(setup: Setup, workspace: bench.Workspace) -> Found:
+    """Whole networks against the folded dense ones."""
+    cases = list(NETWORKS.items())[: 1 if setup.quick else None]
+    for (name, sparsity, blocks), (eager_floor, onnx_floor) in cases:
         dense = network(name)
         x = torch.randn(1, *models.model_config(name)["input_size"])
-        fast = runtime.sparsify_convs(prune(dense, sparsity, blocks), x, threads=threads)
-        engines = dense_engines(dense, x, threads, workspace)
-        engines["aerogel"] = lambda fast=fast, x=x: fast(x)
-        times = interleave(engines, threads, rounds)
-        eager = min(ratio(times, each, "aerogel") for each in times if each.startswith("eager"))
-        line = f"{name:16s} {sparsity:.0%} {blocks!s:8s}"
-        ours = 1e3 * statistics.median(times["aerogel"])
-        print(f"{line} {ours:6.2f} ms, {eager:.2f}x folded eager (floor {eager_floor})", end="")
-        if eager < eager_floor:
-            missed.append(f"{line}: {eager:.2f}x folded eager, floor {eager_floor}")
-        if "onnxruntime" in times:
-            onnx = ratio(times, "onnxruntime", "aerogel")
-            print(f", {onnx:.2f}x onnxruntime (floor {onnx_floor})", end="")
-            if onnx_floor is not None and onnx < onnx_floor:
-                missed.append(f"{line}: {onnx:.2f}x onnxruntime, floor {onnx_floor}")
-        print(f"; {fast.explain().chosen}", flush=True)
-    return missed
+        sparse = prune(dense, sparsity, blocks)
+        fast = runtime.sparsify_convs(sparse, x, threads=setup.threads)
+        engines = dense_engines(dense, x, setup.threads, workspace)
+        times = interleave({**engines, OURS: lambda fast=fast, x=x: fast(x)}, setup)
+        least = 1e-9 * operations(sparse, x) / setup.roof.fma_gflops
+        row = {
+            "part": "networks",
+            "what": name,
+            "zeros": sparsity,
+            "block": str(blocks),
+            "chosen": str(fast.explain().chosen),
+        }
+        yield from (row | _against(peer, times) for peer in engines)
+        eager = min((e for e in engines if e.startswith("eager")), key=lambda e: _median(times[e]))
+        for peer, floor in ((eager, eager_floor), ("onnxruntime", onnx_floor)):
+            if peer not in times:
+                continue
+            what = f"{name}, {sparsity:.0%} zeros, blocks {blocks}"
+            limit, gain = _median(times[peer]) / least, ratio(times[peer], times[OURS])
+            unit = f"x {peer.split(',')[0]}, batch norm folded (dense)"
+            yield Figure(what, gain, unit, floor, limit=limit)
 
 
-def compare_rules(threads: int, rounds: int) -> list[str]:
-    """MobileNet v1 at several sparsities; returns where measuring lost time."""
-    missed = []
+def compare_rules(setup: Setup) -> Found:
+    """MobileNet v1 at several sparsities: measuring, and the rule, against what was given."""
     dense = network("mobilenet_v1")
     x = torch.randn(1, 3, IMAGE, IMAGE)
-    for sparsity in RULE_SPARSITIES:
+    for sparsity in RULE_SPARSITIES[-1:] if setup.quick else RULE_SPARSITIES:
         sparse = prune(dense, sparsity, 1)
-        rule = runtime.XNNPACK_THRESHOLD
-        measured = runtime.sparsify_convs(sparse, x, threads=threads)
-        ruled = runtime.sparsify_convs(sparse, x, threads=threads, threshold=rule)
-        engines: dict[str, Call] = {
-            "given": lambda sparse=sparse: sparse(x),
-            "measured": lambda measured=measured: measured(x),
-            "ruled": lambda ruled=ruled: ruled(x),
+        ways: dict[str, Any] = {"measured": "measure", "rule of 2/3": runtime.XNNPACK_THRESHOLD}
+        made = {
+            way: runtime.sparsify_convs(sparse, x, threads=setup.threads, threshold=threshold)
+            for way, threshold in ways.items()
         }
-        with torch.no_grad():
-            times = interleave(engines, threads, rounds)
-        gains = [ratio(times, "given", each) for each in ("measured", "ruled")]
-        print(
-            f"{sparsity:.0%} zeros: measured {gains[0]:.2f}x what was given "
-            f"({measured.explain().chosen}), rule of 2/3 {gains[1]:.2f}x"
-        )
-        if gains[0] < NEVER_BELOW:
-            missed.append(f"measured at {sparsity:.0%}: {gains[0]:.2f}x, floor {NEVER_BELOW}")
-    return missed
+        calls: dict[str, Call] = {way: lambda m=m: m(x) for way, m in made.items()}
+        times = interleave({"given": lambda sparse=sparse: sparse(x), **calls}, setup)
+        for way, floor in (("measured", NEVER_BELOW), ("rule of 2/3", None)):
+            yield {
+                "part": "rules",
+                "what": f"mobilenet_v1, {way}",
+                "zeros": sparsity,
+                "block": "1",
+                "chosen": str(made[way].explain().chosen),
+            } | _against("given", times, way)
+            gain = ratio(times["given"], times[way])
+            name = f"mobilenet_v1, {sparsity:.0%} zeros, {way}"
+            yield Figure(name, gain, "x the given network in eager torch", floor)
 
 
-def main() -> int:
-    """Runs what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("layers", "networks", "rules")
-    parser.add_argument("parts", nargs="*", choices=parts, default=parts)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--check", action="store_true", help="exit 1 below a floor (one thread)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
+
+
+def _against(peer: str, times: dict[str, list[float]], ours: str = OURS) -> dict[str, Any]:
+    """The fields of a row that hold times."""
+    return {
+        "peer": peer,
+        "peer_ms": 1e3 * _median(times[peer]),
+        "ours_ms": 1e3 * _median(times[ours]),
+        "times": ratio(times[peer], times[ours]),
+    }
+
+
+def measure(setup: Setup) -> Findings:
+    parts = setup.options.parts or PARTS
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-    keep_freed_memory()
-    print(f"torch {torch.__version__}, {kernels.isa()}, {options.threads} thread(s)")
-    missed: list[str] = []
+    found: list[dict[str, Any] | Figure] = []
     with torch.inference_mode():
-        if "layers" in options.parts:
-            missed += compare_layers(Timer(options.threads, 1e-3), options.rounds)
+        if "layers" in parts:
+            found += compare_layers(setup)
     with torch.no_grad(), bench.Workspace() as workspace:
-        if "networks" in options.parts:
-            missed += compare_networks(options.threads, options.rounds, workspace)
-        if "rules" in options.parts:
-            missed += compare_rules(options.threads, options.rounds)
-    for miss in missed:
-        print(f"below its floor: {miss}", file=sys.stderr)
-    return 1 if missed and options.check and options.threads == 1 else 0
+        if "networks" in parts:
+            found += compare_networks(setup, workspace)
+        if "rules" in parts:
+            found += compare_rules(setup)
+    figures = [one for one in found if isinstance(one, Figure)]
+    return Findings(COLUMNS, [one for one in found if isinstance(one, dict)], figures)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, rounds=11, sweeps=1, options=add_options))

@@ -1,31 +1,26 @@
-"""Products of one to a few vectors against torch, in one process, weights coming from memory.
+"""Products of one to a few vectors against torch, weights coming from memory.
 
-    python benchmarks/gemv.py [--quick] [--json] [--threads N] [--check]
+    python benchmarks/gemv.py [--quick] [--json] [--threads N] [--check] [--save]
 
 Two kernels: sparse weights (`gemv`), and dense weights whose inputs are mostly zero
 (`sparse_input_linear`), both with values in float32, bfloat16 and int8, against dense float32 torch
-(the faster of `F.linear` and `torch.mm`) and, for sparse weights, torch's CSR. As in
-benchmarks/spmm.py the calls take turns, round by round; a ratio is taken in every round, and the
-median of the ratios is printed. One thread is timed by its CPU time, several by the wall clock.
+(the faster of `F.linear` and `torch.mm`) and, for sparse weights, torch's CSR. Calls take turns;
+see harness.py.
 
 A network that decodes reads all its layers before it comes back to the first, so that no weight is
 still in a cache. Here every call takes the next of several copies of its weight, together far
 larger than the last cache.
 
-The limit printed beside each ratio is that of bytes: what the call must read, at the bandwidth of
-memory measured in the same process. The bandwidth is measured again before every sweep.
+The limit is that of bytes: what our call must read, at the bandwidth of memory, which is measured
+again before every row.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import itertools
-import json
 import math
 import statistics
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import harness
 from aerogel import kernels
-from aerogel.train.allocator import keep_freed_memory
-from harness import Call, Timer
+from harness import OURS, Call, Column, Contest, Figure, Findings, Setup
 
 # (outputs, inputs): the second feed-forward layer of a Llama of 7 billion weights.
 LAYER = (4096, 11008)
@@ -45,8 +40,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 ZERO_INPUTS = (0.5, 0.9)
 TOKENS = 4
-# What must be reached on one thread in float32 with one vector: (kernel, zeros) -> x dense.
-FLOORS = {("gemv", 0.9): 3.2, ("gemv", 0.95): 6.5, ("sparse input", 0.9): 5.5}
+# One thread, float32, one vector: (kernel, zeros) -> what must be reached, where it should be.
+PROMISES = {
+    ("gemv", 0.9): (3.2, 4.5),
+    ("gemv", 0.95): (6.5, 9.0),
+    ("sparse input", 0.9): (5.5, 8.0),
+}
+
+COLUMNS = (
+    Column("kernel", "kernel"),
+    Column("zeros", "zeros", ".0%"),
+    Column("values", "values"),
+    Column("tokens", "tokens"),
+    Column("dense", "dense call"),
+    Column("dense_us", "dense us", ".0f"),
+    Column("csr_us", "CSR us", ".0f"),
+    Column("ours_us", "ours us", ".0f"),
+    Column("times_dense", "x dense", ".2f"),
+    Column("limit", "limit", ".1f"),
+    Column("times_csr", "x CSR", ".2f"),
+    Column("gbps", "GB/s", ".1f"),
+    Column("memory_gbps", "memory GB/s", ".1f"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Row:
     zeros: float
     values: str
     tokens: int
+    dense: str
     dense_us: float
     csr_us: float | None
     ours_us: float
@@ -77,7 +93,7 @@ class Row:
     limit: float
     times_csr: float | None
     gbps: float
-    floor: float | None
+    memory_gbps: float
 
 
 def in_turn(calls: list[Call]) -> Call:
@@ -153,50 +169,33 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def row_of(case: Case, times: dict[str, list[float]], memory_gbps: float) -> Row:
-    dense = min(("linear", "mm"), key=lambda name: statistics.median(times[name]))
-    seconds = statistics.median(times["ours"])
-
-    def ratio(name: str) -> float:
-        pairs = zip(times[name], times["ours"], strict=True)
-        return statistics.median(other / ours for other, ours in pairs)
-
-    dense_seconds = statistics.median(times[dense])
-    has_csr = "csr" in times
-    floor = None
-    if case.values == "float32" and case.tokens == 1:
-        floor = FLOORS.get((case.kernel, case.zeros))
+def row_of(case: Case, contest: Contest, memory_gbps: float) -> Row:
+    dense, seconds = contest.fastest(("linear", "mm")), contest.seconds()
+    has_csr = "csr" in contest.times
     return Row(
         kernel=case.kernel,
         zeros=case.zeros,
         values=case.values,
         tokens=case.tokens,
-        dense_us=1e6 * dense_seconds,
-        csr_us=1e6 * statistics.median(times["csr"]) if has_csr else None,
+        dense=dense,
+        dense_us=1e6 * contest.seconds(dense),
+        csr_us=1e6 * contest.seconds("csr") if has_csr else None,
         ours_us=1e6 * seconds,
-        times_dense=ratio(dense),
-        limit=dense_seconds * 1e9 * memory_gbps / case.nbytes,
-        times_csr=ratio("csr") if has_csr else None,
+        times_dense=contest.times_faster(dense),
+        limit=contest.seconds(dense) * 1e9 * memory_gbps / case.nbytes,
+        times_csr=contest.times_faster("csr") if has_csr else None,
         gbps=1e-9 * case.nbytes / seconds,
-        floor=floor,
+        memory_gbps=memory_gbps,
     )
 
 
-HEADER = (
-    f"{'kernel':13s} {'zeros':>5s} {'values':>9s} {'tokens':>6s} {'dense us':>9s} {'CSR us':>7s} "
-    f"{'ours us':>8s} {'x dense':>7s} {'x limit':>7s} {'x CSR':>6s} {'GB/s':>5s}"
-)
-
-
-def line(row: Row) -> str:
-    csr = f"{row.csr_us:7.0f}" if row.csr_us is not None else f"{'':7s}"
-    times_csr = f"{row.times_csr:6.2f}" if row.times_csr is not None else f"{'':6s}"
-    floor = "" if row.floor is None else f"  (floor {row.floor})"
-    return (
-        f"{row.kernel:13s} {row.zeros:5.0%} {row.values:>9s} {row.tokens:6d} {row.dense_us:9.0f} "
-        f"{csr} {row.ours_us:8.0f} {row.times_dense:7.2f} {row.limit:7.1f} {times_csr} "
-        f"{row.gbps:5.1f}{floor}"
-    )
+def figure_of(row: Row) -> Figure:
+    promised = row.values == "float32" and row.tokens == 1
+    promise = PROMISES.get((row.kernel, row.zeros), (None, None)) if promised else (None, None)
+    vectors = "1 vector" if row.tokens == 1 else f"{row.tokens} vectors"
+    where = "zeros in the weight" if row.kernel == "gemv" else "zero inputs"
+    name = f"{row.zeros:.0%} {where}, {row.values}, {vectors}"
+    return Figure(name, row.times_dense, "x dense float32 torch", *promise, limit=row.limit)
 
 
 def makers(dense: Tensor, quick: bool) -> list[Callable[[], Case]]:
@@ -218,60 +217,21 @@ def makers(dense: Tensor, quick: bool) -> list[Callable[[], Case]]:
     return made
 
 
-def measured(make: Callable[[], Case], timer: Timer, rounds: int, threads: int) -> Row:
+def measured(make: Callable[[], Case], setup: Setup) -> Row:
     case = make()
-    memory = kernels.roofline(threads, seconds=0.05).load_gbps_dram
-    return row_of(case, timer.rounds({**case.calls, "ours": case.ours}, rounds), memory)
+    memory = kernels.roofline(setup.threads, seconds=0.05).load_gbps_dram
+    contest = Contest({**case.calls, OURS: case.ours})
+    contest.sweep(setup.timer, setup.rounds * setup.sweeps)
+    return row_of(case, contest, memory)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="only the rows that have a floor")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--check", action="store_true", help="exit 1 below a floor (one thread)")
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = arguments()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    keep_freed_memory()
-    timer = Timer(options.threads, 1e-3)
-    roof = kernels.roofline(options.threads)
-    if not options.json:
-        print(
-            f"torch {torch.__version__}, {roof.isa}, {roof.threads} thread(s), "
-            f"{options.rounds} rounds, {LAYER[1]} -> {LAYER[0]}; "
-            f"memory {roof.load_gbps_dram:.1f} GB/s\n\n{HEADER}"
-        )
-    rows = []
+def measure(setup: Setup) -> Findings:
+    dense = torch.randn(LAYER)
     with torch.inference_mode():
-        for make in makers(torch.randn(LAYER), options.quick):
-            rows.append(measured(make, timer, options.rounds, options.threads))
-            if not options.json:
-                print(line(rows[-1]), flush=True)
-    if options.json:
-        report = {
-            "torch": torch.__version__,
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "roofline": dataclasses.asdict(roof),
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        print(json.dumps(report, indent=2))
-    below = [r for r in rows if r.floor is not None and r.times_dense < r.floor]
-    for row in below if options.threads == 1 else []:
-        print(
-            f"below its floor: {row.kernel} at {row.zeros:.0%} zeros, {row.times_dense:.2f} x "
-            f"dense, floor {row.floor}",
-            file=sys.stderr,
-        )
-    return 1 if below and options.check and options.threads == 1 else 0
+        rows = [measured(make, setup) for make in makers(dense, setup.quick)]
+    notes = [f"All rows: a weight of {LAYER[0]} x {LAYER[1]}, read from memory by every call."]
+    return Findings(COLUMNS, rows, [figure_of(row) for row in rows], notes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, rounds=15, quick_rounds=15, sweeps=1))

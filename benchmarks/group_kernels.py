@@ -6,7 +6,8 @@ Parts: the 1x1 layers of MobileNetV1 at 224 x 224 and their sum, the 3x3 layers 
 depthwise layers whose kernels keep 4 of 9 taps, and MobileNetV1 as a whole, compiled dense and
 compiled sparse. Weights are normal numbers, pruned by `build_masks` with `KernelGroup` or
 `KernelPattern`; no activation is fused on either side of a layer. Dense is the fastest of torch's
-calls. How calls take turns: harness.py.
+calls. How calls take turns: harness.py. The limit of a layer is what the multiply-adds that are
+left allow.
 """
 
 from __future__ import annotations
@@ -160,25 +161,31 @@ def cases_of(patterns: tuple[tuple[float, int], ...], only: str | None) -> Itera
                 yield Case(torch.randn(channels, channels, 3, 3), side, *pattern, 1)
 
 
-def layer_figures(cases: list[Case]) -> Iterator[Figure]:
+def layer_figures(cases: list[Case], roof: kernels.Roofline) -> Iterator[Figure]:
     """1x1 layers together, as often as the network has them; 3x3 layers one by one."""
     for pattern in dict.fromkeys(case.pattern for case in cases):
         chosen = [case for case in cases if case.pattern == pattern]
         pointwise = [case for case in chosen if case.part == "1x1"]
         if pointwise:
-            yield _figure("1x1 layers together", pattern, pointwise, POINTWISE_FLOORS)
+            yield _figure("1x1 layers together", pattern, pointwise, POINTWISE_FLOORS, roof)
         for case in chosen:
             if case.part == "3x3":
-                yield _figure(f"3x3, {case.layer.strip()}", pattern, [case], SPATIAL_FLOORS)
+                yield _figure(f"3x3, {case.layer.strip()}", pattern, [case], SPATIAL_FLOORS, roof)
 
 
 def _figure(
-    name: str, pattern: tuple[float, int], cases: list[Case], floors: dict[tuple[float, int], float]
+    name: str,
+    pattern: tuple[float, int],
+    cases: list[Case],
+    floors: dict[tuple[float, int], float],
+    roof: kernels.Roofline,
 ) -> Figure:
     rounds = range(len(cases[0].dense_times))
     dense = [sum(case.count * case.dense_times[i] for case in cases) for i in rounds]
     ours = [sum(case.count * case.contest.times[OURS][i] for case in cases) for i in rounds]
-    return Figure(_name(name, pattern), harness.ratio(dense, ours), DENSE, floors.get(pattern))
+    least = 1e-9 * sum(case.count * case.operations for case in cases) / roof.fma_gflops
+    times, limit = harness.ratio(dense, ours), statistics.median(dense) / least
+    return Figure(_name(name, pattern), times, DENSE, floors.get(pattern), limit=limit)
 
 
 def _name(name: str, pattern: tuple[float, int]) -> str:
@@ -259,7 +266,7 @@ def measure(setup: Setup) -> Findings:
     with torch.inference_mode():
         cases = list(cases_of(patterns, only))
         harness.hold([case.contest for case in cases], setup)
-    figures = list(layer_figures(cases))
+    figures = list(layer_figures(cases, setup.roof))
     if only in (None, "depthwise"):
         figures += depthwise_figures(rounds)
     if only in (None, "network"):

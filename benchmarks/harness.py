@@ -177,6 +177,7 @@ class Figure:
         aim: Where it should be.
         most: What it must not exceed.
         threads: How many the promise is for.
+        limit: What it would be if ours ran at the ceilings that were measured in the same run.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Figure:
     aim: float | None = None
     most: float | None = None
     threads: int = 1
+    limit: float | None = None
 
     @property
     def missed(self) -> bool:

@@ -118,18 +118,18 @@ def overview(groups: Mapping[str, Sequence[Record]]) -> str:
         "# Benchmarks",
         _GENERATED.format("make bench"),
         "What each measures, and how: [benchmarks/README.md](../../benchmarks/README.md). *Must* "
-        "is what one thread has to reach; the tables with every row, and the machine's ceilings "
-        "beside them, are on the linked pages.",
+        "is what one thread has to reach, *limit* what it would be if ours ran at the machine's "
+        "ceilings, measured in the same run; every row, and the ceilings, are on the linked pages.",
     ]
-    head = ["benchmark", "figure", "measured", "", "must", "aim", "threads", "kernels", "commit"]
+    head = ["benchmark", "figure", "measured", "", "must", "aim", "limit", "threads", "kernels",
+            "commit"]  # fmt: skip
     rows = []
     for name, records in groups.items():
         for record in records:
             for figure in record["figures"]:
-                _, measured, unit, floor, aim = _figure_cells(figure)
-                rows.append([f"[{name}]({name}.md)", figure["name"], measured, unit, floor, aim,
+                rows.append([f"[{name}]({name}.md)", *_figure_cells(figure),
                              str(record["threads"]), record["isa"], record["commit"]])  # fmt: skip
-    parts.append(_markdown(head, rows, {2, 4, 5, 6}))
+    parts.append(_markdown(head, rows, {2, 4, 5, 6, 7}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,8 +148,10 @@ def as_text(record: Record) -> str:
 
 def figure_text(figure: Record) -> str:
     """A figure as one line."""
-    name, measured, unit, floor, _ = _figure_cells(figure)
-    return f"{name}: {measured} {unit}" + (f" (must: {floor})" if floor else "")
+    name, measured, unit, floor, aim, limit = _figure_cells(figure)
+    marks = {"must": floor, "aim": aim, "limit": limit}
+    beside = ", ".join(f"{what}: {value}" for what, value in marks.items() if value)
+    return f"{name}: {measured} {unit}" + (f" ({beside})" if beside else "")
 
 
 def _threads(record: Record) -> str:
@@ -198,17 +200,23 @@ def _cell(value: Any, form: str) -> str:
 
 
 def _figure_table(figures: Sequence[Record]) -> Table:
-    head = ["figure", "measured", "", "must", "aim"]
-    return head, [list(_figure_cells(figure)) for figure in figures], {1, 3, 4}
+    head = ["figure", "measured", "", "must", "aim", "limit"]
+    return head, [list(_figure_cells(figure)) for figure in figures], {1, 3, 4, 5}
 
 
-def _figure_cells(figure: Record) -> tuple[str, str, str, str, str]:
+def _figure_cells(figure: Record) -> tuple[str, str, str, str, str, str]:
+    """Name, measured, unit, must, aim and limit. Older records have no limit."""
     floor, aim, most = (
         "" if figure[key] is None else f"{figure[key]:g}" for key in ("floor", "aim", "most")
     )
     floor = " ".join(filter(None, (floor, most and f"at most {most}")))
-    measured = f"{figure['value']:.3g}" if figure["value"] < 100 else f"{figure['value']:.0f}"
-    return figure["name"], measured, figure["unit"], floor, aim
+    limit = figure.get("limit")
+    return (figure["name"], _digits(figure["value"]), figure["unit"], floor, aim,
+            "" if limit is None else _digits(limit))  # fmt: skip
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _markdown(head: list[str], rows: list[list[str]], numeric: set[int]) -> str:

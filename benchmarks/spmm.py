@@ -5,7 +5,8 @@
 The dense calls of torch (conv2d and mm, or linear), torch's CSR product and the packed kernel take
 turns; see harness.py. CSR gets the activations of the linear layer already transposed.
 
-Loads counted are those of activations: each stored column reads its row of the panel once.
+Loads counted are those of activations: each stored column reads its row of the panel once. The
+limit beside a figure is what multiply-adds or these loads from L1, whichever take longer, allow.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ QUICK_CONVOLUTIONS = ((128, 128, 56), (512, 512, 14), (1024, 1024, 7))
 # (outputs, inputs, tokens): the first feed-forward layer of BERT-base.
 LINEARS = ((3072, 768, 16), (3072, 768, 128), (3072, 768, 1024))
 PATTERNS = ((0.9, 1), (0.9, 4), (0.8, 1), (0.7, 1), (0.7, 4))
-# What the geometric mean over the convolutions must reach on one thread, against the fastest dense
-# call and against CSR.
+# What the geometric mean over the layers of a kind must reach on one thread, against the fastest
+# dense call and (convolutions) against CSR.
 DENSE_FLOORS = {(0.9, 1): 5.0, (0.9, 4): 7.0, (0.8, 1): 2.9, (0.7, 1): 1.9, (0.7, 4): 2.6}
 DENSE_AIMS = {(0.9, 1): 6.5, (0.9, 4): 9.0, (0.8, 1): 3.7, (0.7, 1): 2.4}
 CSR_FLOOR = 3.5
@@ -54,6 +55,7 @@ COLUMNS = (
     Column("sparse_us", "ours us", ".0f"),
     Column("times_dense", "x dense", ".2f"),
     Column("times_csr", "x CSR", ".2f"),
+    Column("limit", "limit", ".1f"),
     Column("gflops", "GFLOP/s", ".1f"),
     Column("fma_share", "of FMA peak", ".0%"),
     Column("load_share", "of L1 loads", ".0%"),
@@ -78,6 +80,7 @@ class Row:
     gflops: float
     fma_share: float
     load_share: float
+    limit: float
     variant: tuple[int, ...]
 
 
@@ -111,8 +114,14 @@ class Case:
             gflops=1e-9 * self.operations / seconds,
             fma_share=1e-9 * self.operations / seconds / roof.fma_gflops,
             load_share=1e-9 * self.loaded_bytes / seconds / roof.load_gbps_l1,
+            limit=contest.seconds(dense) / self.least_seconds(roof),
             variant=contest.variant,
         )
+
+    def least_seconds(self, roof: kernels.Roofline) -> float:
+        """What the busier of the machine's ports needs."""
+        multiply = self.operations / roof.fma_gflops
+        return 1e-9 * max(multiply, self.loaded_bytes / roof.load_gbps_l1)
 
 
 def random_weight(rows: int, cols: int, sparsity: float, block: int) -> Tensor:
@@ -183,14 +192,14 @@ def figures(cases: list[Case], rows: list[Row]) -> list[Figure]:
             row for case, row in zip(cases, rows, strict=True)
             if (case.kind, case.sparsity, case.block) == (kind, sparsity, block)
         ]  # fmt: skip
-        promised = kind == "1x1"
         name = f"{kind}, {sparsity:.0%} zeros in {block}x1, geometric mean"
         dense = statistics.geometric_mean(row.times_dense for row in chosen)
-        floor = DENSE_FLOORS.get((sparsity, block)) if promised else None
-        aim = DENSE_AIMS.get((sparsity, block)) if promised else None
-        found.append(Figure(name, dense, "x the fastest dense call of torch", floor, aim))
+        limit = statistics.geometric_mean(row.limit for row in chosen)
+        floor, aim = DENSE_FLOORS.get((sparsity, block)), DENSE_AIMS.get((sparsity, block))
+        unit = "x the fastest dense call of torch"
+        found.append(Figure(name, dense, unit, floor, aim, limit=limit))
         csr = statistics.geometric_mean(row.times_csr for row in chosen)
-        found.append(Figure(name, csr, "x torch CSR", CSR_FLOOR if promised else None))
+        found.append(Figure(name, csr, "x torch CSR", CSR_FLOOR if kind == "1x1" else None))
     return found
 
 

@@ -35,7 +35,7 @@ def run(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str, v
     def measure(setup: Any) -> Any:
         columns = (harness.Column("layer", "layer"), harness.Column("us", "us", ".1f"))
         rows = [{"layer": "a|b", "us": 12.34}]
-        figure = harness.Figure("90% zeros", value, "x dense", floor=2.0, aim=4.0)
+        figure = harness.Figure("90% zeros", value, "x dense", floor=2.0, aim=4.0, limit=6.5)
         lines = {"a <b>": [(1, 10.0), (10, 95.0), (100, 1000.0)]}
         panel = {"title": "cost", "x": "work", "y": "us", "lines": lines}
         return harness.Findings(columns, rows, [figure], ["A remark."], [panel])
@@ -95,7 +95,7 @@ def test_saved_results_make_pages_and_replace_only_their_own_kind(
         assert records[0][key]
     page = (tmp_path / "tiny.md").read_text()
     assert page.startswith("# Tiny: one layer\n")
-    for part in ("| a\\|b | 12.3 |", "| 90% zeros | 5 | x dense | 2 | 4 |", "100 GFLOP/s",
+    for part in ("| a\\|b | 12.3 |", "| 90% zeros | 5 | x dense | 2 | 4 | 6.5 |", "100 GFLOP/s",
                  "A remark.", "2 threads"):  # fmt: skip
         assert part in page
     assert "![cost](tiny-2.svg)" in page

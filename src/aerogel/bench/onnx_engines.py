@@ -19,8 +19,9 @@ from aerogel.bench.worker import SESSIONS, feed_of
 
 DEEPSPARSE_PYTHON = "AEROGEL_DEEPSPARSE_PYTHON"
 _DEEPSPARSE_HINT = (
-    "DeepSparse 1.8 is discontinued and needs Python 3.11 with numpy 1.26 in an environment of its "
-    f"own (benchmarks/README.md says how to make one); then set {DEEPSPARSE_PYTHON} to its python"
+    "DeepSparse 1.8 is discontinued and needs Python 3.11 with numpy 1.26 and safetensors in an "
+    "environment of its own (benchmarks/README.md says how to make one); then set "
+    f"{DEEPSPARSE_PYTHON} to its python"
 )
 
 
