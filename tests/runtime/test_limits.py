@@ -58,6 +58,22 @@ def test_one_vector_is_bound_by_the_bytes_of_the_weight() -> None:
     assert bound.seconds == pytest.approx(4e-8 * (64 * 64 + 2 * 64))
 
 
+@pytest.mark.parametrize("block", [1, 4])
+def test_stored_columns_bring_their_indices_which_a_block_shares(block: int) -> None:
+    weight = scattered(256, 256, block)
+    bound = limits.bound_of(linear(weight, 1), True, 1)
+    assert bound is not None
+    assert bound.name == "bytes"
+    stored = 64 * 256
+    assert bound.seconds == pytest.approx(1e-8 * (4 * stored + stored / block + 4 * 2 * 256))
+
+
+def test_a_weight_in_two_bytes_moves_two_bytes_a_value() -> None:
+    bound = limits.bound_of(linear(torch.ones(64, 64, dtype=torch.bfloat16), 1), False, 1)
+    assert bound is not None
+    assert bound.seconds == pytest.approx(1e-8 * (2 * 64 * 64 + 4 * 2 * 64))
+
+
 def test_the_reference_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AEROGEL_KERNELS", "reference")
     assert limits.bound_of(linear(torch.ones(4, 4), 1), False, 1) is None

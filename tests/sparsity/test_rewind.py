@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from aerogel.sparsity.masks import random_masks
-from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
+from aerogel.sparsity.rewind import reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.select import select_parameters
+from aerogel.sparsity.snapshot import Snapshot
 
 
 def small_net() -> nn.Module:

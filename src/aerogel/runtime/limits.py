@@ -15,6 +15,7 @@ from aerogel import kernels
 from aerogel.runtime.layer import Layer
 
 _FLOAT = 4
+_INDEX = 1  # the least that says where a stored column is: a gap of csrc/gemv.h, shared by a block
 _SECONDS = 0.02  # for each micro-benchmark: a ceiling is what was reached, not a mean
 # What fits the caches of small cores; a layer in larger ones is nearer than its limit says.
 _L2_BYTES, _L3_BYTES = 512 << 10, 8 << 20
@@ -50,7 +51,9 @@ def bound_of(layer: Layer, sparse: bool, threads: int) -> Bound | None:
     # Neighbouring outputs share a load where zeros come in blocks; dense kernels share many.
     loads = _FLOAT * products / layer.zeros.block if sparse else 0.0
     planes = math.prod(layer.input_shape) + math.prod(layer.output_shape)
-    moved = _FLOAT * (stored + planes * (1 + layer.has_residual))
+    indices = _INDEX * stored / layer.zeros.block if sparse else 0.0
+    values = layer.weight.element_size() * stored
+    moved = values + indices + _FLOAT * planes * (1 + layer.has_residual)
     bounds = (
         Bound("FMA", 2e-9 * products / roof.fma_gflops),
         Bound("loads", 1e-9 * loads / roof.load_gbps_l1),

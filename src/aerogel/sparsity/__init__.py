@@ -92,7 +92,7 @@ from aerogel.sparsity.retraining import (
     norm_drop,
     retraining_curve,
 )
-from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
+from aerogel.sparsity.rewind import reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.schedules import (
     Constant,
     Cosine,
@@ -115,6 +115,7 @@ from aerogel.sparsity.sensitivity import (
     loss_gradients,
     synflow_gradients,
 )
+from aerogel.sparsity.snapshot import Snapshot
 from aerogel.sparsity.topk import kept_count, pruned_count, topk_mask, topk_rows
 from aerogel.sparsity.updates import DropGrow, Rebuild, UpdateContext, UpdateRule, drop, grow
 

@@ -1,9 +1,7 @@
 """Going back to earlier weights, and the controls that show what going back is worth (P11).
 
-A `Snapshot` holds parameters, buffers (batch-norm statistics included) and, if wanted, optimizer
-state, under plain names, so it survives parametrizations being added or removed. `rewind` restores
-it and applies masks; `reinitialize` and `shuffle_masks` make the control networks of the lottery
-ticket literature.
+`rewind` restores a `Snapshot` and applies masks; `reinitialize` and `shuffle_masks` make the
+control networks of the lottery ticket literature.
 
 Reference: Frankle & Carbin, ICLR 2019, arXiv 1803.03635; Frankle et al., "Linear Mode Connectivity
 and the Lottery Ticket Hypothesis", arXiv 1912.05671 (rewinding to k > 0); Zhou et al., arXiv
@@ -12,122 +10,21 @@ and the Lottery Ticket Hypothesis", arXiv 1912.05671 (rewinding to k > 0); Zhou 
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from aerogel.sparsity.mask_set import MaskSet
 from aerogel.sparsity.select import ParamSelection, select_parameters, unknown_name
+from aerogel.sparsity.snapshot import Snapshot, copied, plain_buffers, plain_params
 
 Part = Literal["params", "buffers", "optimizer"]
 PARTS: tuple[Part, ...] = ("params", "buffers", "optimizer")
 ReinitMode = Literal["fresh", "shuffle", "constant_sign"]
-
-_FORMAT = "aerogel.snapshot.1"
-_TENSOR = "$tensor"  # JSON stands in for a tensor of the optimizer state by {_TENSOR: key}
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A model's (and optimizer's) state at one step.
-
-    Attributes:
-        params: plain parameter name -> value; tied parameters appear once.
-        buffers: plain buffer name -> value, batch-norm statistics included.
-        step: optimizer steps done when it was taken.
-        optimizer: the optimizer's `state_dict`, or None.
-    """
-
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    step: int = 0
-    optimizer: dict[str, Any] | None = field(default=None, repr=False)
-
-    @classmethod
-    def capture(
-        cls, model: nn.Module, optimizer: Optimizer | None = None, step: int = 0
-    ) -> Snapshot:
-        """Copy the state of `model` (and `optimizer`) as it is now.
-
-        Args:
-            model: any module.
-            optimizer: also keep its state, for `rewind(..., what=("params", "buffers",
-                "optimizer"))`.
-            step: optimizer steps done, >= 0.
-
-        Raises:
-            ValueError: step < 0, or a parameter on the meta device.
-        """
-        if step < 0:
-            raise ValueError(f"step={step!r} must be >= 0")
-        params, buffers = _plain_params(model), _plain_buffers(model)
-        for name, tensor in (params | buffers).items():
-            if tensor.is_meta:
-                raise ValueError(f"{name} is on the meta device; there is nothing to capture")
-        state = None if optimizer is None else _copied(optimizer.state_dict())
-        return cls(_cloned(params), _cloned(buffers), step, state)
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically; readable without executing code.
-
-        Raises:
-            TypeError: the optimizer state holds something JSON cannot express.
-        """
-        tensors = {f"params/{n}": t for n, t in self.params.items()}
-        tensors |= {f"buffers/{n}": t for n, t in self.buffers.items()}
-        tree = None if self.optimizer is None else _flatten(self.optimizer, "optimizer", tensors)
-        header = {"format": _FORMAT, "step": str(self.step), "optimizer": json.dumps(tree)}
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(whole, temporary, metadata=header)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | Path) -> Snapshot:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a snapshot, or a damaged one.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a snapshot or is damaged: {error}") from None
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a snapshot: format {header.get('format')!r}")
-        try:
-            tree = _unflatten(json.loads(header["optimizer"]), tensors)
-            step = int(header["step"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is a damaged snapshot: {error!r}") from None
-        parts: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition("/")
-            if part in parts:
-                parts[part][name] = tensor
-        return cls(parts["params"], parts["buffers"], step, tree)
 
 
 @torch.no_grad()
@@ -162,9 +59,9 @@ def rewind(
             raise ValueError(f"what={tuple(what)!r}: {unknown_name('part', part, PARTS)}")
     wanted = []
     if "params" in what:
-        wanted.append((_plain_params(model), snapshot.params, "parameter"))
+        wanted.append((plain_params(model), snapshot.params, "parameter"))
     if "buffers" in what:
-        wanted.append((_plain_buffers(model), snapshot.buffers, "buffer"))
+        wanted.append((plain_buffers(model), snapshot.buffers, "buffer"))
     for current, saved, kind in wanted:
         _check_same_tensors(current, saved, kind)
     if "optimizer" in what and (optimizer is None or snapshot.optimizer is None):
@@ -174,7 +71,7 @@ def rewind(
         for name, tensor in current.items():
             tensor.copy_(saved[name])
     if "optimizer" in what and optimizer is not None and snapshot.optimizer is not None:
-        optimizer.load_state_dict(_copied(snapshot.optimizer))
+        optimizer.load_state_dict(copied(snapshot.optimizer))
     if masks is not None:
         MaskSet(masks).apply_(model)
 
@@ -341,26 +238,6 @@ def _draw_anew(
             reset()
 
 
-def _plain(name: str) -> str:
-    """A parameter's name as it would be without parametrizations."""
-    if "parametrizations." in name and name.endswith(".original"):
-        return name.removesuffix(".original").replace("parametrizations.", "")
-    return name
-
-
-def _plain_params(model: nn.Module) -> dict[str, Tensor]:
-    return {_plain(name): p.detach() for name, p in model.named_parameters()}
-
-
-def _plain_buffers(model: nn.Module) -> dict[str, Tensor]:
-    # Buffers inside a parametrization (a mask) belong to the coupling, not to the model.
-    return {n: b for n, b in model.named_buffers() if "parametrizations." not in n}
-
-
-def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def _check_same_tensors(
     current: Mapping[str, Tensor], saved: Mapping[str, Tensor], kind: str
 ) -> None:
@@ -374,39 +251,3 @@ def _check_same_tensors(
                 f"{kind} {name!r} has shape {tuple(tensor.shape)}, in the snapshot "
                 f"{tuple(saved[name].shape)}"
             )
-
-
-def _copied(value: Any) -> Any:
-    """Deep copy of a nest of dicts, lists and tensors."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value)
-    return value
-
-
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; tensors move into `tensors` under their path."""
-    if isinstance(value, Tensor):
-        tensors[path] = value
-        return {_TENSOR: path}
-    if isinstance(value, dict):
-        # Optimizer state is keyed by integers, which JSON would turn into strings: keep pairs.
-        return {"$pairs": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"{path}: {type(value).__name__} cannot be saved")
-
-
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            return tensors[value[_TENSOR]]
-        return {key: _unflatten(v, tensors) for key, v in value["$pairs"]}
-    if isinstance(value, list):
-        return [_unflatten(v, tensors) for v in value]
-    return value
