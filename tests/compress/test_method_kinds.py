@@ -84,6 +84,17 @@ def test_methods_that_train_several_networks_go_on_after_a_kill(
     assert max(_zeros(tmp_path / "run").values()) == pytest.approx(0.6, abs=0.02)
 
 
+def test_sparse_model_soups_run_from_a_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    flags = {"method": "sparse-model-soups", "sparsity": 0.8, "prune.epochs": 1}
+    results = compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+    assert results is not None
+    state = runtime.load(tmp_path / "run" / "model.safetensors")
+    weights = [state[f"features.{i}.weight"] for i in (0, 2)]  # the last layer stays dense
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert zeros == pytest.approx(0.8, abs=0.01)
+    assert (results.quality[0].sparse or 0) > 0.7
+
+
 def test_only_methods_without_training_may_skip_it(tiny_recipe: Path) -> None:
     with pytest.raises(RecipeError, match="method = 'rigl' needs training steps"):
         load_recipe(tiny_recipe, {"method": "rigl", "prune.epochs": 0})
