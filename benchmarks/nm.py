@@ -8,8 +8,8 @@ bits, in float32, bfloat16 and int8. The peer is dense float32 `F.linear`; see h
 
 The vector meets weights that come from memory: each call takes the next of several copies,
 together far larger than the last cache. The limit beside a ratio is that of multiply-adds for many
-tokens and that of bytes for one: what our call must do, at the ceiling measured in the same process,
-against what the dense call took.
+tokens and that of bytes for one: what our call must do, at the ceiling measured in the same
+process, against what the dense call took.
 """
 
 from __future__ import annotations
