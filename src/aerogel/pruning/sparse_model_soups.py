@@ -16,8 +16,8 @@ the soup gains about a point over the mean of its copies, more at high sparsity;
 little.
 
 The claim this repository measures (``aerogel reproduce sparse-model-soups``): the soup's test loss
-is below the mean of its copies' in every cycle, its accuracy is no worse, and averaging networks
-that were pruned separately fails.
+is below the mean of its copies' in every cycle, and its accuracy is no lower. (Averaging networks
+that were pruned separately loses 1.6 points there rather than the 5 that were expected.)
 """
 
 from __future__ import annotations
