@@ -4,6 +4,7 @@ Methods that others build on live there and are shown here too: the dynamic trai
 and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
+from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.sparsebytenn import (
@@ -21,6 +22,7 @@ from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 __all__ = [
     "ITOP",
     "SET",
+    "DSnoTReport",
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
@@ -28,10 +30,12 @@ __all__ = [
     "PointwisePruner",
     "RigL",
     "apply_plan",
+    "dsnot_",
     "group_kernel_prune",
     "invert_plan",
     "magnitude_",
     "rearrange_network",
+    "refine_mask",
     "sparsegpt_",
     "wanda_",
 ]
