@@ -27,7 +27,13 @@ from aerogel.sparsity.blocks import (
 from aerogel.sparsity.calibrate import Stage, TokenMask, collect_input_stats, sequential_stages
 from aerogel.sparsity.input_stats import InputStats
 from aerogel.sparsity.patterns import Pattern
-from aerogel.sparsity.select import WEIGHT_TYPES, ParamRef, ParamSelection, select_parameters
+from aerogel.sparsity.select import (
+    WEIGHT_TYPES,
+    ParamRef,
+    ParamSelection,
+    matches_glob,
+    select_parameters,
+)
 
 ProgressFn = Callable[[int, int, str], None]
 
@@ -165,14 +171,22 @@ def selected_weights(
     """Linear and convolution weights by name, transposed ones of transformers included.
 
     Raises:
-        ValueError: nothing chosen, or both a selection and globs.
+        ValueError: nothing chosen, a layer whose weight is not floating-point, or both a selection
+            and globs.
     """
     if selection is not None:
         if include or exclude:
             raise ValueError("give selection or include/exclude, not both")
         return selection
     odd = {type(module) for module in model.modules() if is_transposed(module)}
-    return select_parameters(model, (*WEIGHT_TYPES, *odd), include, exclude)
+    types = (*WEIGHT_TYPES, *odd)
+    for path, module in model.named_modules():
+        # A selection holds floating-point weights only; leaving these out in silence would prune
+        # half a model.
+        name = f"{path}.weight" if path else "weight"
+        if not include and isinstance(module, types) and not matches_glob(name, exclude):
+            _check_weight(name, module.weight)
+    return select_parameters(model, types, include, exclude)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -187,12 +201,14 @@ def oriented_weight(ref: ParamRef) -> Tensor:
         ValueError: a meta or integer weight.
     """
     weight = ref.parameter.detach()
+    _check_weight(ref.name, weight)
+    return weight.t() if is_transposed(ref.module) else weight
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta or not weight.is_floating_point():
         kind = "meta" if weight.is_meta else str(weight.dtype)
-        raise ValueError(
-            f"{ref.name}: a {kind} weight cannot be pruned; load or dequantise it first"
-        )
-    return weight.t() if is_transposed(ref.module) else weight
+        raise ValueError(f"{name}: a {kind} weight cannot be pruned; load or dequantise it first")
 
 
 def as_stored(ref: ParamRef, oriented: Tensor) -> Tensor:

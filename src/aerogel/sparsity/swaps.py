@@ -45,7 +45,8 @@ def swap_until_small(
     """Make one swap a cycle in every row that is still active.
 
     A row ends when its error is at most the threshold, when it has no swap left, or, with
-    ``keep_sign``, before its error would change sign.
+    ``keep_sign``, before its error would change sign. With ``keep_sign`` a row that came out worse
+    than it began (the partner in an N:M group may have either sign) gets its starting mask back.
 
     Args:
         swaps: offers the next swap of each row; holds the refined mask afterwards.
@@ -72,6 +73,11 @@ def swap_until_small(
         moved += accepted
         active = accepted  # a row that was refused once has ended
         cycles += 1
+    if keep_sign:
+        worse = error.abs() > before
+        swaps.restore(worse)
+        error = torch.where(worse, before, error)
+        moved[worse] = 0
     return LayerRefinement(
         float(before.mean()), float(error.abs().mean()), int(moved.sum()), cycles
     )
@@ -118,7 +124,11 @@ class RowSwaps:
         self.rows = torch.arange(len(kept), device=kept.device)
 
     def offer(self, above: Tensor) -> tuple[Tensor, Tensor]:
-        """(change of each row's error, whether it has a swap to make)."""
+        """The next swap of each row, whose error is above zero or not.
+
+        Returns:
+            (rows,) change of its error, and whether it has a swap to make.
+        """
         way = (~above).long()
         taken = self.taken[way, self.rows]
         found = taken < self.length[way, self.rows]
@@ -126,10 +136,16 @@ class RowSwaps:
         return self.change[way, self.rows, place], found
 
     def accept(self, accepted: Tensor, above: Tensor) -> None:
+        """Make the swaps just offered in the rows that accept them."""
         way = (~above).long()
         self.taken[way, self.rows] += accepted.long()
 
+    def restore(self, rows: Tensor) -> None:
+        """Undo all swaps of these rows (bool)."""
+        self.taken[:, rows] = 0
+
     def mask(self) -> Tensor:
+        """The refined mask."""
         steps = torch.arange(self.change.shape[2], device=self.kept.device)
         for way in range(2):
             done = steps < self.taken[way][:, None]
@@ -161,6 +177,7 @@ class GroupSwaps:
         max_cycles: int,
     ) -> None:
         self.kept, self.loss, self.size = kept, loss, size
+        self.start = kept.clone()
         grown = [
             _queue(-benefit, ~kept & (loss > 0), max_cycles),
             _queue(benefit, ~kept & (loss < 0), max_cycles),
@@ -177,6 +194,7 @@ class GroupSwaps:
         self._grow = self._prune = self.rows
 
     def offer(self, above: Tensor) -> tuple[Tensor, Tensor]:
+        """As `RowSwaps.offer`."""
         way = (~above).long()
         taken = self.taken[way, self.rows]
         found = taken < self.length[way, self.rows]
@@ -190,6 +208,7 @@ class GroupSwaps:
         return self.loss[self.rows, partner] - self.loss[self.rows, self._grow], found
 
     def accept(self, accepted: Tensor, above: Tensor) -> None:
+        """Make the swaps just offered in the rows that accept them."""
         way = (~above).long()
         self.taken[way, self.rows] += accepted.long()
         row, grow, prune = self.rows[accepted], self._grow[accepted], self._prune[accepted]
@@ -197,7 +216,12 @@ class GroupSwaps:
         self.kept[row, prune] = False
         self.ranking[row, prune // self.size, prune % self.size] = torch.inf
 
+    def restore(self, rows: Tensor) -> None:
+        """Undo all swaps of these rows (bool)."""
+        self.kept[rows] = self.start[rows]
+
     def mask(self) -> Tensor:
+        """The refined mask."""
         return self.kept
 
 
