@@ -205,7 +205,8 @@ def oriented_weight(ref: ParamRef) -> Tensor:
     return weight.t() if is_transposed(ref.module) else weight
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def _check_weight(name: str, weight: object) -> None:
+    assert isinstance(weight, Tensor)
     if weight.is_meta or not weight.is_floating_point():
         kind = "meta" if weight.is_meta else str(weight.dtype)
         raise ValueError(f"{name}: a {kind} weight cannot be pruned; load or dequantise it first")
