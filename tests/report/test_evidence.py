@@ -115,11 +115,23 @@ def test_damaged_evidence_is_refused(tmp_path):
             load_evidence(path)
 
 
+# Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
+# that begins to hold must leave this list.
+NOT_REPRODUCED = {
+    "dsnot": {"Wanda + DSnoT against Wanda, 60% zeros: language model"},
+    "sparse-model-soups": {"soup of one mask against a soup of networks pruned separately"},
+}
+
+
+def failing(evidence: Evidence) -> set[str]:
+    return {claim.text for claim in evidence.claims if not claim.passed}
+
+
 def test_kept_evidence_passes_and_the_page_is_made_from_it(tmp_path):
     checkout = find_checkout()
     folder = checkout / "docs" / "evidence"
     for path in folder.glob("*.json"):
-        assert load_evidence(path).passed, path
+        assert failing(load_evidence(path)) == NOT_REPRODUCED.get(path.stem, set()), path
     page = render_page(load_systems(), folder)
     assert (checkout / "docs" / "evidence.md").read_text() == page
 
@@ -133,4 +145,4 @@ def test_the_page_is_written_whole(checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("system", load_systems(), ids=lambda system: system.slug)
 def test_experiments_pass(system):
-    assert reproduce(system).passed
+    assert failing(reproduce(system)) == NOT_REPRODUCED.get(system.slug, set())

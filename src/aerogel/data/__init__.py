@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from aerogel.data import digits, fashion_mnist, folder, transforms, wordnet
+from aerogel.data import digits, fashion_mnist, folder, smollm, transforms, wordnet
+from aerogel.data.brown import load_brown
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
 from aerogel.data.sources import ASSETS, Asset
-from aerogel.data.text import RetrievalSplit, TokenSplit
+from aerogel.data.text import RetrievalSplit, TokenSplit, load_tokenizer, token_windows
 
 __all__ = [
     "ASSETS",
@@ -33,6 +34,9 @@ __all__ = [
     "fetch_checkpoint",
     "list_datasets",
     "load",
+    "load_brown",
+    "load_tokenizer",
+    "token_windows",
     "transforms",
 ]
 
@@ -122,16 +126,20 @@ def fetch_checkpoint(
     """Fetch the pretrained weights of a model and return the path to give to `create_model`.
 
     Args:
-        name: "mobilenet_v2" (a .pth of torchvision's ImageNet weights) or "minilm" (a folder).
+        name: "mobilenet_v2" (a .pth of torchvision's ImageNet weights), "minilm" or "smollm2"
+            (folders; the latter is converted once from a GGUF file).
         cache_dir: cache folder; default `AEROGEL_CACHE` or `~/.cache/aerogel`.
         on_progress: called as `(what, bytes_done, bytes_total)` while bytes arrive.
 
     Raises:
         ValueError: no pretrained weights are known for this model.
         FetchError: no origin delivered the weights.
+        ModuleNotFoundError: "smollm2" needs the package `gguf` once.
     """
+    if name == smollm.FOLDER:
+        return smollm.folder_of(cache_dir, on_progress)
     if name not in _CHECKPOINTS:
-        known = ", ".join(sorted(_CHECKPOINTS))
+        known = ", ".join(sorted([*_CHECKPOINTS, smollm.FOLDER]))
         raise ValueError(
             f"no pretrained weights are known for {name!r}; there are some for {known}"
         )

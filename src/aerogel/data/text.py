@@ -75,8 +75,8 @@ class RetrievalSplit(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return RetrievalSplit(self.queries.take(keep), self.documents.take(wanted), relevant)
 
 
-def load_tokenizer(path: Path, max_length: int) -> Any:
-    """A `tokenizers.Tokenizer` from a tokenizer.json, truncating at `max_length` tokens.
+def load_tokenizer(path: Path, max_length: int | None = None) -> Any:
+    """A `tokenizers.Tokenizer` from a tokenizer.json, truncating at `max_length` tokens if given.
 
     Raises:
         ModuleNotFoundError: the package `tokenizers` is not installed.
@@ -89,7 +89,10 @@ def load_tokenizer(path: Path, max_length: int) -> Any:
         ) from error
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
+    if max_length is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
@@ -100,3 +103,26 @@ def tokenize(tokenizer: Any, texts: Sequence[str], pad_id: int = 0) -> TokenSpli
     longest = int(lengths.max()) if len(lengths) else 0
     rows = [ids + [pad_id] * (longest - len(ids)) for ids in encoded]
     return TokenSplit(texts, torch.tensor(rows, dtype=torch.int32), lengths, pad_id)
+
+
+def token_windows(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    """Running text as equal windows, as language models are calibrated and scored on.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer` that does not truncate.
+        texts: documents, joined by an empty line.
+        length: tokens in a window.
+
+    Returns:
+        (windows, length) int64 token ids; what does not fill a last window is left out.
+
+    Raises:
+        ValueError: length below 1, or texts of fewer tokens than one window.
+    """
+    if length < 1:
+        raise ValueError(f"length={length!r} must be >= 1")
+    ids = tokenizer.encode("\n\n".join(texts)).ids
+    count = len(ids) // length
+    if count == 0:
+        raise ValueError(f"texts have {len(ids)} tokens, fewer than one window of length={length}")
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)

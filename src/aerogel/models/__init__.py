@@ -5,6 +5,7 @@ weights = aerogel.data.fetch_checkpoint("mobilenet_v2")
 model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 """
 
+from aerogel.models import language_model
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
@@ -22,6 +23,7 @@ __all__ = [
     "SentenceEncoder",
     "VisionModel",
     "create_model",
+    "language_model",
     "list_models",
     "model_config",
     "register_model",

@@ -66,12 +66,17 @@ class SentenceEncoder(nn.Module):
                 yield name, "linear"
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """The package transformers, which models of text are made of.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says what to install.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "text encoders need the package transformers: pip install 'aerogel[text]'"
+            "models of text need the package transformers: pip install 'aerogel[text]'"
         ) from error
     return transformers
 
@@ -100,7 +105,7 @@ def minilm(
         ValueError: the folder holds the weights of another model.
         ModuleNotFoundError: transformers is not installed.
     """
-    transformers = _transformers()
+    transformers = transformers_package()
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     if folder is None:
         config = transformers.BertConfig(**MINILM_L6, **drop)

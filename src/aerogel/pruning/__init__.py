@@ -13,6 +13,7 @@ from aerogel.pruning import (
     sparsebytenn,
 )
 from aerogel.pruning.bdwp import BidirectionalNM
+from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
@@ -53,6 +54,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "BidirectionalNM",
+    "DSnoTReport",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",
@@ -68,11 +70,13 @@ __all__ = [
     "SparseModelSoups",
     "TrainingMethod",
     "apply_plan",
+    "dsnot_",
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
     "magnitude_",
     "rearrange_network",
+    "refine_mask",
     "sparsegpt_",
     "wanda_",
 ]

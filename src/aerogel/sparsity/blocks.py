@@ -164,6 +164,47 @@ def record_block_calls(
     return first[0], calls
 
 
+def same_arguments(calls: list[BlockCall]) -> bool:
+    """Whether all blocks got the very same arguments besides the hidden states."""
+    first = calls[0]
+    return all(
+        call.key == first.key
+        and len(call.args) == len(first.args)
+        and call.kwargs.keys() == first.kwargs.keys()
+        and all(map(_alike, call.args, first.args))
+        and all(_alike(value, first.kwargs[name]) for name, value in call.kwargs.items())
+        for call in calls
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+
+
+def record_first_call(
+    model: nn.Module, chain: list[nn.Module], batch: Any, forward: ForwardFn
+) -> tuple[Tensor, list[BlockCall]]:
+    """As `record_block_calls` where all blocks share their arguments: nothing but block 0 is met.
+
+    That saves a forward pass of the whole model for each batch.
+    """
+    seen: list[tuple[Tensor, BlockCall]] = []
+
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_split_call(args, kwargs))
+
+    handle = chain[0].register_forward_pre_hook(on_call, with_kwargs=True)
+    try:
+        with torch.no_grad(), stopping_at(chain[0]):
+            forward(model, batch)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError("the first block did not run; use sequential=False")
+    hidden, call = seen[0]
+    return hidden, [call] * len(chain)
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """The output itself, or the first tensor in a tuple, list, mapping or ModelOutput."""
     if isinstance(output, Tensor):

@@ -33,7 +33,9 @@ from aerogel.sparsity.blocks import (
     find_blocks,
     first_tensor,
     record_block_calls,
+    record_first_call,
     run_batch,
+    same_arguments,
     stopping_at,
 )
 from aerogel.sparsity.input_stats import STATS, InputStats
@@ -198,7 +200,10 @@ class _Boundary:
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []
         for batch in batches:
-            hidden, calls = record_block_calls(model, chain, batch, forward)
+            if self.calls and same_arguments(self.calls[0]):
+                hidden, calls = record_first_call(model, chain, batch, forward)
+            else:
+                hidden, calls = record_block_calls(model, chain, batch, forward)
             self.hidden.append(hidden.cpu() if offload else hidden)
             self.calls.append(calls)
 
@@ -289,6 +294,7 @@ def _single_pass(
     with calibrating(model), torch.no_grad():
         for batch in batches:
             count += 1
+            _check_context(model, [batch])
             mask, size = _mask_of(batch, token_mask), _batch_size(batch)
             with _listening(layers, collectors, size, mask), stopping_at(until):
                 forward(model, batch)
@@ -345,9 +351,19 @@ def _check_context(model: nn.Module, batches: list[Any]) -> None:
     limits = [getattr(config, "max_position_embeddings", None) for config in configs(model)]
     limit = min((n for n in limits if isinstance(n, int)), default=None)
     for batch in batches:
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if limit is not None and isinstance(ids, Tensor) and ids.shape[-1] > limit:
+        tokens = _token_ids(batch)
+        if limit is not None and tokens is not None and tokens.shape[-1] > limit:
             raise ValueError(
-                f"calibration sequence of {ids.shape[-1]} tokens exceeds the model's context of "
+                f"calibration sequence of {tokens.shape[-1]} tokens exceeds the model's context of "
                 f"{limit} (max_position_embeddings)"
             )
+
+
+def _token_ids(batch: Any) -> Tensor | None:
+    """The integer tensor that a language model's batch is, or holds; None in any other batch."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids")
+    elif isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    is_ids = isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point()
+    return batch if is_ids else None

@@ -86,7 +86,7 @@ def _obs(
 ) -> tuple[Tensor, Tensor]:
     """The column sweep on a float32 matrix (rows, columns); see `sparsegpt_weight`."""
     rows, columns = weight.shape
-    upper = _inverse_factor(hessian, damp, name)
+    upper = inverse_cholesky(hessian, damp, name)
     dead = hessian.diagonal() == 0
     live = weight.t().clone()  # [columns, rows]: one column of the weight is contiguous
     live[dead] = 0.0
@@ -155,17 +155,6 @@ def _inner_columns(rows: int, nm: NM | None) -> int:
     """
     step = max(1, SERIAL_ELEMENTS // max(rows, 1))
     return step if nm is None else max(nm.m, step - step % nm.m)
-
-
-def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
-    try:
-        return inverse_cholesky(hessian, damp, name)
-    except (ValueError, torch.linalg.LinAlgError):  # float32 ran out of digits
-        pass
-    try:
-        return inverse_cholesky(hessian.double(), damp, name).float()
-    except torch.linalg.LinAlgError:
-        raise ValueError(f"{name}: the Hessian cannot be inverted; raise damp={damp}") from None
 
 
 def _channels_innermost(shape: torch.Size) -> Tensor | None:

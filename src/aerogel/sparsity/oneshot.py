@@ -19,34 +19,30 @@ arXiv 2306.11695; Frantar & Alistarh, "SparseGPT", arXiv 2301.00774.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.sparsity.blocks import (
-    ForwardFn,
-    calibrating,
-    find_blocks,
-    record_block_calls,
-    run_batch,
-)
-from aerogel.sparsity.calibrate import Stage, TokenMask, collect_input_stats, sequential_stages
+from aerogel.sparsity.blocks import ForwardFn, run_batch
+from aerogel.sparsity.calibrate import TokenMask
 from aerogel.sparsity.input_stats import InputStats
+from aerogel.sparsity.layer_walk import (
+    LayerWalk,
+    ProgressFn,
+    as_stored,
+    oriented_weight,
+    selected_weights,
+)
 from aerogel.sparsity.mask_set import MaskSet
 from aerogel.sparsity.masks import build_masks
 from aerogel.sparsity.obs import SPARSEGPT_BLOCK, check_sparsegpt_options, sparsegpt_weight
 from aerogel.sparsity.patterns import GroupPattern, Pattern, Unstructured, parse_pattern
 from aerogel.sparsity.scores import OBS_DAMPING
-from aerogel.sparsity.select import WEIGHT_TYPES, ParamRef, ParamSelection, select_parameters
-
-ProgressFn = Callable[[int, int, str], None]
+from aerogel.sparsity.select import ParamRef, ParamSelection
 
 DEFAULT_SPARSITY = 0.5
-# A "dense" model with more zeros than this was probably pruned before.
-ZERO_SHARE_WARNING = 0.05
 
 
 def magnitude_(
@@ -77,14 +73,14 @@ def magnitude_(
         ValueError: sparsity outside [0, 1) or at odds with the pattern, NaN weights, or nothing
             selected.
     """
-    chosen = _selected(model, selection, include, exclude)
+    chosen = selected_weights(model, selection, include, exclude)
     shape = parse_pattern(pattern) if pattern is not None else Unstructured()
     density = 1.0 - checked_sparsity(sparsity, shape)
     with torch.no_grad():
         scores = {name: oriented_weight(ref).abs() for name, ref in chosen.items()}
         rounding: Literal["floor", "round"] = "floor" if scope == "row" else "round"
         masks = build_masks(scores, density, shape, scope, rounding=rounding)
-        stored = MaskSet({name: _stored(ref, masks[name]) for name, ref in chosen.items()})
+        stored = MaskSet({name: as_stored(ref, masks[name]) for name, ref in chosen.items()})
         for name, ref in chosen.items():
             ref.parameter.masked_fill_(~stored[name], 0.0)
     return stored
@@ -141,13 +137,12 @@ def wanda_(
 
     def prune(ref: ParamRef, stats: InputStats) -> None:
         mask = wanda_mask(oriented_weight(ref), stats, wanted, shape, name=ref.name)
-        masks[ref.name] = _stored(ref, mask)
+        masks[ref.name] = as_stored(ref, mask)
         ref.parameter.masked_fill_(~masks[ref.name], 0.0)
 
-    walk = _Walk(model, batches, sequential, blocks, token_mask, forward, on_progress)
-    chosen = walk.select(selection, include, exclude)
-    _check_shapes(chosen, shape)
-    walk.each(chosen, "sumsq", prune)
+    walk = LayerWalk(model, batches, sequential, blocks, token_mask, forward, on_progress)
+    chosen = walk.select(shape, selection, include, exclude)
+    walk.each(chosen, ["sumsq"], prune)
     return MaskSet({name: masks[name] for name in chosen})
 
 
@@ -206,13 +201,12 @@ def sparsegpt_(
         repaired, mask = sparsegpt_weight(
             weight, stats.hessian, wanted, shape, block=block, damp=damp, name=ref.name
         )
-        masks[ref.name] = _stored(ref, mask)
-        ref.parameter.copy_(_stored(ref, repaired))
+        masks[ref.name] = as_stored(ref, mask)
+        ref.parameter.copy_(as_stored(ref, repaired))
 
-    walk = _Walk(model, batches, sequential, blocks, token_mask, forward, on_progress)
-    chosen = walk.select(selection, include, exclude)
-    _check_shapes(chosen, shape)
-    walk.each(chosen, "hessian", prune)
+    walk = LayerWalk(model, batches, sequential, blocks, token_mask, forward, on_progress)
+    chosen = walk.select(shape, selection, include, exclude)
+    walk.each(chosen, ["hessian"], prune)
     return MaskSet({name: masks[name] for name in chosen})
 
 
@@ -238,93 +232,28 @@ def wanda_mask(
 
     Reference: arXiv 2306.11695, equation 2.
     """
-    shape = pattern if pattern is not None else Unstructured()
     score = weight.abs().float() * stats.per_weight(stats.norm, weight.shape).to(weight.device)
+    return row_mask(score, sparsity, pattern, name=name)
+
+
+def row_mask(
+    score: Tensor, sparsity: float, pattern: Pattern | None = None, *, name: str = "weight"
+) -> Tensor:
+    """The mask that keeps the best of every row, or of every group of an N:M pattern.
+
+    Args:
+        score: (out, ...), higher = keep.
+        sparsity: floor(sparsity * in) are pruned in every row; ignored by patterns that fix it.
+        pattern: None is unstructured.
+        name: named in errors.
+
+    Returns:
+        Bool mask of the score's shape, True = kept.
+    """
+    shape = pattern if pattern is not None else Unstructured()
     density = None if isinstance(shape, GroupPattern) else 1.0 - sparsity
     scope: Literal["group", "row"] = "group" if density is None else "row"
     return build_masks({name: score}, density, shape, scope, rounding="floor")[name]
-
-
-class _Walk:
-    """Runs a pruning step on every selected layer, block by block where the model has blocks."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        sequential: bool | None,
-        blocks: str | None,
-        token_mask: TokenMask,
-        forward: ForwardFn,
-        on_progress: ProgressFn | None,
-    ) -> None:
-        self.model, self.blocks = model, blocks
-        self.token_mask, self.forward, self.on_progress = token_mask, forward, on_progress
-        self.batches = list(batches)
-        if not self.batches:
-            raise ValueError("batches is empty; calibration needs at least one batch")
-        self.sequential = (
-            self._is_chain() if sequential is None and blocks is None else (sequential is not False)
-        )
-
-    def select(
-        self, selection: ParamSelection | None, include: Sequence[str], exclude: Sequence[str]
-    ) -> ParamSelection:
-        chosen = _selected(self.model, selection, include, exclude)
-        if selection is None and not include and self.sequential:
-            _, chain = find_blocks(self.model, self.blocks)
-            inside = {id(module) for part in chain for module in part.modules()}
-            refs = [ref for ref in chosen.values() if id(ref.module) in inside]
-            chosen = ParamSelection(refs) if refs else chosen
-        zeros = sum(int((ref.parameter == 0).sum()) for ref in chosen.values())
-        if zeros > ZERO_SHARE_WARNING * chosen.numel:
-            share = 100 * zeros / chosen.numel
-            warnings.warn(f"{share:.0f}% of the selected weights are zero already", stacklevel=3)
-        return chosen
-
-    def each(
-        self, chosen: ParamSelection, stat: str, prune: Callable[[ParamRef, InputStats], None]
-    ) -> None:
-        done = 0
-        for stage in self._stages(chosen, stat):
-            for name, stats in stage.stats.items():
-                with torch.no_grad():
-                    prune(chosen[name], stats)
-                done += 1
-                if self.on_progress is not None:
-                    self.on_progress(done, len(chosen), name)
-            stage.stats.clear()  # the Hessians of one block are freed before the next
-
-    def _stages(self, chosen: ParamSelection, stat: str) -> Iterator[Stage]:
-        if self.sequential:
-            yield from sequential_stages(
-                self.model,
-                self.batches,
-                chosen,
-                [stat],
-                blocks=self.blocks,
-                token_mask=self.token_mask,
-                forward=self.forward,
-            )
-            return
-        found = collect_input_stats(
-            self.model,
-            self.batches,
-            chosen,
-            [stat],
-            token_mask=self.token_mask,
-            forward=self.forward,
-        )
-        yield Stage("", 0, 1, found)
-
-    def _is_chain(self) -> bool:
-        try:
-            _, chain = find_blocks(self.model)
-            with calibrating(self.model):
-                record_block_calls(self.model, chain, self.batches[0], self.forward)
-        except ValueError:
-            return False
-        return True
 
 
 def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
@@ -343,46 +272,3 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
             f"sparsity={sparsity} contradicts pattern {pattern}: it has {1.0 - fixed:g}"
         )
     return float(sparsity)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as (in, out): `transformers.pytorch_utils.Conv1D`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def oriented_weight(ref: ParamRef) -> Tensor:
-    """The stored weight as (out, in, *kernel), detached.
-
-    Raises:
-        ValueError: a meta or integer weight.
-    """
-    weight = ref.parameter.detach()
-    if weight.is_meta or not weight.is_floating_point():
-        kind = "meta" if weight.is_meta else str(weight.dtype)
-        raise ValueError(
-            f"{ref.name}: a {kind} weight cannot be pruned; load or dequantise it first"
-        )
-    return weight.t() if is_transposed(ref.module) else weight
-
-
-def _stored(ref: ParamRef, oriented: Tensor) -> Tensor:
-    return oriented.t().contiguous() if is_transposed(ref.module) else oriented
-
-
-def _selected(
-    model: nn.Module,
-    selection: ParamSelection | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> ParamSelection:
-    if selection is not None:
-        if include or exclude:
-            raise ValueError("give selection or include/exclude, not both")
-        return selection
-    odd = {type(module) for module in model.modules() if is_transposed(module)}
-    return select_parameters(model, (*WEIGHT_TYPES, *odd), include, exclude)
-
-
-def _check_shapes(chosen: ParamSelection, pattern: Pattern) -> None:
-    for name, ref in chosen.items():
-        pattern.validate(oriented_weight(ref).shape, name)

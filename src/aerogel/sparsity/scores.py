@@ -208,21 +208,32 @@ def inverse_cholesky(hessian: Tensor, damping: float = OBS_DAMPING, name: str = 
 
     Args:
         hessian: (features, features) or (groups, features, features), symmetric, PSD. An input that
-            was always zero (zero diagonal) counts as 1.
+            was always zero (zero diagonal) counts as 1. Where float32 runs out of digits, float64
+            is tried.
         damping: share of the mean diagonal added to it.
         name: named in errors.
 
     Raises:
         ValueError: not positive definite even after damping.
     """
+    factor = _inverse_factor(hessian, damping)
+    if factor is None:
+        factor = _inverse_factor(hessian.double(), damping)
+    if factor is None:
+        raise ValueError(f"{name}: the Hessian cannot be inverted; raise damp={damping}")
+    return factor.to(hessian.dtype)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     damped = hessian.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean(dim=-1, keepdim=True)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
-        raise ValueError(f"Hessian of {name!r} is not positive definite with damping {damping}")
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    return None if bool(failed.any()) else upper
 
 
 def initial_learned_scores(weight: Tensor) -> Tensor:

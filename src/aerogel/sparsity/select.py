@@ -160,8 +160,8 @@ def select_parameters(
     _check_globs("exclude", exclude, candidates)
 
     def chosen(ref: ParamRef) -> bool:
-        wanted = _matches(ref.name, include) if include else isinstance(ref.module, types)
-        return wanted and not _matches(ref.name, exclude)
+        wanted = matches_glob(ref.name, include) if include else isinstance(ref.module, types)
+        return wanted and not matches_glob(ref.name, exclude)
 
     weights = [r for r in candidates.values() if r.parameter.dim() > 1 and chosen(r)]
     weights = weights[int(skip_first) : len(weights) - int(skip_last)]
@@ -177,7 +177,7 @@ def select_parameters(
     kept = {ref.name for ref in weights}
     for ref in candidates.values():
         of_chosen = ref.parameter.dim() == 1 and id(ref.module) in owners
-        if of_chosen and not _matches(ref.name, exclude):
+        if of_chosen and not matches_glob(ref.name, exclude):
             kept.add(ref.name)
     return ParamSelection([ref for ref in candidates.values() if ref.name in kept])
 
@@ -227,7 +227,7 @@ def _own_parameters(module: nn.Module) -> list[str]:
     return sorted(names, key=lambda name: ("bias" in name, name))
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
+def matches_glob(name: str, globs: Sequence[str]) -> bool:
     """Whether a glob matches the parameter's name or the name of its module."""
     owner = name.rpartition(".")[0]
     return any(fnmatchcase(name, glob) or fnmatchcase(owner, glob) for glob in globs)
@@ -237,7 +237,7 @@ def _check_globs(argument: str, globs: Sequence[str], known: Mapping[str, ParamR
     if isinstance(globs, str):
         raise TypeError(f"{argument} must be a sequence of globs, got the string {globs!r}")
     for glob in globs:
-        if not any(_matches(name, (glob,)) for name in known):
+        if not any(matches_glob(name, (glob,)) for name in known):
             raise ValueError(
                 f"{argument}: no parameter matches; {unknown_name('glob', glob, known)}"
             )

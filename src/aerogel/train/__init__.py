@@ -6,7 +6,7 @@ aerogel.train.evaluate(model, dataset)
 """
 
 from aerogel.train.config import TrainConfig
-from aerogel.train.evaluate import evaluate
+from aerogel.train.evaluate import evaluate, perplexity
 from aerogel.train.features import FeatureMatch
 from aerogel.train.history import History, Progress, zero_fraction
 from aerogel.train.loop import fit, make_optimizer
@@ -40,6 +40,7 @@ __all__ = [
     "fit",
     "logit_loss",
     "make_optimizer",
+    "perplexity",
     "sparse_training",
     "synchronized_batch_norm",
     "to_dense",

@@ -1,4 +1,5 @@
-"""Scoring a model on the test split: accuracy of a classifier, retrieval of an encoder."""
+"""Scoring a model: accuracy of a classifier, retrieval of an encoder, perplexity of a language
+model."""
 
 from __future__ import annotations
 
@@ -49,6 +50,49 @@ def evaluate(
         return scores[dataset.task](model, dataset.test, batch_size, limit, on_progress)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int = 4,
+    on_progress: OnScore | None = None,
+) -> float:
+    """Perplexity of a causal language model: exp of the mean loss of each next token.
+
+    Windows are scored on their own, without what precedes them, as the papers on pruning language
+    models do; short windows therefore give higher figures than long ones.
+
+    Args:
+        model: token ids (batch, length) to an output with `logits` (batch, length, vocabulary), or
+            to the logits; its mode is restored afterwards.
+        windows: (windows, length) int64 token ids, length >= 2.
+        batch_size: windows at a time.
+        on_progress: called as `(windows_done, windows_total)` by the first process.
+
+    Raises:
+        ValueError: windows of another shape, or none.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows has shape {tuple(windows.shape)}, expected (windows >= 1, length >= 2)"
+        )
+    device = next(model.parameters()).device
+    total, was_training = len(windows), model.training
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    model.eval()
+    try:
+        for share in _shares(total, batch_size, on_progress):
+            ids = windows[share].to(device)
+            output = model(ids)
+            logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1)  # [tokens, vocabulary]
+            loss += F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum")
+    finally:
+        model.train(was_training)
+    _sum_over_processes(loss)
+    return float(torch.exp(loss / (total * (windows.shape[1] - 1))))
 
 
 def _classification(
