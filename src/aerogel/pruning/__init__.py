@@ -6,6 +6,7 @@ and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 
 from aerogel.pruning import (
     bdwp,
+    dsnot,
     fast_sparse_convnets,
     gradual_pruning,
     progressive_gradient_flow,
@@ -40,6 +41,7 @@ _SYSTEMS = (
     progressive_gradient_flow,
     bdwp,
     sparse_model_soups,
+    dsnot,
 )
 
 METHODS: dict[str, Method] = {
