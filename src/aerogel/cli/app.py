@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import aerogel
-from aerogel.cli import bench, compress, export, info, report, reproduce, sat, systems
+from aerogel.cli import arena, bench, compress, export, info, report, reproduce, sat, systems
 
 app = typer.Typer(
     name="aerogel",
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("arena")(arena.arena)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("report")(report.report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.networks import load_run, plain_network, random_networks
-from aerogel.compress.pipeline import run
+from aerogel.compress.pipeline import run, train_dense_network
 from aerogel.compress.recipe import Measurement, Recipe
 from aerogel.compress.resolve import builtin_recipes, load_measurement, load_recipe
 from aerogel.compress.sources import RecipeError
@@ -29,4 +29,5 @@ __all__ = [
     "random_networks",
     "run",
     "settings_of",
+    "train_dense_network",
 ]

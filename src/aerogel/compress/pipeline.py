@@ -83,6 +83,28 @@ def run(
         return this.conclude(dense, sparse, command)
 
 
+def train_dense_network(
+    recipe: Recipe, out_dir: str | Path, *, console: Console | None = None
+) -> Path:
+    """Only the first stage of `run`: load or train the dense network, or go on with that.
+
+    Args:
+        recipe: Its model, data, dense training and seed count.
+        out_dir: Folder for the network.
+        console: Where progress goes; None is silent.
+
+    Returns:
+        The file of its weights.
+
+    Raises:
+        As `run`.
+    """
+    path = Path(out_dir)
+    with RunFolder.opened(path, recipe, restart=False) as folder:
+        _Run(recipe, folder, console or Silent()).train_dense()
+    return path / DENSE_FILE
+
+
 def _recipe_file(recipe: Recipe) -> str:
     head = "# All that decided this run; `aerogel compress --recipe THIS --out NEW` repeats it."
     return f"{head}\n{recipe.to_yaml()}"
@@ -141,11 +163,16 @@ class _Run:
             work()
         return ranks.from_main(done)  # type: ignore[return-value]
 
+    def train_dense(self) -> Marker:
+        """The first of the stages that all ranks share."""
+        recipe = self.recipe.model_dump(mode="json")
+        part = {name: recipe[name] for name in ("model", "data", "dense", "seed")}
+        return self._shared_stage("dense", key_of("dense", part), DENSE_FILE, self._dense)
+
     def train(self) -> tuple[Marker, Marker]:
         """The stages all ranks share."""
         recipe = self.recipe.model_dump(mode="json")
-        part = {name: recipe[name] for name in ("model", "data", "dense", "seed")}
-        dense = self._shared_stage("dense", key_of("dense", part), DENSE_FILE, self._dense)
+        dense = self.train_dense()
         rest = {name: recipe[name] for name in recipe if name not in ("dense", "measure")}
         key = key_of("prune", rest, dense.key, dense.files)
         return dense, self._shared_stage("prune", key, SPARSE_FILE, self._prune)
