@@ -1,22 +1,26 @@
 """The published pruning methods, one file each, on the parts of `aerogel.sparsity`.
 
 Methods that others build on live there and are shown here too: the dynamic trainers `RigL`, `SET`
-and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
+and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 """
 
 from aerogel.pruning import (
     bdwp,
     fast_sparse_convnets,
     gradual_pruning,
+    lottery_ticket,
     progressive_gradient_flow,
+    random_pruning,
     sparsebytenn,
 )
 from aerogel.pruning.bdwp import BidirectionalNM
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
 from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
+from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
@@ -29,6 +33,7 @@ from aerogel.pruning.sparsebytenn import (
 from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
+from aerogel.sparsity.static import StaticSparseTrainer
 
 _SYSTEMS = (
     gradual_pruning,
@@ -36,6 +41,8 @@ _SYSTEMS = (
     sparsebytenn,
     progressive_gradient_flow,
     bdwp,
+    lottery_ticket,
+    random_pruning,
 )
 
 METHODS: dict[str, Method] = {
@@ -54,6 +61,7 @@ __all__ = [
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
+    "LotteryTicket",
     "MaskSet",
     "Method",
     "OneShotMethod",
@@ -61,12 +69,16 @@ __all__ = [
     "ProgressiveGradientFlow",
     "RigL",
     "SearchMethod",
+    "StaticSparseTrainer",
+    "TrainOutcome",
     "TrainingMethod",
     "apply_plan",
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
+    "layerwise_report",
     "magnitude_",
+    "random_prune",
     "rearrange_network",
     "sparsegpt_",
     "wanda_",
