@@ -70,7 +70,6 @@ def run(seed: int) -> Result:
             model.load_state_dict(state)
             outcome = _train(model, masks, 0, None, seed)
             metrics[f"{name}, round {number}"] = outcome.metrics["test"]
-            metrics[f"{name}, round {number}: stops at iteration"] = outcome.metrics["early_stop"]
     return Result(SLUG, seed, metrics, time.perf_counter() - started)
 
 

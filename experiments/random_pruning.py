@@ -50,7 +50,9 @@ def run(seed: int) -> Result:
                 if density == MILD_DENSITY and allocation == "erk":
                     metrics |= _beyond_accuracy(dense, f"dense, w={width}")
                     metrics |= _beyond_accuracy(model, name)
-    return Result(SLUG, seed, metrics, time.perf_counter() - started, tuple(notes if seed == 0 else ()))
+    return Result(
+        SLUG, seed, metrics, time.perf_counter() - started, tuple(notes if seed == 0 else ())
+    )
 
 
 def claims(results: Sequence[Result]) -> list[Claim]:

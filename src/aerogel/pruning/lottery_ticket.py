@@ -307,8 +307,8 @@ class LotteryTicket:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "rates": dict(self.rates),
             "scope": self.scope,
+            "rates": dict(self.rates),
             "rewind_to": self.rewind_to,
             "reset": self.reset,
             # With the second strategy the last round differs from the others.
@@ -362,7 +362,9 @@ class LotteryTicket:
                     f"{path} is of another run: {name} was {state['settings'][name]}, now {value}"
                 )
         if state["initial"] is not None and not _equal(_unpacked(state["initial"]), self._initial):
-            raise ValueError(f"{path} is of another run: its initial weights differ from model_fn's")
+            raise ValueError(
+                f"{path} is of another run: its initial weights differ from model_fn's"
+            )
 
     # ------------------------------------------------------------------------------------ pieces
 
@@ -482,7 +484,9 @@ def _equal(one: Snapshot, other: Snapshot) -> bool:
     for a, b in ((one.params, other.params), (one.buffers, other.buffers)):
         if a.keys() != b.keys():
             return False
-        if not all(x.shape == b[n].shape and torch.equal(x.cpu(), b[n].cpu()) for n, x in a.items()):
+        if not all(
+            x.shape == b[n].shape and torch.equal(x.cpu(), b[n].cpu()) for n, x in a.items()
+        ):
             return False
     return True
 
@@ -517,7 +521,9 @@ def _search(trainings: Trainings, goal: Goal) -> nn.Module:
     rounds = max(1, math.ceil(math.log(1.0 - goal.sparsity) / math.log(1.0 - _SEARCH_RATE)))
     rate = Geometric(goal.sparsity, rounds).fraction
 
-    def train(model: nn.Module, masks: MaskSet, start: int, snapshot_at: int | None) -> TrainOutcome:
+    def train(
+        model: nn.Module, masks: MaskSet, start: int, snapshot_at: int | None
+    ) -> TrainOutcome:
         score = trainings.train(model, masks, f"ticket-{masks.nnz}", goal.seed)
         return TrainOutcome(goal.steps, {"score": score})
 

@@ -334,7 +334,9 @@ def _keep_rows_alive(
         if affordable:
             rows = mask.flatten(1)
             chosen = torch.randint(rows.shape[1], (len(rows), 1), generator=generator)
-            mask.copy_(torch.zeros_like(rows).scatter_(1, chosen.to(mask.device), True).view_as(mask))
+            mask.copy_(
+                torch.zeros_like(rows).scatter_(1, chosen.to(mask.device), True).view_as(mask)
+            )
         elif not bool(mask.any()):
             place = torch.randint(mask.numel(), (), generator=generator)
             mask.view(-1)[int(place)] = True
