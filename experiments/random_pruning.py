@@ -1,9 +1,9 @@
 """Randomly pruned perceptrons of growing width against dense ones and uniform densities.
 
 Fashion-MNIST, 6,000 training images pooled to 14x14, all 10,000 test images. A perceptron
-196-w-w-10 with He-normal weights is pruned before training, at 5 % density. Every network trains for
-the same 700 steps on the same batches of 100: SGD with Nesterov momentum 0.9, weight decay 5e-4,
-learning rate 0.05, divided by 10 at 1/2 and 3/4.
+196-w-w-10 with He-normal weights is pruned before training, at 5 % density. Every network trains
+for the same 700 steps on the same batches of 100: SGD with Nesterov momentum 0.9, weight decay
+5e-4, learning rate 0.05, divided by 10 at 1/2 and 3/4.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from aerogel import data
 from aerogel.insight import expected_calibration_error, fgsm_accuracy, ood_auroc
 from aerogel.pruning import StaticSparseTrainer, layerwise_report, random_prune
 from aerogel.report.evidence import Claim, Result, mean
+from aerogel.sparsity import MaskSet
 
 SLUG = "random-pruning"
 SEEDS = (0, 1, 2)
@@ -134,7 +135,7 @@ def _pruned(width: int, density: float, allocation: str, seed: int) -> tuple[nn.
     return _train(model, seed, masks), note
 
 
-def _train(model: nn.Module, seed: int, masks=None) -> nn.Module:
+def _train(model: nn.Module, seed: int, masks: MaskSet | None = None) -> nn.Module:
     images, labels, *_ = _data()
     optimizer = torch.optim.SGD(
         model.parameters(),

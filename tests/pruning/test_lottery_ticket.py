@@ -1,6 +1,7 @@
 """Lottery tickets, promise by promise."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_masks_are_nested_and_the_alive_counts_follow_the_recurrence(scope):
     found = search(scope=scope, rounds=4).run().rounds
     assert [r.round for r in found] == [0, 1, 2, 3, 4]
     assert found[0].density == 1.0
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert not any(bool((m & ~before.masks[n]).any()) for n, m in after.masks.items())
         old, new = counts(before.masks), counts(after.masks)
         if scope == "global":
@@ -80,7 +81,7 @@ def test_masks_are_nested_and_the_alive_counts_follow_the_recurrence(scope):
 
 def test_each_round_prunes_the_smallest_of_the_alive_weights():
     found = search().run().rounds
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         for name, mask in after.masks.items():
             weight = before.final_state[name].abs()
             gone = before.masks[name] & ~mask

@@ -1,7 +1,8 @@
 """The published pruning methods, one file each, on the parts of `aerogel.sparsity`.
 
 Methods that others build on live there and are shown here too: the dynamic trainers `RigL`, `SET`
-and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
+and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wanda_` and
+`sparsegpt_`.
 """
 
 from aerogel.pruning import (

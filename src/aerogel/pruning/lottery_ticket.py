@@ -34,10 +34,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerogel.nested import load_state, save_state
 from aerogel.pruning.method import Goal, SearchMethod, Trainings
+from aerogel.pruning.rounds import RoundFiles, RoundResult, SavedRound, State, same_state
 from aerogel.sparsity.masks import MaskSet, build_masks
-from aerogel.sparsity.ownership import fitted_masks
 from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.schedules import Geometric
 from aerogel.sparsity.scores import compute_scores
@@ -45,7 +44,6 @@ from aerogel.sparsity.select import ParamSelection, select_parameters, unknown_n
 from aerogel.sparsity.topk import pruned_count
 
 Reset = Literal["every_round", "at_end"]
-State = dict[str, Tensor]
 
 _SCOPES = ("layer", "global")
 _RESETS = ("every_round", "at_end")
@@ -73,27 +71,6 @@ From ``start_step`` (0, or where rewinding goes) to the fixed end, with a fresh 
 same data order each time; `aerogel.sparsity.StaticSparseTrainer` holds the masks. Where
 ``snapshot_at`` is not None, the outcome has the `Snapshot` taken after that many steps.
 """
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """One round: a training, and what it was of.
-
-    Attributes:
-        round: 0 is the dense network.
-        density: fraction of the prunable weights that were trained.
-        masks: which ones.
-        metrics: of the training function.
-        steps: optimizer steps of a whole training.
-        final_state: state dict at the end of the training.
-    """
-
-    round: int
-    density: float
-    masks: MaskSet
-    metrics: dict[str, float]
-    steps: int
-    final_state: State = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -163,10 +140,10 @@ class LotteryTicket:
         self._rewound = self._initial if rewind_to == 0 else None
         self._done: list[RoundResult] = []
         self._masks = [MaskSet.ones(selection)]  # of each round, one ahead of what is done
-        self._folder = None if run_dir is None else Path(run_dir)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._restore(self._folder, selection)
+        self._files: RoundFiles | None = None
+        if run_dir is not None:
+            self._files = RoundFiles(Path(run_dir), self._settings(), self._initial)
+            self._restore(self._files, selection)
 
     # ------------------------------------------------------------------------------- the search
 
@@ -200,8 +177,9 @@ class LotteryTicket:
         )
         self._masks.append(self._pruned(model, masks))
         self._done.append(result)
-        if self._folder is not None:
-            self._save(self._folder, result)
+        if self._files is not None:
+            rewound = self._rewound if wanted is not None else None
+            self._files.save(SavedRound(result, self._masks[-1], rewound))
 
     def _load_start(self, model: nn.Module, number: int) -> int:
         """Put the model where the round begins; returns the step that is."""
@@ -232,7 +210,7 @@ class LotteryTicket:
         """The ticket of a round: the state it starts from, and its masks.
 
         Args:
-            round: 1 is what the first pruning left; ``rounds`` the sparsest. 0 is the dense network.
+            round: 0 is the dense network, 1 what the first pruning left, and so on.
 
         Returns:
             State dict with the pruned weights zero, for step ``rewind_to``, and the masks.
@@ -250,7 +228,7 @@ class LotteryTicket:
         """
         masks = self._masks_of(round)
         model = self._build(seed)
-        if _equal(self._initial, Snapshot.capture(model)):
+        if same_state(self._initial, Snapshot.capture(model)):
             raise ValueError(f"model_fn made the same initial weights from seed {seed}")
         masks.apply_(model)
         return _state_of(model), masks.clone()
@@ -315,56 +293,14 @@ class LotteryTicket:
             "rounds": self.rounds if self.reset == "at_end" else None,
         }
 
-    def _save(self, folder: Path, result: RoundResult) -> None:
-        """One file a round, each with all that later rounds need from it."""
-        start = self._initial if result.round == 0 else None
-        rewound = self._rewound if result.round == 0 and self.rewind_to else None
-        state = {
-            "settings": self._settings(),
-            "masks": result.masks.state_dict(),
-            "next_masks": self._masks[result.round + 1].state_dict(),
-            "metrics": result.metrics,
-            "steps": result.steps,
-            "final_state": result.final_state,
-            "initial": None if start is None else _packed(start),
-            "rewound": None if rewound is None else _packed(rewound),
-        }
-        save_state(state, _round_file(folder, result.round))
-
-    def _restore(self, folder: Path, selection: ParamSelection) -> None:
+    def _restore(self, files: RoundFiles, selection: ParamSelection) -> None:
         for number in range(self.rounds + 1):
-            path = _round_file(folder, number)
-            if not path.exists():
+            saved = files.load(number, selection, self._masks[number])
+            if saved is None:
                 return
-            state = load_state(path)
-            self._check_same_run(path, state)
-            masks = _fitted(path, state["masks"], selection)
-            if masks != self._masks[number]:
-                raise ValueError(f"{path} does not follow from the round before it")
-            if state["rewound"] is not None:
-                self._rewound = _unpacked(state["rewound"])
-            self._done.append(
-                RoundResult(
-                    number,
-                    masks.density(),
-                    masks,
-                    dict(state["metrics"]),
-                    int(state["steps"]),
-                    dict(state["final_state"]),
-                )
-            )
-            self._masks.append(_fitted(path, state["next_masks"], selection))
-
-    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(
-                    f"{path} is of another run: {name} was {state['settings'][name]}, now {value}"
-                )
-        if state["initial"] is not None and not _equal(_unpacked(state["initial"]), self._initial):
-            raise ValueError(
-                f"{path} is of another run: its initial weights differ from model_fn's"
-            )
+            self._done.append(saved.result)
+            self._masks.append(saved.next_masks)
+            self._rewound = saved.rewound or self._rewound
 
     # ------------------------------------------------------------------------------------ pieces
 
@@ -378,7 +314,7 @@ class LotteryTicket:
         return select_parameters(model, exclude=self.exclude)
 
     def _check_repeatable(self) -> None:
-        if not _equal(self._initial, Snapshot.capture(self._build(self._seed))):
+        if not same_state(self._initial, Snapshot.capture(self._build(self._seed))):
             raise ValueError(
                 "model_fn made different weights from the same seed: it must take its randomness "
                 "from torch's global generators"
@@ -478,36 +414,6 @@ def _with_survivors(scores: Mapping[str, Tensor], masks: MaskSet) -> dict[str, T
 
 def _state_of(model: nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _equal(one: Snapshot, other: Snapshot) -> bool:
-    for a, b in ((one.params, other.params), (one.buffers, other.buffers)):
-        if a.keys() != b.keys():
-            return False
-        if not all(
-            x.shape == b[n].shape and torch.equal(x.cpu(), b[n].cpu()) for n, x in a.items()
-        ):
-            return False
-    return True
-
-
-def _packed(snapshot: Snapshot) -> dict[str, Any]:
-    return {"params": snapshot.params, "buffers": snapshot.buffers, "step": snapshot.step}
-
-
-def _unpacked(state: Mapping[str, Any]) -> Snapshot:
-    return Snapshot(dict(state["params"]), dict(state["buffers"]), int(state["step"]))
-
-
-def _round_file(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:03d}.safetensors"
-
-
-def _fitted(path: Path, bits: Mapping[str, Tensor], selection: ParamSelection) -> MaskSet:
-    try:
-        return fitted_masks(MaskSet.from_state_dict(bits), selection)
-    except ValueError as error:
-        raise ValueError(f"{path} holds masks of another architecture: {error}") from None
 
 
 # A round prunes about this share, in as many rounds as the sparsity needs (the paper's 20 %).

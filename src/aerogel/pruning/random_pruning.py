@@ -10,13 +10,13 @@ The wider and deeper the network, the smaller the gap to the dense one, until it
 When to use it: as the baseline that every sparse training method must beat, as the first mask of
 dynamic ones, and where a mask must be known before the first step.
 
-Costs and buys: nothing before training (one batch for the SNIP and GraSP ratios). Every step can run
-on the stored weights alone (`aerogel.train.sparse_training`), because the mask never changes. At
-equal parameters ERK costs more operations than uniform densities; `layerwise_report` shows both.
-Small networks lose many points: trained masks (gradual pruning, RigL) do better there.
+Costs and buys: nothing before training (one batch for the SNIP and GraSP ratios). Every step can
+run on the stored weights alone (`aerogel.train.sparse_training`), because the mask never changes.
+At equal parameters ERK costs more operations than uniform densities where maps are large;
+`layerwise_report` shows both. Small networks lose many points.
 
-The claim this repository measures (``aerogel reproduce random-pruning``): the gap to dense closes as
-a perceptron gets wider, and in narrow ones ERK beats uniform densities by many points.
+The claim this repository measures (``aerogel reproduce random-pruning``): the gap to dense closes
+as a perceptron gets wider, and in narrow ones ERK beats uniform densities by many points.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
@@ -232,7 +231,7 @@ def _densities(
         raise ValueError(f"density=None needs an allocation by name, got {allocation!r}")
     if allocation not in get_args(Ratios):
         raise ValueError(unknown_name("allocation", allocation, get_args(Ratios)))
-    if allocation not in ("snip", "grasp"):
+    if allocation != "snip" and allocation != "grasp":
         return allocate(selection, density, allocation)
     if loader is None or loss_fn is None:
         raise ValueError(f"allocation={allocation!r} needs loader and loss_fn")
@@ -341,8 +340,8 @@ def _keep_rows_alive(
             place = torch.randint(mask.numel(), (), generator=generator)
             mask.view(-1)[int(place)] = True
         warnings.warn(
-            f"{name!r} was allotted {densities[name] * mask.numel():.2f} of {mask.numel()} weights; "
-            f"it keeps {int(mask.sum())}"
+            f"{name!r} was allotted {densities[name] * mask.numel():.2f} of {mask.numel()} "
+            f"weights; it keeps {int(mask.sum())}"
         )
 
 
