@@ -14,8 +14,9 @@ from aerogel.compress.console import Task
 from aerogel.compress.loading import example_inputs
 from aerogel.compress.recipe import Distillation, Recipe, Training
 from aerogel.compress.selection import pruned_parameters
-from aerogel.compress.trainings import FixedMasks, RecipeTrainings, calibration_batches
+from aerogel.compress.trainings import RecipeTrainings, calibration_batches, masks_of_zeros
 from aerogel.pruning import METHODS, Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.sparsity import StaticSparseTrainer
 
 CURVES = ("loss", "lr", "sparsity")
 
@@ -95,7 +96,7 @@ def train_sparse(
     if config is None:
         return model, []
     if isinstance(method, SearchMethod):
-        trainings = RecipeTrainings(dense, fresh, dataset, config, state, task, goal)
+        trainings = RecipeTrainings(dense, fresh, dataset, config, state, task)
         return method.search(trainings, goal), []
     teacher = None
     if recipe.distillation is not None or dataset.task != "classification":
@@ -119,7 +120,8 @@ def _fit_sparse(
         if isinstance(method, TrainingMethod):
             pruners.append(method.build(model, optimizer, goal))
         else:
-            pruners.append(FixedMasks(model, optimizer, goal))
+            masks = masks_of_zeros(model, goal.parameters)
+            pruners.append(StaticSparseTrainer(model, optimizer, masks))
         return pruners[-1]
 
     history = train.fit(

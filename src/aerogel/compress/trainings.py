@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from torch import nn
 
 from aerogel import data, train
 from aerogel.compress.console import Task
-from aerogel.pruning import Goal
-from aerogel.sparsity import MaskController, MaskSet, select_parameters
+from aerogel.sparsity import MaskSet, StaticSparseTrainer, select_parameters
 
 # As many samples as Wanda and SparseGPT take sequences.
 CALIBRATION_SAMPLES = 128
@@ -30,43 +29,10 @@ def calibration_batches(dataset: data.Dataset) -> list[tuple[Any, ...]]:
     return [tuple(dataset.train.batch(part).inputs) for part in parts]
 
 
-class FixedMasks:
-    """Trains a network whose zeros stay where they are.
-
-    Args:
-        model: The network.
-        optimizer: Its optimizer.
-        goal: Names the pruned weights.
-        masks: `True` = kept; what is not zero by default.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        goal: Goal,
-        masks: MaskSet | None = None,
-    ) -> None:
-        selection = select_parameters(model, include=goal.parameters)
-        if masks is None:
-            masks = MaskSet({name: ref.parameter.detach() != 0 for name, ref in selection.items()})
-        self.controller = MaskController(model, optimizer, selection, "hard", masks=masks)
-
-    def step(self) -> bool:
-        """One optimizer step, after which masked weights are zero again."""
-        return self.controller.step()
-
-    def finalize(self) -> MaskSet:
-        """Let go of the model; returns the masks."""
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has to survive a kill; the masks are part of it."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume."""
-        self.controller.load_state_dict(state)
+def masks_of_zeros(model: nn.Module, parameters: Sequence[str]) -> MaskSet:
+    """Masks that keep what is not zero in the weights of these names."""
+    selection = select_parameters(model, include=tuple(parameters))
+    return MaskSet({name: ref.parameter.detach() != 0 for name, ref in selection.items()})
 
 
 class RecipeTrainings:
@@ -81,7 +47,6 @@ class RecipeTrainings:
         config: One whole training.
         state: Folder for what has to survive a kill.
         task: Progress.
-        goal: Names the pruned weights.
 
     Raises:
         ValueError: The data has no labels.
@@ -95,7 +60,6 @@ class RecipeTrainings:
         config: train.TrainConfig,
         state: Path,
         task: Task,
-        goal: Goal,
     ) -> None:
         if dataset.task != "classification":
             raise ValueError(f"data = {dataset.name!r} has no labels to compare networks by")
@@ -103,7 +67,7 @@ class RecipeTrainings:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.fresh = fresh
         self._dense, self._config, self._state = dense, config, state
-        self._task, self._goal = task, goal
+        self._task = task
         order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
         held = max(1, round(HELD_OUT * len(order)))
         self._data = replace(
@@ -119,10 +83,11 @@ class RecipeTrainings:
     def train(self, model: nn.Module, masks: MaskSet | None, name: str, seed: int) -> float:
         """Train `model` in place with fixed masks; returns its accuracy on the held-out data."""
         config = replace(self._config, seed=seed)
-        pruners: list[FixedMasks] = []
+        pruners: list[StaticSparseTrainer] = []
 
-        def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> FixedMasks:
-            pruners.append(FixedMasks(model, optimizer, self._goal, masks))
+        def wrap(model: nn.Module, optimizer: torch.optim.Optimizer) -> StaticSparseTrainer:
+            assert masks is not None
+            pruners.append(StaticSparseTrainer(model, optimizer, masks))
             return pruners[-1]
 
         train.fit(

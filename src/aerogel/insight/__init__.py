@@ -1,5 +1,14 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
+from aerogel.insight.calibration import expected_calibration_error, ood_auroc
+from aerogel.insight.robustness import fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
 
-__all__ = ["SATConfig", "SATModel", "SATReport"]
+__all__ = [
+    "SATConfig",
+    "SATModel",
+    "SATReport",
+    "expected_calibration_error",
+    "fgsm_accuracy",
+    "ood_auroc",
+]

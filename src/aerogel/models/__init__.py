@@ -6,6 +6,7 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 """
 
 from aerogel.models import language_model
+from aerogel.models.classic import VGG, CifarResNet, ConvN, LeNet300
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
@@ -16,7 +17,11 @@ from aerogel.models.vision import VisionModel
 
 __all__ = [
     "MLP",
+    "VGG",
+    "CifarResNet",
+    "ConvN",
     "EfficientNet",
+    "LeNet300",
     "MobileNetV1",
     "MobileNetV2",
     "ResNet",

@@ -1,7 +1,8 @@
 """The published pruning methods, one file each, on the parts of `aerogel.sparsity`.
 
 Methods that others build on live there and are shown here too: the dynamic trainers `RigL`, `SET`
-and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
+and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wanda_` and
+`sparsegpt_`.
 """
 
 from aerogel.pruning import (
@@ -9,7 +10,9 @@ from aerogel.pruning import (
     dsnot,
     fast_sparse_convnets,
     gradual_pruning,
+    lottery_ticket,
     progressive_gradient_flow,
+    random_pruning,
     sparse_model_soups,
     sparsebytenn,
 )
@@ -17,9 +20,11 @@ from aerogel.pruning.bdwp import BidirectionalNM
 from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
 from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
+from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparse_model_soups import SoupResult, SparseModelSoups
 from aerogel.pruning.sparsebytenn import (
@@ -33,6 +38,7 @@ from aerogel.pruning.sparsebytenn import (
 from aerogel.sparsity.dynamic import ITOP, SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
+from aerogel.sparsity.static import StaticSparseTrainer
 
 _SYSTEMS = (
     gradual_pruning,
@@ -42,6 +48,8 @@ _SYSTEMS = (
     bdwp,
     sparse_model_soups,
     dsnot,
+    lottery_ticket,
+    random_pruning,
 )
 
 METHODS: dict[str, Method] = {
@@ -61,6 +69,7 @@ __all__ = [
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
+    "LotteryTicket",
     "MaskSet",
     "Method",
     "OneShotMethod",
@@ -70,13 +79,17 @@ __all__ = [
     "SearchMethod",
     "SoupResult",
     "SparseModelSoups",
+    "StaticSparseTrainer",
+    "TrainOutcome",
     "TrainingMethod",
     "apply_plan",
     "dsnot_",
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
+    "layerwise_report",
     "magnitude_",
+    "random_prune",
     "rearrange_network",
     "refine_mask",
     "sparsegpt_",

@@ -10,7 +10,7 @@
 | how they change | `Rebuild`, `DropGrow`, `drop`, `grow` |
 | how they act | `Hard`, `Frozen`, `STE`, `Soft`, `Bidirectional`, ... |
 | one training step | `MaskController` |
-| whole trainers | `RigL`, `SET`, `ITOP` |
+| whole trainers | `RigL`, `SET`, `ITOP`, `StaticSparseTrainer` |
 | without training | `magnitude_`, `wanda_`, `sparsegpt_`, `collect_input_stats` |
 | around training | `Snapshot` and `rewind`, `RetrainingLR`, `average_models`, penalties |
 | on paper, and in which order | `inference_flops`, `storage_bytes`; `permutation_classes` |
@@ -116,6 +116,7 @@ from aerogel.sparsity.sensitivity import (
     synflow_gradients,
 )
 from aerogel.sparsity.snapshot import Snapshot
+from aerogel.sparsity.static import StaticSparseTrainer
 from aerogel.sparsity.topk import kept_count, pruned_count, topk_mask, topk_rows
 from aerogel.sparsity.updates import DropGrow, Rebuild, UpdateContext, UpdateRule, drop, grow
 
@@ -178,6 +179,7 @@ __all__ = [
     "Snapshot",
     "Soft",
     "SoftMaskedWeight",
+    "StaticSparseTrainer",
     "TransposableNM",
     "UnitPattern",
     "Unstructured",

@@ -82,6 +82,7 @@ def random_masks(
     exact: bool = True,
     generator: torch.Generator | None = None,
     *,
+    pattern: Pattern = Unstructured(),  # noqa: B008 (immutable)
     rounding: Rounding = "round",
     min_keep: int = 1,
 ) -> MaskSet:
@@ -93,21 +94,30 @@ def random_masks(
         exact: keep exactly the rounded count (a random permutation); otherwise every weight is kept
             independently with its density, as several released codes do.
         generator: source of randomness on the CPU; the draw does not depend on the device.
+        pattern: what lives or dies together; counts are then of its units.
         rounding: how the pruned count is rounded, see `pruned_count`.
-        min_keep: weights kept per tensor at least (``exact`` only).
+        min_keep: units kept per tensor at least (``exact`` only).
+
+    Raises:
+        ValueError: a density outside (0, 1], or a pattern that is not made of units (N:M) or does
+            not fit a weight.
     """
+    if not isinstance(pattern, UnitPattern):
+        raise ValueError(f"pattern must be made of units to draw from, got {pattern}")
     masks = {}
     wanted = _per_name("densities", densities, selection)
     for name, ref in selection.items():
         _check_density(name, wanted[name])
-        numel = ref.parameter.numel()
+        pattern.validate(ref.shape, name)
+        rows, columns = pattern.unit_grid(ref.shape)
+        units = rows * columns
         if exact:
-            flat = torch.zeros(numel, dtype=torch.bool)
-            count = kept_count(numel, wanted[name], rounding=rounding, min_keep=min_keep)
-            flat[torch.randperm(numel, generator=generator)[:count]] = True
+            flat = torch.zeros(units, dtype=torch.bool)
+            count = kept_count(units, wanted[name], rounding=rounding, min_keep=min_keep)
+            flat[torch.randperm(units, generator=generator)[:count]] = True
         else:
-            flat = torch.rand(numel, generator=generator) < wanted[name]
-        masks[name] = flat.view(ref.shape).to(ref.parameter.device)
+            flat = torch.rand(units, generator=generator) < wanted[name]
+        masks[name] = pattern.expand(flat, ref.shape).to(ref.parameter.device)
     return MaskSet(masks)
 
 
