@@ -19,7 +19,7 @@ SYSTEMS = manifest.load_systems()
 class TestEveryRow:
     def test_entry_imports_from_the_file_named_like_the_slug(self, system: manifest.System) -> None:
         entry = manifest.load_entry(system)
-        assert Path(inspect.getfile(entry)).stem == system.module_name
+        assert Path(inspect.getfile(inspect.unwrap(entry))).stem == system.module_name
 
     def test_docstring_of_the_method_file_names_the_paper(self, system: manifest.System) -> None:
         entry = manifest.load_entry(system)
