@@ -412,9 +412,9 @@ def vit_laptop(img_size: int = 28, **kwargs: Any) -> VisionTransformer:
 
 
 @register_model(
-    input_size=(1, 8, 8), num_classes=10, params=86_506, gmacs=0.001497, paper="2010.11929"
+    input_size=(1, 8, 8), num_classes=10, params=58_570, gmacs=0.001027, paper="2010.11929"
 )
 def vit_digits(img_size: int = 8, **kwargs: Any) -> VisionTransformer:
     """A tiny ViT for scikit-learn's digits: 17 tokens of 48 channels, 3 blocks."""
-    sizes = {"patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    sizes = {"patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.0}
     return VisionTransformer(img_size, **{"in_chans": 1, "num_classes": 10, **sizes, **kwargs})

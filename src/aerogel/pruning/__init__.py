@@ -9,6 +9,7 @@ from aerogel.pruning import (
     fast_sparse_convnets,
     gradual_pruning,
     progressive_gradient_flow,
+    sparse_then_prune,
     sparsebytenn,
 )
 from aerogel.pruning.bdwp import BidirectionalNM
@@ -18,6 +19,7 @@ from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, Tr
 from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
 from aerogel.pruning.shared_methods import SHARED_METHODS
+from aerogel.pruning.sparse_then_prune import PenalisedPruner
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
     GroupKernelPruner,
@@ -36,6 +38,7 @@ _SYSTEMS = (
     sparsebytenn,
     progressive_gradient_flow,
     bdwp,
+    sparse_then_prune,
 )
 
 METHODS: dict[str, Method] = {
@@ -57,6 +60,7 @@ __all__ = [
     "MaskSet",
     "Method",
     "OneShotMethod",
+    "PenalisedPruner",
     "PointwisePruner",
     "ProgressiveGradientFlow",
     "RigL",

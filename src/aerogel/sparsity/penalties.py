@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerogel.sparsity.attention_log import attention_log_penalty
+from aerogel.sparsity.fused_penalty import attention_log_penalty
 from aerogel.sparsity.patterns import Filter, Pattern
 from aerogel.sparsity.select import ParamRef, ParamSelection, unknown_name
 
