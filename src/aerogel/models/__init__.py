@@ -14,6 +14,7 @@ from aerogel.models.registry import create_model, list_models, model_config, reg
 from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.vision import VisionModel
+from aerogel.models.vit import VisionTransformer
 
 __all__ = [
     "MLP",
@@ -27,6 +28,7 @@ __all__ = [
     "ResNet",
     "SentenceEncoder",
     "VisionModel",
+    "VisionTransformer",
     "create_model",
     "language_model",
     "list_models",

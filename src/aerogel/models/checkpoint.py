@@ -43,6 +43,8 @@ def load_weights(
 ) -> nn.Module:
     """Build a model with the checkpoint's classifier and input size, load it, then adapt both."""
     wanted = build(**kwargs)
+    convert = getattr(wanted, "convert_state_dict", None)
+    state = state if convert is None else convert(state)
     classes = getattr(wanted, "num_classes", None)
     head = getattr(wanted, "classifier_name", None)
     saved = state.get(f"{head}.weight") if head else None

@@ -14,6 +14,7 @@ from aerogel.pruning import (
     progressive_gradient_flow,
     random_pruning,
     sparse_model_soups,
+    sparse_then_prune,
     sparsebytenn,
 )
 from aerogel.pruning.bdwp import BidirectionalNM
@@ -27,6 +28,7 @@ from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, g
 from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparse_model_soups import SoupResult, SparseModelSoups
+from aerogel.pruning.sparse_then_prune import PenalisedPruner
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
     GroupKernelPruner,
@@ -50,6 +52,7 @@ _SYSTEMS = (
     dsnot,
     lottery_ticket,
     random_pruning,
+    sparse_then_prune,
 )
 
 METHODS: dict[str, Method] = {
@@ -73,6 +76,7 @@ __all__ = [
     "MaskSet",
     "Method",
     "OneShotMethod",
+    "PenalisedPruner",
     "PointwisePruner",
     "ProgressiveGradientFlow",
     "RigL",

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.sparsity.fused_penalty import attention_log_penalty
 from aerogel.sparsity.patterns import Filter, Pattern
 from aerogel.sparsity.select import ParamRef, ParamSelection, unknown_name
 
@@ -117,18 +118,29 @@ class GroupLasso(WeightPenalty):
 class AttentionLogPenalty:
     """weight * mean over blocks of mean(ln(1 + A^2)), of the last forward pass.
 
-    Registers hooks on the attention modules; a context manager, or `close()` it. Transformers
-    models are switched to their eager attention meanwhile, since fused kernels never form A;
-    `nn.MultiheadAttention` is asked for its per-head weights.
+    It pushes attention towards uniform rows, not towards zeros (`attention_log`), and at the
+    published weight its effect is within the noise of seeds.
+
+    Registers hooks on the attention modules; a context manager, or `close()` it. Modules that are
+    given queries and keys (an attribute `scale`, and `forward(q, k, v)`, as this library's
+    `DotProductAttention`) keep their fused kernels: the penalty recomputes A piece by piece.
+    Transformers models are switched to their eager attention meanwhile, since fused kernels never
+    form A; `nn.MultiheadAttention` is asked for its per-head weights. With `weight=0` nothing is
+    computed and training is bit for bit what it would be without.
 
     Args:
-        model: a model whose attention modules return their probabilities (batch, heads, queries,
-            keys) with their output.
+        model: a model whose attention modules are given queries and keys, or return their
+            probabilities (batch, heads, queries, keys) with their output.
         weight: factor lambda >= 0 (published: 0.01).
         blocks: "last" (as in the released code), "all", or indices into the attention modules.
         modules: names of the attention modules in order; None finds every innermost module whose
             class name contains "Attention".
         extract: (module, output) -> probabilities, for modules with another kind of output.
+        fused: keep memory O(batch * heads * tokens) where queries and keys are given; False forms
+            A whole.
+        attach: add the penalty's gradient in every backward pass through the modules' outputs, for
+            training loops whose loss is out of reach. `value()` must not be added to the loss then,
+            and the loss must not be scaled.
 
     Raises:
         ValueError: weight negative, no attention module, an unknown name, an index out of range;
@@ -145,8 +157,11 @@ class AttentionLogPenalty:
         *,
         modules: Sequence[str] | None = None,
         extract: Callable[[nn.Module, Any], Tensor] | None = None,
+        fused: bool = True,
+        attach: bool = False,
     ) -> None:
         self.weight = _checked_weight(weight)
+        self._fused, self._attach = fused, attach
         found = _attention_modules(model) if modules is None else _named(model, modules)
         self.names = [list(found)[i] for i in _chosen(blocks, len(found))]
         self._extract = extract
@@ -196,20 +211,51 @@ class AttentionLogPenalty:
     ) -> None:
         self.close()
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._extract is not None:
-                probabilities: Tensor | None = self._extract(module, output)
-            else:
-                probabilities = _probabilities(output)
-            if probabilities is None:
-                raise ValueError(
-                    f"{name!r} ({type(module).__name__}) returns no attention probabilities; "
-                    "use an eager attention implementation or pass extract="
-                )
-            self._terms[name] = attention_log(probabilities)
+    def _hook(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self.weight == 0.0:
+                self._terms[name] = torch.zeros((), device=_first(output).device)
+                return None
+            self._terms[name] = term = self._term(name, module, args, output)
+            if not self._attach or not term.requires_grad:
+                return None
+            factor = self.weight / len(self.names)
+            attached = _AddGradient.apply(_first(output), term, factor)
+            return attached if isinstance(output, Tensor) else (attached, *output[1:])
 
         return hook
+
+    def _term(self, name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
+        if self._extract is not None:
+            return attention_log(self._extract(module, output))
+        if (scale := _product_scale(module, args)) is not None:
+            if self._fused:
+                return attention_log_penalty(args[0], args[1], scale)
+            scores = _wide(args[0]) @ _wide(args[1]).transpose(-2, -1)
+            return attention_log((scores * scale).softmax(-1))
+        probabilities = _probabilities(output)
+        if probabilities is None:
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) returns no attention probabilities; "
+                "use an eager attention implementation or pass extract="
+            )
+        return attention_log(probabilities)
+
+
+class _AddGradient(torch.autograd.Function):
+    """The output unchanged; backward, `factor` goes to the term as its gradient."""
+
+    @staticmethod
+    def forward(output: Tensor, term: Tensor, factor: float) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.term, ctx.factor = inputs[1].detach(), inputs[2]
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient, torch.full_like(ctx.term, ctx.factor), None
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -258,6 +304,17 @@ def _chosen(blocks: Literal["last", "all"] | Sequence[int], count: int) -> list[
         if not -count <= index < count:
             raise ValueError(f"blocks holds {index}, but there are {count} attention modules")
     return [index % count for index in blocks]
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _product_scale(module: nn.Module, args: tuple[Any, ...]) -> float | None:
+    """The scale of a module that is given queries, keys and values; None for any other."""
+    scale = getattr(module, "scale", None)
+    heads = len(args) == 3 and all(isinstance(a, Tensor) and a.dim() == 4 for a in args)
+    return float(scale) if heads and isinstance(scale, float) else None
 
 
 def _probabilities(output: Any) -> Tensor | None:
