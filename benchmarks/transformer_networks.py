@@ -48,6 +48,7 @@ class Network:
     tokens: int
     layers: int
     width: int
+    weights: str = "random"
 
     @property
     def attention_operations(self) -> int:
@@ -78,7 +79,8 @@ def bert_base() -> Network:
 def minilm() -> Network:
     """all-MiniLM-L6-v2, pretrained, on 32 texts of 64 tokens."""
     folder = data.fetch_checkpoint("minilm")
-    return Network(models.create_model("minilm", folder=folder), texts(32, 64), 64, 6, 384)
+    module = models.create_model("minilm", folder=folder)
+    return Network(module, texts(32, 64), 64, 6, 384, "pretrained")
 
 
 MAKERS: dict[str, Callable[[], Network]] = {
@@ -144,7 +146,8 @@ def measure(setup: Setup) -> Findings:
                 case.name, setup, module, inputs, PEERS, workspace
             )
             work = networks.operations(module, inputs) + network.attention_operations
-            rows += networks.rows_of(case, samples, 1e-9 * work / setup.roof.fma_gflops, error)
+            limit = 1e-9 * work / setup.roof.fma_gflops
+            rows += networks.rows_of(case, network.weights, samples, limit, error)
             rows += networks.missing_rows(case.model, missing)
             figures += figures_of(case, samples)
     return Findings(networks.COLUMNS, rows, figures)
