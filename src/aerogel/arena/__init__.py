@@ -3,9 +3,10 @@
     plan = Arena(model="digits_mlp", data="digits", sparsities=(0.5, 0.9), seeds=(0, 1))
     outcome = run(plan, "runs/arena", workers=2)
 
-One dense network is trained for each seed; every method starts from it (or from its initial
-weights, if that is what the method does) and takes the same number of training steps. A trial is a
-compression run of its own, so that one which was killed goes on where it was.
+One dense network is trained for each seed, and every method starts from it and takes the same
+number of further steps. A method that starts from initial weights has the steps of both phases: all
+come to the same whole. A trial is a compression run of its own, so that one which was killed goes on
+where it was.
 """
 
 from aerogel.arena.plan import Arena, Trial

@@ -112,6 +112,9 @@ class Arena:
             "model.weights": dense,
             "dense.epochs": 0,
         }
+        if METHODS[trial.method].from_scratch:
+            base = self.dense_recipe(trial.seed)
+            flags["prune.epochs"] = base.dense.epochs + base.prune.epochs
         return load_recipe(self.recipe, flags)
 
     def _flags(self, seed: int) -> dict[str, Any]:
