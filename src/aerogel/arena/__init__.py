@@ -4,9 +4,9 @@
     outcome = run(plan, "runs/arena", workers=2)
 
 One dense network is trained for each seed, and every method starts from it and takes the same
-number of further steps. A method that starts from initial weights has the steps of both phases: all
-come to the same whole. A trial is a compression run of its own, so that one which was killed goes on
-where it was.
+number of further steps. A method that starts from initial weights has the steps of both phases, so
+that all come to the same whole. A trial is a compression run of its own: one which was killed goes
+on where it was.
 """
 
 from aerogel.arena.plan import Arena, Trial
