@@ -54,7 +54,6 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 _LEAST_PER_CLASS = 2
 
 
-@torch.no_grad()
 def random_prune(
     model: nn.Module,
     density: float | None,
@@ -113,8 +112,9 @@ def random_prune(
     if units == Unstructured():
         _keep_rows_alive(masks, densities, source)
     if scale_init:
-        for name, ref in selection.items():
-            ref.parameter.mul_(masks.layer_density()[name] ** -0.5)
+        with torch.no_grad():
+            for name, share in masks.layer_density().items():
+                selection[name].parameter.mul_(share**-0.5)
     masks.apply_(model)
     return masks
 
@@ -267,7 +267,7 @@ def _scores_at_glorot(
     for ref in own.values():
         values = torch.empty(ref.shape)
         nn.init.xavier_normal_(values, generator=generator)
-        ref.parameter.copy_(values)
+        ref.parameter.data.copy_(values)
     if kind == "snip":
         batch = next(iter(loader), None)
         if batch is None:
