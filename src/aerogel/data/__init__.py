@@ -15,6 +15,7 @@ from pathlib import Path
 from aerogel.data import digits, fashion_mnist, folder, transforms, wordnet
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
+from aerogel.data.interactions import Interactions, load_movielens_100k
 from aerogel.data.sources import ASSETS, Asset
 from aerogel.data.text import RetrievalSplit, TokenSplit
 
@@ -25,6 +26,7 @@ __all__ = [
     "Dataset",
     "FetchError",
     "ImageSplit",
+    "Interactions",
     "Progress",
     "RetrievalSplit",
     "TokenSplit",
@@ -33,6 +35,7 @@ __all__ = [
     "fetch_checkpoint",
     "list_datasets",
     "load",
+    "load_movielens_100k",
     "transforms",
 ]
 

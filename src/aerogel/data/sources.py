@@ -251,7 +251,37 @@ _IMAGENET_PHOTOS = Asset(
     ),
 )
 
+_MOVIELENS = Asset(
+    name="movielens-100k",
+    about="MovieLens-100K (GroupLens 1998): 100,000 ratings of 943 users on 1,682 films",
+    license="for research, by GroupLens's terms; the package that holds it is MIT",
+    files=(
+        File(
+            "ml-100k.inter",
+            "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            1_979_230,
+        ),
+    ),
+    packages=(
+        Package(
+            "pip",
+            "recbole",
+            "1.2.1",
+            "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+            2_130_151,
+            "recbole/dataset_example/ml-100k",
+        ),
+    ),
+)
+
 ASSETS: dict[str, Asset] = {
     asset.name: asset
-    for asset in (_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2, _IMAGENET_PHOTOS)
+    for asset in (
+        _FASHION_MNIST,
+        _WORDNET,
+        _MINILM,
+        _MOBILENET_V2,
+        _IMAGENET_PHOTOS,
+        _MOVIELENS,
+    )
 }

@@ -8,19 +8,27 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
+from aerogel.models.recommend import LightGCN, MatrixFactorization, MultVAE, NeuMF, bpr_loss
 from aerogel.models.registry import create_model, list_models, model_config, register_model
 from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
+from aerogel.models.sparse_table import SparseEmbeddingTable
 from aerogel.models.vision import VisionModel
 
 __all__ = [
     "MLP",
     "EfficientNet",
+    "LightGCN",
+    "MatrixFactorization",
     "MobileNetV1",
     "MobileNetV2",
+    "MultVAE",
+    "NeuMF",
     "ResNet",
     "SentenceEncoder",
+    "SparseEmbeddingTable",
     "VisionModel",
+    "bpr_loss",
     "create_model",
     "list_models",
     "model_config",

@@ -6,12 +6,14 @@ and `ITOP`, and the one-shot `magnitude_`, `wanda_` and `sparsegpt_`.
 
 from aerogel.pruning import (
     bdwp,
+    dynamic_sparse_learning,
     fast_sparse_convnets,
     gradual_pruning,
     progressive_gradient_flow,
     sparsebytenn,
 )
 from aerogel.pruning.bdwp import BidirectionalNM
+from aerogel.pruning.dynamic_sparse_learning import DynamicSparseLearning
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
@@ -36,6 +38,7 @@ _SYSTEMS = (
     sparsebytenn,
     progressive_gradient_flow,
     bdwp,
+    dynamic_sparse_learning,
 )
 
 METHODS: dict[str, Method] = {
@@ -50,6 +53,7 @@ __all__ = [
     "SRSTE",
     "STE",
     "BidirectionalNM",
+    "DynamicSparseLearning",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",
