@@ -73,7 +73,7 @@ def claims(results: Sequence[Result]) -> list[Claim]:
     )
     return [
         Claim(
-            text=f"{kind} with {density:.0%} of its weights: dynamic sparse learning against {other}",
+            text=f"{kind} with {density:.0%} of its weights: {DSL} against {other}",
             ours=mean(results, f"{kind} {DSL} d={density:g}"),
             baseline=mean(results, f"{kind} {other} d={density:g}"),
             threshold=threshold,

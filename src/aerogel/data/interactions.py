@@ -92,7 +92,9 @@ class Interactions:
                 )
         users = torch.randint(self.n_users, (count,), generator=generator)
         first = degree.cumsum(0) - degree
-        offset = (torch.rand(count, generator=generator, dtype=torch.float64) * degree[users]).long()
+        offset = (
+            torch.rand(count, generator=generator, dtype=torch.float64) * degree[users]
+        ).long()
         positives = self._train_keys[first[users] + offset] % self.n_items
         negatives = torch.randint(self.n_items, (count,), generator=generator)
         again = self._trained_on(users, negatives).nonzero().flatten()

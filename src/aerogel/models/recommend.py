@@ -1,7 +1,7 @@
 """Recommenders: matrix factorisation, LightGCN, NeuMF and Mult-VAE, and a sparse table to serve.
 
-Users and items are whole numbers from 0. Every model gives `scores(...)`, one row of scores over all
-items per user, so that ranking is always over the whole catalogue.
+Users and items are whole numbers from 0. Every model gives `scores(...)`, one row of scores over
+all items per user, so that ranking is always over the whole catalogue.
 
 References: Koren, Bell, Volinsky, 2009 (matrix factorisation); Rendle et al., BPR, arXiv 1205.2618;
 He et al., LightGCN, arXiv 2002.02126; He et al., NeuMF, arXiv 1708.05031; Liang et al., Mult-VAE,
@@ -10,7 +10,9 @@ arXiv 1802.05814.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +174,7 @@ class NeuMF(nn.Module):
         self.mlp_items = nn.Embedding(n_items, dim)
         widths = (2 * dim, *hidden)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.mlp = nn.Sequential(*layers)
         self.head = nn.Linear(dim + widths[-1], 1)
@@ -314,6 +316,8 @@ def _normalised_adjacency(n_users: int, n_items: int, edge_index: Tensor) -> Ten
     size = n_users + n_items
     degree = torch.bincount(rows, minlength=size).float()
     values = (degree[rows] * degree[columns]).rsqrt()
-    return torch.sparse_coo_tensor(
-        torch.stack((rows, columns)), values, (size, size), check_invariants=True
-    ).to_sparse_csr()
+    edges = torch.stack((rows, columns))
+    matrix = torch.sparse_coo_tensor(edges, values, (size, size), check_invariants=True)
+    with warnings.catch_warnings():  # torch calls its CSR matrices a beta on first use
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        return matrix.to_sparse_csr()

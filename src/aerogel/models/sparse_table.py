@@ -7,9 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels import BlockRowWeight, spmm
 from aerogel.models.recommend import check_ids
 
-# Items scored at a time by `topk`: their scores stay in the cache and the whole matrix never exists.
+# Rows scored at a time by `topk`: their scores stay in the cache, the whole matrix never exists.
 ITEMS_AT_ONCE = 8192
 
 
@@ -42,6 +43,8 @@ class SparseEmbeddingTable(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("columns", columns)
         self.register_buffer("row_ptr", row_ptr)
+        self._blocks: dict[tuple[int, int], BlockRowWeight] = {}
+        self._blocks_of: tuple[int, int] | None = None
 
     @classmethod
     def from_masked(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> Self:
@@ -133,13 +136,22 @@ class SparseEmbeddingTable(nn.Module):
     def _scores(self, queries: Tensor, first: int, last: int) -> Tensor:
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must be (batch, {self.dim}), got {tuple(queries.shape)}")
-        row_ptr = self.row_ptr[first : last + 1]
-        begin, end = int(row_ptr[0]), int(row_ptr[-1])
-        block = torch.sparse_csr_tensor(
-            row_ptr - begin,
-            self.columns[begin:end].long(),
-            self.values[begin:end].float(),
-            (last - first, self.dim),
-            check_invariants=False,
-        )
-        return (block @ queries.T).T
+        return spmm(queries, self._block(first, last), layout="tokens")
+
+    def _block(self, first: int, last: int) -> BlockRowWeight:
+        """Rows as the kernels take them, kept until the values change."""
+        source = (self.values.data_ptr(), self.values._version)
+        if self._blocks_of != source:
+            self._blocks, self._blocks_of = {}, source
+        if (first, last) not in self._blocks:
+            row_ptr = self.row_ptr[first : last + 1]
+            begin, end = int(row_ptr[0]), int(row_ptr[-1])
+            wide = torch.int16 if self.dim <= 32767 else torch.int32
+            self._blocks[first, last] = BlockRowWeight(
+                self.values[begin:end].float(),
+                self.columns[begin:end].to(wide),
+                row_ptr - begin,
+                (last - first, self.dim),
+                1,
+            )
+        return self._blocks[first, last]

@@ -3,10 +3,10 @@
 Paper: Wang, Sui, Wu, Zheng, Xiong, "Dynamic Sparse Learning: A Novel Paradigm for Efficient
 Recommendation", WSDM 2024, arXiv 2402.02855.
 
-The idea: a recommender is mostly one big embedding table. Instead of training it dense and shrinking
-it afterwards, training starts from a random sparse table; every few hundred steps the weakest
-weights are dropped and as many grown where the gradient of the loss is largest. The budget of a
-tensor never changes, but it flows between its rows: users and items that matter get more dimensions.
+The idea: a recommender is mostly one big embedding table. Instead of training it dense and
+shrinking it afterwards, training starts from a random sparse table; every few hundred steps the
+weakest weights are dropped and as many grown where the gradient of the loss is largest. The budget
+of a tensor never changes, but it flows between its rows: users and items that matter get more.
 
 When to use it: training matrix factorisation, LightGCN, NeuMF or Mult-VAE with 10 to 50 % of their
 weights, to be served from `aerogel.models.SparseEmbeddingTable`.
@@ -15,9 +15,9 @@ Costs and buys: the backward pass is dense (growth reads the whole gradient, and
 masked weights stay warm), so training saves no time here; what it saves is the model's size and
 the second training of train-prune-retrain.
 
-The claim this repository measures (``aerogel reproduce dynamic-sparse-learning``): at equal budget it
-ranks better than a fixed random mask and than growth at random (SET). It is no claim against a dense
-table of fewer dimensions, which does as well on a small data set.
+The claim this repository measures (``aerogel reproduce dynamic-sparse-learning``): at equal budget
+it ranks better than a fixed random mask and than growth at random (SET). It is no claim against a
+dense table of fewer dimensions, which does as well on a small data set.
 
 Differences from the released code: first masks have exact counts (``exact=False`` draws each entry
 by itself, as there), a drop takes the n smallest rather than all below the n-th (which loses budget
@@ -321,9 +321,7 @@ def _drawn(
     return topk_mask(draw, kept_count(count, density))
 
 
-def _build(
-    model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal
-) -> DynamicSparseLearning:
+def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> DynamicSparseLearning:
     return DynamicSparseLearning(
         model,
         optimizer,
