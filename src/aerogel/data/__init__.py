@@ -16,6 +16,7 @@ from aerogel.data import digits, fashion_mnist, folder, smollm, transforms, word
 from aerogel.data.brown import load_brown
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
+from aerogel.data.interactions import Interactions, load_movielens_100k
 from aerogel.data.sources import ASSETS, Asset
 from aerogel.data.text import RetrievalSplit, TokenSplit, load_tokenizer, token_windows
 
@@ -26,6 +27,7 @@ __all__ = [
     "Dataset",
     "FetchError",
     "ImageSplit",
+    "Interactions",
     "Progress",
     "RetrievalSplit",
     "TokenSplit",
@@ -35,6 +37,7 @@ __all__ = [
     "list_datasets",
     "load",
     "load_brown",
+    "load_movielens_100k",
     "load_tokenizer",
     "token_windows",
     "transforms",

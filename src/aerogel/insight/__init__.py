@@ -1,6 +1,7 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
 from aerogel.insight.calibration import expected_calibration_error, ood_auroc
+from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
 from aerogel.insight.robustness import fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
 
@@ -10,5 +11,8 @@ __all__ = [
     "SATReport",
     "expected_calibration_error",
     "fgsm_accuracy",
+    "ndcg_at_k",
     "ood_auroc",
+    "rank_correlation",
+    "recall_at_k",
 ]

@@ -10,9 +10,11 @@ from aerogel.models.classic import VGG, CifarResNet, ConvN, LeNet300
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
+from aerogel.models.recommend import LightGCN, MatrixFactorization, MultVAE, NeuMF, bpr_loss
 from aerogel.models.registry import create_model, list_models, model_config, register_model
 from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
+from aerogel.models.sparse_table import SparseEmbeddingTable
 from aerogel.models.vision import VisionModel
 from aerogel.models.vit import VisionTransformer
 
@@ -23,12 +25,18 @@ __all__ = [
     "ConvN",
     "EfficientNet",
     "LeNet300",
+    "LightGCN",
+    "MatrixFactorization",
     "MobileNetV1",
     "MobileNetV2",
+    "MultVAE",
+    "NeuMF",
     "ResNet",
     "SentenceEncoder",
+    "SparseEmbeddingTable",
     "VisionModel",
     "VisionTransformer",
+    "bpr_loss",
     "create_model",
     "language_model",
     "list_models",

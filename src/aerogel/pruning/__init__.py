@@ -8,6 +8,7 @@ and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wa
 from aerogel.pruning import (
     bdwp,
     dsnot,
+    dynamic_sparse_learning,
     fast_sparse_convnets,
     gradual_pruning,
     lottery_ticket,
@@ -19,6 +20,7 @@ from aerogel.pruning import (
 )
 from aerogel.pruning.bdwp import BidirectionalNM
 from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
+from aerogel.pruning.dynamic_sparse_learning import DynamicSparseLearning
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
@@ -53,6 +55,7 @@ _SYSTEMS = (
     lottery_ticket,
     random_pruning,
     sparse_then_prune,
+    dynamic_sparse_learning,
 )
 
 METHODS: dict[str, Method] = {
@@ -68,6 +71,7 @@ __all__ = [
     "STE",
     "BidirectionalNM",
     "DSnoTReport",
+    "DynamicSparseLearning",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",

@@ -294,10 +294,15 @@ class MaskController:
         for name, leaf in self._masked.parameters.items():
             if leaf.grad is None:
                 raise ValueError(f"{name!r} has no gradient to grow by at step {self.t}")
-            if leaf.grad.is_sparse:
-                raise ValueError(f"{name!r} has a sparse gradient; use sparse=False embeddings")
+            if leaf.grad.is_sparse and self.rule.gradient_window == 1:
+                # One step touches a few rows only; all others would never grow.
+                raise ValueError(
+                    f"{name!r} has a sparse gradient; use sparse=False embeddings, or a rule that "
+                    "sums the gradients of several steps"
+                )
+            gradient = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
             seen = self._captured.get(name)
-            self._captured[name] = leaf.grad.clone() if seen is None else seen.add_(leaf.grad)
+            self._captured[name] = gradient.clone() if seen is None else seen.add_(gradient)
 
     def _in_window(self) -> bool:
         schedule = self.schedule

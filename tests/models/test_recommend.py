@@ -1,0 +1,193 @@
+"""Recommenders and the sparse table that serves them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aerogel.models import (
+    LightGCN,
+    MatrixFactorization,
+    MultVAE,
+    NeuMF,
+    SparseEmbeddingTable,
+    bpr_loss,
+    sparse_table,
+)
+from aerogel.models.recommend import annealed_beta
+
+EDGES = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 2, 3]])
+
+
+def masked(rows, dim, density=0.2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, dim, generator=generator)
+    return weight * (torch.rand(rows, dim, generator=generator) < density)
+
+
+def test_light_gcn_averages_the_normalised_propagations():
+    torch.manual_seed(0)
+    model = LightGCN(3, 5, EDGES, dim=4, layers=3)  # item 4 has no edge
+    adjacency = torch.zeros(8, 8)
+    adjacency[EDGES[0], EDGES[1] + 3] = 1.0
+    adjacency = adjacency + adjacency.T
+    scale = adjacency.sum(1).clamp(min=1.0).rsqrt()
+    adjacency = scale[:, None] * adjacency * scale
+    table = model.table.weight
+    layers = [torch.linalg.matrix_power(adjacency, k) @ table for k in range(4)]
+    users, items = model.embeddings()
+    expected = torch.stack(layers).mean(0)
+    torch.testing.assert_close(torch.cat((users, items)), expected)
+    upstream = torch.randn(8, 4)
+    (ours,) = torch.autograd.grad(torch.cat((users, items)), table, upstream, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, table, upstream)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["mf", "lightgcn", "neumf"])
+def test_scores_over_all_items_are_those_of_the_pairs(kind):
+    torch.manual_seed(0)
+    models = {
+        "mf": MatrixFactorization(3, 5, 4),
+        "lightgcn": LightGCN(3, 5, EDGES, 4, 2),
+        "neumf": NeuMF(3, 5),
+    }
+    model = models[kind]
+    users = torch.tensor([2, 0])
+    pairs = torch.stack([model(u.expand(5), torch.arange(5)) for u in users])
+    torch.testing.assert_close(model.scores(users), pairs)
+
+
+def test_neumf_has_the_papers_layers():
+    shapes = [tuple(p.shape) for n, p in NeuMF(3, 5).named_parameters() if n.endswith("weight")]
+    assert shapes == [(3, 16), (5, 16), (3, 16), (5, 16), (32, 32), (16, 32), (8, 16), (1, 24)]
+
+
+def test_mult_vae_codes_by_the_mean_when_it_does_not_train():
+    torch.manual_seed(0)
+    model = MultVAE(50, hidden=12, latent=4)
+    seen = (torch.rand(6, 50) < 0.2).float()
+    assert not torch.equal(model.scores(seen), model.scores(seen))
+    model.eval()
+    assert torch.equal(model.scores(seen), model.scores(seen))
+    logits, mean, log_variance = model(seen)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(
+        normal(mean, (0.5 * log_variance).exp()), normal(0.0, 1.0)
+    ).sum(1)
+    likelihood = (logits.softmax(1).log() * seen).sum(1)
+    expected = (0.2 * divergence - likelihood).mean()
+    torch.testing.assert_close(model.loss(seen, 0.2), expected)
+    assert [annealed_beta(step) for step in (0, 100_000, 400_000)] == [0.0, 0.1, 0.2]
+
+
+def test_mult_vae_learns_to_rank_what_users_chose():
+    torch.manual_seed(0)
+    model = MultVAE(40, hidden=32, latent=8)
+    seen = torch.zeros(20, 40)
+    seen[:10, :20] = (torch.rand(10, 20) < 0.5).float()
+    seen[10:, 20:] = (torch.rand(10, 20) < 0.5).float()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        model.loss(seen, annealed_beta(step, steps=60)).backward()
+        optimizer.step()
+    model.eval()
+    scores = model.scores(seen)
+    assert (scores[:10, :20].mean(1) > scores[:10, 20:].mean(1)).all()
+    assert (scores[10:, 20:].mean(1) > scores[10:, :20].mean(1)).all()
+
+
+def test_bpr_is_the_formula():
+    torch.manual_seed(0)
+    model = MatrixFactorization(3, 5, 4)
+    users, positives, negatives = torch.tensor([[0, 2], [1, 3], [4, 0]])
+    margin = model(users, positives) - model(users, negatives)
+    ego = [model.users(users), model.items(positives), model.items(negatives)]
+    squares = sum(float(rows.square().sum()) for rows in ego)
+    expected = -margin.sigmoid().log().mean() + 0.1 * 0.5 * squares / 2
+    torch.testing.assert_close(bpr_loss(model, users, positives, negatives, l2=0.1), expected)
+
+
+def test_ids_and_sizes_out_of_range_are_named():
+    model = MatrixFactorization(3, 5, 4)
+    zero = torch.tensor([0])
+    with pytest.raises(ValueError, match=r"users must be in \[0, 3\), got 3 .. 3"):
+        model(torch.tensor([3]), zero)
+    with pytest.raises(ValueError, match=r"items must be in \[0, 5\), got -1 .. -1"):
+        model(zero, torch.tensor([-1]))
+    with pytest.raises(ValueError, match="users"):
+        model.scores(torch.tensor([7]))
+    with pytest.raises(ValueError, match="negatives must be"):
+        bpr_loss(model, zero, zero, torch.tensor([5]))
+    with pytest.raises(ValueError, match="users"):
+        NeuMF(3, 5)(torch.tensor([3]), zero)
+    with pytest.raises(ValueError, match=r"edge_index\[1\]"):
+        LightGCN(3, 3, EDGES)
+    with pytest.raises(ValueError, match=r"\(2, edges\)"):
+        LightGCN(3, 5, EDGES.T)
+    with pytest.raises(ValueError, match="layers must be at least 0"):
+        LightGCN(3, 5, EDGES, layers=-1)
+    with pytest.raises(ValueError, match="n_items must be at least 1, got 0"):
+        MatrixFactorization(3, 0, 4)
+    with pytest.raises(ValueError, match="5 columns, got 4"):
+        MultVAE(5)(torch.zeros(1, 4))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.sampled_from([1, 7, 64, 256, 300]), st.floats(0.0, 1.0))
+def test_a_sparse_table_is_the_table(rows, dim, density):
+    weight = masked(rows, dim, density)
+    table = SparseEmbeddingTable.from_masked(weight)
+    assert torch.equal(table.dense(), weight)
+    assert table.columns.dtype == (torch.uint8 if dim <= 256 else torch.int32)
+    ids = torch.randint(0, rows, (3, 4))
+    assert torch.equal(table(ids), weight[ids])
+
+
+def test_best_rows_are_those_of_the_dense_product(monkeypatch):
+    monkeypatch.setattr(sparse_table, "ITEMS_AT_ONCE", 30)  # blocks, the last of them short
+    weight, queries = masked(100, 64), torch.randn(5, 64)
+    table = SparseEmbeddingTable.from_masked(weight)
+    dense = queries @ weight.T
+    torch.testing.assert_close(table.scores(queries), dense)
+    for k in (1, 20, 50, 100):
+        scores, rows = table.topk(queries, k)
+        torch.testing.assert_close(scores, dense.topk(k).values)
+        torch.testing.assert_close(dense.gather(1, rows), scores)
+
+
+def test_new_values_are_what_is_scored_next():
+    table = SparseEmbeddingTable.from_masked(masked(10, 8))
+    queries = torch.randn(2, 8)
+    before = table.scores(queries)
+    table.load_state_dict({**table.state_dict(), "values": 2 * table.values})
+    torch.testing.assert_close(table.scores(queries), 2 * before)
+
+
+def test_a_fifth_of_64_dimensions_takes_about_a_quarter_of_the_bytes():
+    weight = masked(4000, 64)
+    table = SparseEmbeddingTable.from_masked(weight)
+    expected = int((weight != 0).sum()) * 5 + 8 * 4001
+    assert table.nbytes == expected < 0.3 * weight.nbytes
+    half = SparseEmbeddingTable.from_masked(weight, torch.float16)
+    torch.testing.assert_close(half.dense(), weight, rtol=1e-3, atol=1e-4)
+    assert half.nbytes < table.nbytes
+
+
+def test_misuse_of_a_sparse_table_is_named():
+    table = SparseEmbeddingTable.from_masked(masked(10, 8))
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 10\), got 10"):
+        table(torch.tensor([10]))
+    with pytest.raises(ValueError, match=r"k must be in \[1, 10\], got 11"):
+        table.topk(torch.randn(1, 8), 11)
+    with pytest.raises(ValueError, match=r"queries must be \(batch, 8\)"):
+        table.scores(torch.randn(1, 7))
+    with pytest.raises(ValueError, match=r"weight must be \(rows, dim\)"):
+        SparseEmbeddingTable.from_masked(torch.randn(3))
+    with pytest.raises(ValueError, match="dtype must be"):
+        SparseEmbeddingTable.from_masked(masked(3, 3), torch.bfloat16)
+    with pytest.raises(ValueError, match="row_ptr must end"):
+        SparseEmbeddingTable(table.values, table.columns, table.row_ptr[:-1] * 2, 8)
