@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from aerogel.data import digits, fashion_mnist, folder, transforms, wordnet
+from aerogel.data import digits, fashion_mnist, folder, transforms, wave2d, wordnet
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
 from aerogel.data.sources import ASSETS, Asset
@@ -34,6 +34,7 @@ __all__ = [
     "list_datasets",
     "load",
     "transforms",
+    "wave2d",
 ]
 
 _Loader = Callable[[str | Path | None, Progress | None, int | None], Dataset]

@@ -12,6 +12,7 @@ from aerogel.models.registry import create_model, list_models, model_config, reg
 from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.vision import VisionModel
+from aerogel.models.wave_surrogate import WaveSurrogate
 
 __all__ = [
     "MLP",
@@ -21,6 +22,7 @@ __all__ = [
     "ResNet",
     "SentenceEncoder",
     "VisionModel",
+    "WaveSurrogate",
     "create_model",
     "list_models",
     "model_config",
