@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from aerogel.data import digits, fashion_mnist, folder, smollm, transforms, wordnet
+from aerogel.data import digits, fashion_mnist, folder, smollm, transforms, wave2d, wordnet
 from aerogel.data.brown import load_brown
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
@@ -41,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "token_windows",
     "transforms",
+    "wave2d",
 ]
 
 _Loader = Callable[[str | Path | None, Progress | None, int | None], Dataset]

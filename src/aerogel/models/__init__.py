@@ -17,6 +17,7 @@ from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.sparse_table import SparseEmbeddingTable
 from aerogel.models.vision import VisionModel
 from aerogel.models.vit import VisionTransformer
+from aerogel.models.wave_surrogate import WaveSurrogate
 
 __all__ = [
     "MLP",
@@ -36,6 +37,7 @@ __all__ = [
     "SparseEmbeddingTable",
     "VisionModel",
     "VisionTransformer",
+    "WaveSurrogate",
     "bpr_loss",
     "create_model",
     "language_model",

@@ -1,10 +1,31 @@
-"""Layers that are sparse by construction, for building networks.
+"""Layers that are sparse or compressed by construction, for building networks.
 
 conv = aerogel.nn.SparseConv1x1(256, 512, density=0.1, activation="relu6")
 ...                 # trains as a masked dense layer
 conv.finalize()     # from now on only the non-zeros are stored and multiplied
+
+model = aerogel.nn.compress_a_priori(model)  # convolutions of one-way filters, before training
+...
+model = aerogel.nn.fold(model, images).model  # multiplied out where that runs faster
 """
 
+from aerogel.nn.a_priori_compression import Folded, FoldedLayer, compress_a_priori, fold
+from aerogel.nn.oneway_conv import (
+    OneWayConv2d,
+    OneWayConv3d,
+    OneWayConvTranspose2d,
+    OneWayConvTranspose3d,
+)
 from aerogel.nn.sparse_conv import SparseConv1x1
 
-__all__ = ["SparseConv1x1"]
+__all__ = [
+    "Folded",
+    "FoldedLayer",
+    "OneWayConv2d",
+    "OneWayConv3d",
+    "OneWayConvTranspose2d",
+    "OneWayConvTranspose3d",
+    "SparseConv1x1",
+    "compress_a_priori",
+    "fold",
+]
