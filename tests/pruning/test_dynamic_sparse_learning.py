@@ -62,8 +62,17 @@ def made(model, optimizer=None, density=0.3, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"death": "set"}, {"death": "taylor"}, {"growth": "random"}, {"growth": "random_unfired"}]
-    + [{"decay": "linear"}, {"growth": "momentum"}, {"reset_state": True}, {"grad_accum": 3}],
+    [
+        {},
+        {"death": "set"},
+        {"death": "taylor"},
+        {"growth": "random"},
+        {"growth": "random_unfired"},
+        {"decay": "linear"},
+        {"growth": "momentum"},
+        {"reset_state": True},
+        {"grad_accum": 3},
+    ],
 )
 def test_every_tensor_keeps_its_exact_budget_from_the_first_step_to_the_last(options):
     model = net()

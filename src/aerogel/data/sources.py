@@ -260,15 +260,6 @@ _SMOLLM2 = Asset(
             "SmolLM2-135M-Instruct.Q4_1.gguf",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             98_362_432,
-_MOVIELENS = Asset(
-    name="movielens-100k",
-    about="MovieLens-100K (GroupLens 1998): 100,000 ratings of 943 users on 1,682 films",
-    license="for research, by GroupLens's terms; the package that holds it is MIT",
-    files=(
-        File(
-            "ml-100k.inter",
-            "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-            1_979_230,
         ),
     ),
     packages=(
@@ -302,6 +293,24 @@ _BROWN = Asset(
             "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
             2_875_925,
             "",
+        ),
+    ),
+)
+
+_MOVIELENS = Asset(
+    name="movielens-100k",
+    about="MovieLens-100K (GroupLens 1998): 100,000 ratings of 943 users on 1,682 films",
+    license="for research, by GroupLens's terms; the package that holds it is MIT",
+    files=(
+        File(
+            "ml-100k.inter",
+            "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            1_979_230,
+        ),
+    ),
+    packages=(
+        Package(
+            "pip",
             "recbole",
             "1.2.1",
             "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
@@ -315,12 +324,6 @@ ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
         *(_FASHION_MNIST, _WORDNET, _MINILM, _MOBILENET_V2, _IMAGENET_PHOTOS),
-        *(_SMOLLM2, _BROWN),
-        _FASHION_MNIST,
-        _WORDNET,
-        _MINILM,
-        _MOBILENET_V2,
-        _IMAGENET_PHOTOS,
-        _MOVIELENS,
+        *(_SMOLLM2, _BROWN, _MOVIELENS),
     )
 }

@@ -261,7 +261,8 @@ class WaveSubmodel:
             raise ValueError(f"initial: shape {tuple(initial.shape)}, expected (n, z, z), z >= 3")
         if boundary.dim() != 3 or boundary.shape[0] != n or boundary.shape[2] != 4 * side - 4:
             raise ValueError(
-                f"boundary: shape {tuple(boundary.shape)}, expected ({n}, steps + 1, {4 * side - 4})"
+                f"boundary: shape {tuple(boundary.shape)}, "
+                f"expected ({n}, steps + 1, {4 * side - 4})"
             )
         if speed.shape != (n,) or not bool((speed > 0).all()):
             raise ValueError(f"speed: shape {tuple(speed.shape)}, expected {n} positive numbers")
