@@ -339,7 +339,7 @@ class VisionTransformer(VisionModel):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
