@@ -171,9 +171,7 @@ def energy(fields: Tensor, speed: Tensor, spacing: float, step: float) -> Tensor
     """
     now, after = fields[:, :-1], fields[:, 1:]
     kinetic = ((after - now) / step).square().sum((-1, -2))
-    elastic = sum(
-        (now.diff(dim=axis) * after.diff(dim=axis)).sum((-1, -2)) for axis in (-1, -2)
-    )
+    elastic = sum((now.diff(dim=axis) * after.diff(dim=axis)).sum((-1, -2)) for axis in (-1, -2))
     return spacing**2 / 2 * kinetic + speed[:, None] ** 2 / 2 * elastic
 
 

@@ -142,9 +142,7 @@ def fold(
         if faster:
             replaced[layer] = dense
         shape = tuple(x.shape)
-        figures.append(
-            FoldedLayer(layers[layer], shape, times["factored"], times["dense"], faster)
-        )
+        figures.append(FoldedLayer(layers[layer], shape, times["factored"], times["dense"], faster))
     return Folded(_exchange(made, replaced), tuple(figures))
 
 

@@ -431,9 +431,7 @@ class OneWayConv3d(OneWayConv):
 class _OneWayConvTranspose(OneWayConv):
     transposed = True
 
-    def __init__(
-        self, *args: Any, output_padding: Sizes = 0, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, output_padding: Sizes = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.output_padding = self._sizes("output_padding", output_padding, 0)
         limits = [max(pair) for pair in zip(self.stride, self.dilation, strict=True)]

@@ -98,7 +98,9 @@ def fit_cp(kernel: Tensor, rank: int, sweeps: int = ALS_SWEEPS) -> list[Tensor]:
     for _ in range(sweeps):
         for axis, flat in enumerate(unfolded):
             others = factors[:axis] + factors[axis + 1 :]
-            gram = math.prod((f.T @ f for f in others), start=torch.ones_like(others[0].T @ others[0]))
+            gram = math.prod(
+                (f.T @ f for f in others), start=torch.ones_like(others[0].T @ others[0])
+            )
             columns = others[0]
             for other in others[1:]:
                 columns = (columns[:, None] * other[None]).flatten(0, 1)
