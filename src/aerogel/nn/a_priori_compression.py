@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +164,7 @@ def _one_way(name: str, conv: nn.Module, mode: str, rank: Rank) -> nn.Module:
     return made.train(conv.training)
 
 
-def _exchange(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+def _exchange(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in replaced:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from aerogel.nn import oneway_fitting as fitting
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODES = ("chain", "per_kernel", "cp")
 _PADDING_MODES = ("zeros", "circular")
@@ -127,6 +130,7 @@ class OneWayConv(nn.Module):
                 range.
         """
         made = cls.shaped_like(conv, rank=cls._exact(conv, rank, mode), mode=mode)
+        assert isinstance(conv.weight, Tensor)
         weight = conv.weight.detach()
         if not bool(weight.isfinite().all()):
             raise ValueError("conv.weight: NaN or infinite values cannot be factored")
@@ -135,6 +139,7 @@ class OneWayConv(nn.Module):
             for factor, value in zip(made.factors, made._fitted(kernel), strict=True):
                 factor.copy_(value)
             if made.bias is not None:
+                assert isinstance(conv.bias, Tensor)
                 made.bias.copy_(conv.bias)
         return made.train(conv.training)
 
@@ -402,13 +407,13 @@ class OneWayConv(nn.Module):
         padding = own(self.padding, 0)
         if self.transposed:
             weight = stage.weight if stage.groups != 1 else stage.weight.transpose(0, 1)
-            call = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
+            transposed: Any = F.conv_transpose2d if self.dims == 2 else F.conv_transpose3d
             extra = own(self.output_padding, 0)
-            return call(x, weight, bias, stride, padding, extra, stage.groups, dilation)
+            return transposed(x, weight, bias, stride, padding, extra, stage.groups, dilation)
         if self.padding_mode == "circular" and any(padding):
             around = [n for n in reversed(padding) for _ in range(2)]
             x, padding = F.pad(x, around, mode="circular"), [0] * self.dims
-        call = F.conv2d if self.dims == 2 else F.conv3d
+        call: Any = F.conv2d if self.dims == 2 else F.conv3d
         return call(x, stage.weight, bias, stride, padding, dilation, stage.groups)
 
 
