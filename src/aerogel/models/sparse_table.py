@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.kernels import BlockRowWeight, spmm
 from aerogel.models.recommend import check_ids
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Rows scored at a time by `topk`: their scores stay in the cache, the whole matrix never exists.
 ITEMS_AT_ONCE = 8192
