@@ -19,6 +19,13 @@ from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, Tr
 from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
 from aerogel.pruning.shared_methods import SHARED_METHODS
+from aerogel.pruning.sparse_ift import (
+    IFTReport,
+    SparseWide,
+    joint_decay_groups,
+    joint_weight_decay,
+    sparse_ift,
+)
 from aerogel.pruning.sparse_model_soups import SoupResult, SparseModelSoups
 from aerogel.pruning.sparsebytenn import (
     GroupKernelConfig,
@@ -57,6 +64,7 @@ __all__ = [
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
+    "IFTReport",
     "MaskSet",
     "Method",
     "OneShotMethod",
@@ -66,13 +74,17 @@ __all__ = [
     "SearchMethod",
     "SoupResult",
     "SparseModelSoups",
+    "SparseWide",
     "TrainingMethod",
     "apply_plan",
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
+    "joint_decay_groups",
+    "joint_weight_decay",
     "magnitude_",
     "rearrange_network",
+    "sparse_ift",
     "sparsegpt_",
     "wanda_",
 ]
