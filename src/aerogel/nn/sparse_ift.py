@@ -444,7 +444,8 @@ def _initialised(layer: nn.Module) -> nn.Module:
 
 
 def _leaves(u: nn.Module, v: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    assert isinstance(u.weight, nn.Parameter) and isinstance(v.weight, nn.Parameter)
+    assert isinstance(u.weight, nn.Parameter)
+    assert isinstance(v.weight, nn.Parameter)
     return u.weight, v.weight
 
 

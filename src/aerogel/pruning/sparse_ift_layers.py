@@ -123,10 +123,10 @@ def replacement(
     bias = layer.bias is not None
     built: IsoFlopLayer
     if isinstance(layer, nn.Linear):
-        built = linear(layer.in_features, layer.out_features, bias, sparsity=sparsity, **options)  # type: ignore[call-arg, arg-type]
+        built = linear(layer.in_features, layer.out_features, bias, sparsity=sparsity, **options)
     else:
         built = conv(
-            layer.in_channels,  # type: ignore[call-arg, arg-type]
+            layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
             layer.stride,
