@@ -7,6 +7,8 @@ conv.finalize()     # from now on only the non-zeros are stored and multiplied
 model = aerogel.nn.compress_a_priori(model)  # convolutions of one-way filters, before training
 ...
 model = aerogel.nn.fold(model, images).model  # multiplied out where that runs faster
+`SparseParallel*`, `SparseFactorized*` and `SparseDoped*` are larger than a dense layer and, at
+their sparsity, cost the same; `aerogel.pruning.sparse_ift` puts them into a network.
 """
 
 from aerogel.nn.a_priori_compression import Folded, FoldedLayer, compress_a_priori, fold
@@ -17,6 +19,14 @@ from aerogel.nn.oneway_conv import (
     OneWayConvTranspose3d,
 )
 from aerogel.nn.sparse_conv import SparseConv1x1
+from aerogel.nn.sparse_ift import (
+    SparseDopedConv2d,
+    SparseDopedLinear,
+    SparseFactorizedConv2d,
+    SparseFactorizedLinear,
+    SparseParallelConv2d,
+    SparseParallelLinear,
+)
 
 __all__ = [
     "Folded",
@@ -26,6 +36,12 @@ __all__ = [
     "OneWayConvTranspose2d",
     "OneWayConvTranspose3d",
     "SparseConv1x1",
+    "SparseDopedConv2d",
+    "SparseDopedLinear",
+    "SparseFactorizedConv2d",
+    "SparseFactorizedLinear",
+    "SparseParallelConv2d",
+    "SparseParallelLinear",
     "compress_a_priori",
     "fold",
 ]

@@ -29,6 +29,13 @@ from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
 from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
+from aerogel.pruning.sparse_ift import (
+    IFTReport,
+    SparseWide,
+    joint_decay_groups,
+    joint_weight_decay,
+    sparse_ift,
+)
 from aerogel.pruning.sparse_model_soups import SoupResult, SparseModelSoups
 from aerogel.pruning.sparse_then_prune import PenalisedPruner
 from aerogel.pruning.sparsebytenn import (
@@ -76,6 +83,7 @@ __all__ = [
     "GradualPruner",
     "GroupKernelConfig",
     "GroupKernelPruner",
+    "IFTReport",
     "LotteryTicket",
     "MaskSet",
     "Method",
@@ -87,6 +95,7 @@ __all__ = [
     "SearchMethod",
     "SoupResult",
     "SparseModelSoups",
+    "SparseWide",
     "StaticSparseTrainer",
     "TrainOutcome",
     "TrainingMethod",
@@ -95,11 +104,14 @@ __all__ = [
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",
+    "joint_decay_groups",
+    "joint_weight_decay",
     "layerwise_report",
     "magnitude_",
     "random_prune",
     "rearrange_network",
     "refine_mask",
+    "sparse_ift",
     "sparsegpt_",
     "wanda_",
 ]
