@@ -138,9 +138,7 @@ class _Propagate(torch.autograd.Function):
         return adjacency @ x
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[None, Tensor]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[None, Tensor]:
         (adjacency,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return None, adjacency @ gradient.contiguous()
 
