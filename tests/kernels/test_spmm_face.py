@@ -192,3 +192,16 @@ def test_roofline_reports_plausible_ceilings() -> None:
         assert found.load_gbps_l1 > found.load_gbps_dram
     with pytest.raises(ValueError, match="threads=0"):
         kernels.roofline(0)
+
+
+def test_ops_do_not_ask_whether_another_thread_is_compiling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.randn(8, 16) * (torch.rand(8, 16) < 0.4)
+    packed, x = kernels.BlockRowWeight.pack(weight, 1), torch.randn(3, 16)
+    expected = x @ weight.t()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(kernels.spmm(x, packed, layout="tokens"), expected)
+    torch.testing.assert_close(kernels.gemv(x, packed), expected)
+    dense = kernels.sparse_input_linear(x, weight.t().contiguous())
+    torch.testing.assert_close(dense, expected)

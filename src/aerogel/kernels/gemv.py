@@ -102,6 +102,20 @@ def gemv(
         return torch.ops.aerogel.gemv(
             x, *parts, *weight.shape, weight.block, bias, residual, activation
         )
+    return gemv_now(x, weight, bias, activation, residual, threads, out)
+
+
+def gemv_now(
+    x: Tensor,
+    weight: BlockRowWeight,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`gemv` without gradients and outside of tracing: what the op itself runs (see `spmm_now`)."""
+    operands = (x, bias, residual)
     if reference_mode() or not (native_available() and runs_natively(weight, operands)):
         warn_of_device(x.device.type)
         result = gemv_reference(x, weight, bias, activation=activation, residual=residual)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from aerogel.kernels.formats import BlockRowWeight, dense_weight
 from aerogel.kernels.sddmm import as_planes, check_gradient, sddmm
-from aerogel.kernels.spmm import check_activation, check_operands, linear_reference, spmm
+from aerogel.kernels.spmm import check_activation, check_operands, linear_reference, spmm_now
 
 _aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ def spmm_op(
     """`aerogel.kernels.spmm` on the parts of a BlockRowWeight."""
     weight = _packed.get(values, columns, row_ptr, (rows, cols), block)
     with torch.no_grad():
-        return spmm(x, weight, bias, activation=activation, residual=residual, layout=layout)
+        return spmm_now(x, weight, bias, activation, residual, layout)
 
 
 @spmm_op.register_fake

@@ -115,6 +115,25 @@ def sparse_input_linear(
         return torch.ops.aerogel.sparse_input_linear(
             x, weight_t, bias, scales, residual, threshold, activation
         )
+    return sparse_input_now(
+        x, weight_t, bias, scales, residual, threshold, activation, threads, out
+    )
+
+
+def sparse_input_now(
+    x: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    residual: Tensor | None,
+    threshold: float,
+    activation: str,
+    threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`sparse_input_linear` outside of tracing: what the op itself runs (see `spmm_now`)."""
+    operands = (x, bias, scales, residual)
+    differentiable = needs_grad((weight_t, *operands))
     fits = weight_t.is_cpu and weight_t.dtype in VALUE_TYPES and all(map(fits_native, operands))
     if differentiable or reference_mode() or not (native_available() and fits):
         warn_of_device(x.device.type)

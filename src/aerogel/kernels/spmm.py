@@ -177,6 +177,26 @@ def spmm(
         values = weight.float_values().to(x.dtype) if weight.low_bit else weight.values
         parts = (values, weight.columns, weight.row_ptr, *weight.shape, weight.block)
         return torch.ops.aerogel.spmm(x, *parts, bias, residual, activation, layout)
+    return spmm_now(x, weight, bias, activation, residual, layout, variant, threads, out)
+
+
+def spmm_now(
+    x: Tensor,
+    weight: BlockRowWeight,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    layout: str,
+    variant: SpmmVariant | None = None,
+    threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`spmm` without gradients and outside of tracing: what the op itself runs.
+
+    The op must not ask whether code is being traced: torch's answer is the process's, and another
+    thread may be compiling.
+    """
+    operands = (x, bias, residual)
     if reference_mode() or not (native_available() and runs_natively(weight, operands)):
         warn_of_device(x.device.type)
         result = spmm_reference(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.formats import BlockRowWeight
-from aerogel.kernels.gemv import gemv
+from aerogel.kernels.gemv import gemv_now
 from aerogel.kernels.ops import PackedCache, activation_gradient
-from aerogel.kernels.sparse_input import check_operands_of, dense_of, sparse_input_linear
+from aerogel.kernels.sparse_input import check_operands_of, dense_of, sparse_input_now
 from aerogel.kernels.spmm import check_activation, check_operands, linear_reference
 
 _packed = PackedCache()
@@ -37,7 +37,7 @@ def gemv_op(
     """`aerogel.kernels.gemv` on the parts of a BlockRowWeight."""
     weight = _packed.get(values, columns, row_ptr, (rows, cols), block, scales)
     with torch.no_grad():
-        return gemv(x, weight, bias, activation=activation, residual=residual)
+        return gemv_now(x, weight, bias, activation, residual)
 
 
 @gemv_op.register_fake
@@ -114,10 +114,7 @@ def sparse_input_linear_op(
 ) -> Tensor:
     """`aerogel.kernels.sparse_input_linear`."""
     with torch.no_grad():
-        return sparse_input_linear(
-            x, weight_t, bias,
-            scales=scales, threshold=threshold, activation=activation, residual=residual,
-        )  # fmt: skip
+        return sparse_input_now(x, weight_t, bias, scales, residual, threshold, activation)
 
 
 @sparse_input_linear_op.register_fake
