@@ -42,7 +42,8 @@ def test_int8_is_within_half_a_step_of_each_row(rows: int, cols: int, magnitude:
     assert levels.dtype == torch.int8
     assert (scales > 0).all()
     off = (levels.double() * scales[:, None].double() - weight.double()).abs()
-    assert (off <= 0.5001 * scales[:, None].double()).all()
+    # A scale among the denormals is itself rounded, and that error counts 127 times.
+    assert (off <= 0.5001 * scales[:, None].double() + 127 * 1.5e-45).all()
     if cols:
         largest = weight.abs().amax(1)
         assert ((levels.abs().amax(1) == 127) | (largest < 1e-36)).all()
