@@ -28,33 +28,6 @@ GemvWeight* pack(uintptr_t values, int32_t type, uintptr_t scales, uintptr_t col
   return new GemvWeight(source, stored(values, type, scales));
 }
 
-// Everything about a product but the addresses; calling it is the hot path.
-struct GemvCall {
-  GemvProduct product;
-  int threads;
-
-  void operator()(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual) const {
-    GemvProduct call = product;
-    call.x = pointer<const float>(x);
-    call.y = pointer<float>(y);
-    call.bias = pointer<const float>(bias);
-    call.residual = pointer<const float>(residual);
-    nb::gil_scoped_release release;
-    gemv_run(call, threads);
-  }
-};
-
-void prepare(GemvCall* self, const GemvWeight& weight, int64_t tokens, int32_t activation,
-             int threads) {
-  GemvProduct product;
-  product.weight = &weight;
-  product.ldx = weight.stream().cols;
-  product.ldy = product.ldr = weight.stream().rows;
-  product.tokens = tokens;
-  product.activation = static_cast<Activation>(activation);
-  new (self) GemvCall{product, threads};
-}
-
 NmWeight* pack_nm(uintptr_t values, int32_t type, uintptr_t scales, uintptr_t columns,
                   uintptr_t row_ptr, int64_t rows, int64_t cols, int n, int m) {
   const BlockRows source{nullptr, pointer<const int32_t>(columns), pointer<const int64_t>(row_ptr),
@@ -64,30 +37,44 @@ NmWeight* pack_nm(uintptr_t values, int32_t type, uintptr_t scales, uintptr_t co
   return new NmWeight(source, stored(values, type, scales), n, m);
 }
 
-struct NmCall {
-  NmProduct product;
+// Everything about a product but the addresses; calling it is the hot path.
+template <class Weight>
+struct VectorCall {
+  VectorProduct<Weight> product;
   int threads;
 
   void operator()(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t residual) const {
-    NmProduct call = product;
+    VectorProduct<Weight> call = product;
     call.x = pointer<const float>(x);
     call.y = pointer<float>(y);
     call.bias = pointer<const float>(bias);
     call.residual = pointer<const float>(residual);
     nb::gil_scoped_release release;
-    nm_run(call, threads);
+    run(call, threads);
   }
+
+  static void run(const GemvProduct& call, int threads) { gemv_run(call, threads); }
+  static void run(const NmProduct& call, int threads) { nm_run(call, threads); }
 };
 
-void prepare_nm(NmCall* self, const NmWeight& weight, int64_t tokens, int32_t activation,
-                int threads) {
-  NmProduct product;
+template <class Weight>
+void prepare(VectorCall<Weight>* self, const Weight& weight, int64_t tokens, int32_t activation,
+             int threads) {
+  VectorProduct<Weight> product;
   product.weight = &weight;
   product.ldx = weight.stream().cols;
   product.ldy = product.ldr = weight.stream().rows;
   product.tokens = tokens;
   product.activation = static_cast<Activation>(activation);
-  new (self) NmCall{product, threads};
+  new (self) VectorCall<Weight>{product, threads};
+}
+
+template <class Weight>
+void bind_weight(nb::module_& m, const char* weight, const char* call) {
+  nb::class_<Weight>(m, weight).def_prop_ro("nbytes", &Weight::nbytes);
+  nb::class_<VectorCall<Weight>>(m, call)
+      .def("__init__", &prepare<Weight>, nb::keep_alive<1, 2>())
+      .def("__call__", &VectorCall<Weight>::operator());
 }
 
 void sparse_input(uintptr_t weight, int32_t type, uintptr_t scales, int64_t ldw, int64_t inputs,
@@ -114,16 +101,10 @@ void sparse_input(uintptr_t weight, int32_t type, uintptr_t scales, int64_t ldw,
 }  // namespace
 
 void bind_gemv(nb::module_& m) {
-  nb::class_<GemvWeight>(m, "GemvWeight").def_prop_ro("nbytes", &GemvWeight::nbytes);
+  bind_weight<GemvWeight>(m, "GemvWeight", "GemvCall");
   m.def("gemv_pack", &pack, nb::rv_policy::take_ownership);
-  nb::class_<GemvCall>(m, "GemvCall")
-      .def("__init__", &prepare, nb::keep_alive<1, 2>())
-      .def("__call__", &GemvCall::operator());
-  nb::class_<NmWeight>(m, "NmWeight").def_prop_ro("nbytes", &NmWeight::nbytes);
+  bind_weight<NmWeight>(m, "NmWeight", "NmCall");
   m.def("nm_pack", &pack_nm, nb::rv_policy::take_ownership);
-  nb::class_<NmCall>(m, "NmCall")
-      .def("__init__", &prepare_nm, nb::keep_alive<1, 2>())
-      .def("__call__", &NmCall::operator());
   m.def("sparse_input", &sparse_input);
 }
 

@@ -79,8 +79,9 @@ class GemvWeight {
 };
 
 // Vectors lie one after the other, `ld` floats apart.
-struct GemvProduct {
-  const GemvWeight* weight = nullptr;
+template <class Weight>
+struct VectorProduct {
+  const Weight* weight = nullptr;
   const float* bias = nullptr;  // [rows] or null
   const float* x = nullptr;
   int64_t ldx = 0;
@@ -91,6 +92,8 @@ struct GemvProduct {
   int64_t tokens = 1;
   Activation activation = Activation::kNone;
 };
+
+using GemvProduct = VectorProduct<GemvWeight>;
 
 // All of it on `threads` threads; the result does not depend on them. The weight is read once for
 // every `lanes` vectors. Throws std::invalid_argument if strides contradict the weight.

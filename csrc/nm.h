@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "epilogue.h"
+#include "gemv.h"
 #include "spmm.h"
 #include "stored_values.h"
 
@@ -60,19 +60,7 @@ class NmWeight {
   NmStream stream_{};
 };
 
-// Vectors lie one after the other, `ld` floats apart.
-struct NmProduct {
-  const NmWeight* weight = nullptr;
-  const float* bias = nullptr;  // [rows] or null
-  const float* x = nullptr;
-  int64_t ldx = 0;
-  float* y = nullptr;
-  int64_t ldy = 0;
-  const float* residual = nullptr;  // or null; must not be y
-  int64_t ldr = 0;
-  int64_t tokens = 1;
-  Activation activation = Activation::kNone;
-};
+using NmProduct = VectorProduct<NmWeight>;
 
 // All of it on `threads` threads; the result does not depend on them. The weight is read once for
 // every kNmTokens vectors. Throws std::invalid_argument if the weight was packed for another
