@@ -30,12 +30,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
+from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import GradScaler, MaskController
 from aerogel.sparsity.coupling import HardDenseGrad
 from aerogel.sparsity.masks import MaskSet, build_masks
@@ -53,7 +54,7 @@ UPDATE_RATIO = 0.5
 UPDATE_FLOOR = 0.005
 
 
-class DynamicSparseLearning:
+class DynamicSparseLearning(ControlledTrainer):
     """Trains a recommender whose mask moves at constant budget; `step` stands for the optimizer's.
 
     Args:
@@ -122,7 +123,7 @@ class DynamicSparseLearning:
         masks = _first_masks(selection, live, density, init, exact, source)
         self.total_steps = total_steps
         self.schedule = _SwapShare(z0, total_steps, z_min, update_every, decay)
-        self.controller = MaskController(
+        controller = MaskController(
             model,
             optimizer,
             selection,
@@ -134,6 +135,7 @@ class DynamicSparseLearning:
             masks=masks,
             generator=source,
         )
+        super().__init__(controller)
 
     def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
         """One optimizer step, and a mask update if due; see `MaskController.step`.
@@ -151,15 +153,6 @@ class DynamicSparseLearning:
         if scaler is None and self.controller.due:
             self._require_finite_gradients()
         return self.controller.step(scaler, unscaled=unscaled)
-
-    def follow_optimizer(self) -> None:
-        """Act on every `optimizer.step()` instead, for trainers that own the loop."""
-        self.controller.follow_optimizer()
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force."""
-        return self.controller.masks
 
     def fired_rate(self) -> float:
         """In-time over-parameterisation: share of the entries that were ever kept, in [d, 1]."""
@@ -180,18 +173,6 @@ class DynamicSparseLearning:
         """Rows of each matrix that have no entry left: such a user or item scores 0 by itself."""
         matrices = [name for name, mask in self.masks.items() if mask.dim() > 1]
         return {name: int((self.row_budget(name) == 0).sum()) for name in matrices}
-
-    def finalize(self) -> MaskSet:
-        """Let go of the model, whose masked weights are zeros; returns the final masks."""
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume bit for bit: tensors and plain numbers."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
 
     def _require_finite_gradients(self) -> None:
         for name, parameter in self.controller.selection.parameters().items():

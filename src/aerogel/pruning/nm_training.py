@@ -13,12 +13,13 @@ What the N:M systems share, and their two common baselines: `STE` (straight-thro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.sparsity.controlled import ControlledTrainer
+from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, Coupling
 from aerogel.sparsity.coupling import SRSTE as SRSTECoupling
 from aerogel.sparsity.coupling import STE as STECoupling
@@ -61,7 +62,7 @@ def select_masks(weights: Mapping[str, torch.Tensor], pattern_at: PatternAt, ste
     return MaskSet(masks)
 
 
-class NMTrainer:
+class NMTrainer(ControlledTrainer):
     """Trains with N:M masks that follow the weights; `step` stands for ``optimizer.step()``.
 
     Args:
@@ -89,7 +90,7 @@ class NMTrainer:
                     f"{name!r} is {ref.parameter.dtype}: N:M training needs float32 master weights"
                 )
         weights = {name: ref.parameter for name, ref in selection.items()}
-        self.controller = MaskController(
+        controller = MaskController(
             model,
             optimizer,
             selection,
@@ -99,45 +100,7 @@ class NMTrainer:
             Reselect(pattern_at),
             masks=select_masks(weights, pattern_at, 0),
         )
-
-    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
-        """One optimizer step, then masks anew; see `MaskController.step`."""
-        return self.controller.step(scaler, unscaled=unscaled)
-
-    def follow_optimizer(self) -> None:
-        """Act on every ``optimizer.step()`` instead, for trainers that own the loop."""
-        self.controller.follow_optimizer()
-
-    def after_optimizer_step(self) -> None:
-        """What `step` does after the optimizer has stepped, for trainers that only tell so."""
-        self.controller.after_optimizer_step()
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that trains the model."""
-        return self.controller.optimizer
-
-    @property
-    def t(self) -> int:
-        """Optimizer steps taken."""
-        return self.controller.t
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force, ``True`` = kept."""
-        return self.controller.masks
-
-    def finalize(self) -> MaskSet:
-        """Bake the zeros into the weights and leave a plain model; returns the masks."""
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to resume from, bit for bit: nested dicts of tensors and plain numbers."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
+        super().__init__(controller)
 
 
 class STE(NMTrainer):

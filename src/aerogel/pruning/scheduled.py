@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.sparsity.controlled import ControlledTrainer
+from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.schedules import Cubic, OneShot
 
@@ -48,7 +46,7 @@ def fine_tuning_schedule(schedule: FineTuning, sparsity: float, steps: int) -> C
     return Cubic(0.0, sparsity, 0, ramp // every, every)
 
 
-class ScheduledPruner:
+class ScheduledPruner(ControlledTrainer):
     """Steps a mask controller; call `step` where ``optimizer.step()`` stood.
 
     Args:
@@ -60,52 +58,17 @@ class ScheduledPruner:
     def __init__(
         self, controller: MaskController, schedule: Cubic | OneShot, final_sparsity: float
     ) -> None:
-        self.controller = controller
+        super().__init__(controller)
         self.schedule = schedule
         self.final_sparsity = final_sparsity
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that trains the model."""
-        return self.controller.optimizer
-
-    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
-        """Take one optimizer step, and prune if it is time.
-
-        Args:
-            scaler: of mixed precision, if any; call ``scaler.update()`` afterwards as usual.
-            unscaled: gradients were unscaled already (to clip them).
-
-        Returns:
-            Whether the optimizer stepped.
-        """
-        return self.controller.step(scaler, unscaled=unscaled)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, so that a pruner can stand where the optimizer stood."""
         self.optimizer.zero_grad(set_to_none)
 
-    def follow_optimizer(self) -> None:
-        """Prune around every ``optimizer.step()`` instead, under a trainer that calls it itself."""
-        self.controller.follow_optimizer()
-
-    def after_optimizer_step(self) -> None:
-        """What `step` does after the optimizer has stepped, for trainers that only tell so."""
-        self.controller.after_optimizer_step()
-
     def sparsity_at(self, t: int) -> float:
         """Scheduled fraction of zeros after step ``t``."""
         return 0.0 if t < self._first_due else self.schedule.value(t)
-
-    @property
-    def t(self) -> int:
-        """Optimizer steps taken."""
-        return self.controller.t
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force, ``True`` = kept."""
-        return self.controller.masks
 
     def finalize(self) -> MaskSet:
         """Bake the zeros into the weights, leave a plain model behind, and return the masks.
@@ -125,15 +88,7 @@ class ScheduledPruner:
                 f"sparsity is {sparsity:.4f}, not {self.final_sparsity}",
                 stacklevel=2,
             )
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State to resume from, bit for bit: nested dicts of tensors and plain numbers."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
+        return super().finalize()
 
     @property
     def _first_due(self) -> int:

@@ -34,7 +34,8 @@ import torch
 from torch import nn
 
 from aerogel.sparsity.allocation import allocate
-from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.sparsity.controlled import ControlledTrainer
+from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
 from aerogel.sparsity.schedules import Cosine, CosineFloor, Schedule
 from aerogel.sparsity.scores import compute_scores
@@ -71,7 +72,7 @@ class TrackedDropGrow(DropGrow):
         self.always = MaskSet.from_state_dict(state["always"])
 
 
-class DynamicSparseTrainer:
+class DynamicSparseTrainer(ControlledTrainer):
     """Trains a sparse network whose mask moves; the common part of RigL, SET and ITOP.
 
     Args:
@@ -124,7 +125,7 @@ class DynamicSparseTrainer:
         densities = _densities(chosen, 1.0 - sparsity, allocation, masks)
         start = masks if masks is not None else _first_masks(chosen, densities, init, source)
         self.rule = rule
-        self.controller = MaskController(
+        controller = MaskController(
             model,
             optimizer,
             chosen,
@@ -136,19 +137,7 @@ class DynamicSparseTrainer:
             update_replaces_step=update_replaces_step,
             generator=source,
         )
-
-    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
-        """One optimizer step, and a mask update if due; see `MaskController.step`."""
-        return self.controller.step(scaler, unscaled=unscaled)
-
-    def follow_optimizer(self) -> None:
-        """Act on every `optimizer.step()` instead, for trainers that own the loop."""
-        self.controller.follow_optimizer()
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force."""
-        return self.controller.masks
+        super().__init__(controller)
 
     def itop(self) -> float:
         """In-time over-parameterisation rate: share of the weights that were ever kept."""
@@ -157,18 +146,6 @@ class DynamicSparseTrainer:
     def degree_of_constraint(self) -> float:
         """Share of the weights that were kept all the time."""
         return (self.rule.always if len(self.rule.always) else self.masks).density()
-
-    def finalize(self) -> MaskSet:
-        """Let go of the model; returns the final masks."""
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume bit for bit: tensors and plain numbers."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
 
 
 class RigL(DynamicSparseTrainer):

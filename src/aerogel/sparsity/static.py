@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from aerogel.sparsity.controller import GradScaler, MaskController
+from aerogel.sparsity.controlled import ControlledTrainer
+from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.select import select_parameters
 
 
-class StaticSparseTrainer:
+class StaticSparseTrainer(ControlledTrainer):
     """Trains a network whose zeros stay where they are; call `step` in place of the optimizer's.
 
     After every optimizer step the pruned weights and their optimizer state (momentum, moments) are
@@ -35,31 +35,7 @@ class StaticSparseTrainer:
         if not masks:
             raise ValueError("masks is empty: there is nothing to hold at zero")
         selection = select_parameters(model, include=tuple(masks))
-        self.controller = MaskController(
+        controller = MaskController(
             model, optimizer, selection, "hard", masks=MaskSet(masks).clone()
         )
-
-    def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
-        """One optimizer step, after which pruned weights are zero; see `MaskController.step`."""
-        return self.controller.step(scaler, unscaled=unscaled)
-
-    def follow_optimizer(self) -> None:
-        """Act on every ``optimizer.step()`` instead, for trainers that own the loop."""
-        self.controller.follow_optimizer()
-
-    @property
-    def masks(self) -> MaskSet:
-        """The masks in force."""
-        return self.controller.masks
-
-    def finalize(self) -> MaskSet:
-        """Let go of the model; returns the masks."""
-        return self.controller.finalize()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has to survive a kill; the masks are part of it."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; load the model's and the optimizer's state first."""
-        self.controller.load_state_dict(state)
+        super().__init__(controller)
