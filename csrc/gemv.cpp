@@ -183,13 +183,6 @@ const float* side_by_side(const GemvProduct& p, int64_t tokens, int64_t width) {
   return to;
 }
 
-GemvProduct from_token(GemvProduct p, int64_t token) {
-  p.x += token * p.ldx;
-  p.y += token * p.ldy;
-  if (p.residual) p.residual += token * p.ldr;
-  return p;
-}
-
 }  // namespace
 
 GemvWeight::GemvWeight(const BlockRows& rows, const StoredValues& values) {

@@ -93,6 +93,15 @@ struct VectorProduct {
   Activation activation = Activation::kNone;
 };
 
+// The same from one of its vectors on.
+template <class Weight>
+VectorProduct<Weight> from_token(VectorProduct<Weight> p, int64_t token) {
+  p.x += token * p.ldx;
+  p.y += token * p.ldy;
+  if (p.residual) p.residual += token * p.ldr;
+  return p;
+}
+
 using GemvProduct = VectorProduct<GemvWeight>;
 
 // All of it on `threads` threads; the result does not depend on them. The weight is read once for

@@ -45,13 +45,6 @@ const NmKernels& kernels_for(const NmStream& s) {
   return kernels;
 }
 
-NmProduct from_token(NmProduct p, int64_t token) {
-  p.x += token * p.ldx;
-  p.y += token * p.ldy;
-  if (p.residual) p.residual += token * p.ldr;
-  return p;
-}
-
 }  // namespace
 
 NmWeight::NmWeight(const BlockRows& rows, const StoredValues& values, int n, int m) {

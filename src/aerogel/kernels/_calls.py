@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.values import VALUE_TYPES
 
 _MAX_STREAMS = 8  # packed forms kept per weight: one per variant and row stride in use
 _MAX_CALLS = 64  # prepared calls kept per weight: one per shape in use
@@ -133,6 +134,21 @@ def stored_arrays(weight: BlockRowWeight) -> tuple[Tensor, Tensor, Tensor]:
     weight.check()
     columns = weight.columns.to(torch.int32).contiguous()
     return weight.values.detach().contiguous(), columns, weight.row_ptr.contiguous()
+
+
+def pack_stored(weight: BlockRowWeight, pack: Callable[..., Any], *rest: int) -> Any:
+    """A native stream: what `pack` makes of the stored values, scales, columns, shape and rest."""
+    values, columns, row_ptr = stored_arrays(weight)
+    scales = None if weight.scales is None else weight.scales.contiguous()
+    return pack(
+        values.data_ptr(),
+        VALUE_TYPES[values.dtype],
+        address(scales),
+        columns.data_ptr(),
+        row_ptr.data_ptr(),
+        *weight.shape,
+        *rest,
+    )
 
 
 def native_arrays(weight: BlockRowWeight) -> tuple[Tensor, Tensor, Tensor]:

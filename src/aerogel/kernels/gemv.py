@@ -21,14 +21,13 @@ from torch import Tensor
 
 from aerogel.kernels._calls import (
     PreparedCall,
-    address,
     checked_out,
     kept_call,
     kept_stream,
     needs_grad,
+    pack_stored,
     row_strides,
     runs_natively,
-    stored_arrays,
     version,
 )
 from aerogel.kernels._library import isa, native, native_available, reference_mode
@@ -41,7 +40,6 @@ from aerogel.kernels.spmm import (
     spmm_reference,
     warn_of_device,
 )
-from aerogel.kernels.values import VALUE_TYPES
 
 
 def gemv_reference(
@@ -185,18 +183,8 @@ def native_gemv_weight(weight: BlockRowWeight) -> Any:
     Returns:
         A `_native.GemvWeight`, immutable.
     """
-    return kept_stream(weight, ("gemv", version(weight)), lambda: _pack_native(weight))
-
-
-def _pack_native(weight: BlockRowWeight) -> Any:
-    values, columns, row_ptr = stored_arrays(weight)
-    scales = None if weight.scales is None else weight.scales.contiguous()
-    return native().gemv_pack(
-        values.data_ptr(),
-        VALUE_TYPES[values.dtype],
-        address(scales),
-        columns.data_ptr(),
-        row_ptr.data_ptr(),
-        *weight.shape,
-        weight.block,
+    return kept_stream(
+        weight,
+        ("gemv", version(weight)),
+        lambda: pack_stored(weight, native().gemv_pack, weight.block),
     )

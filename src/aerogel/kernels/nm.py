@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
-from aerogel.kernels._calls import address, kept_stream, stored_arrays, version
+from aerogel.kernels._calls import kept_stream, pack_stored, version
 from aerogel.kernels._library import isa, native
 from aerogel.kernels.formats import BlockRowWeight, entry_indices
-from aerogel.kernels.values import VALUE_TYPES
 
 NM_PATTERNS = ((1, 4), (2, 4), (1, 8), (2, 8))
-# Emptier groups are cheaper in `gemv`'s own stream, which stores no zeros.
-_LEAST_FILL = 0.9
+# An N:M mask is nearly full in its kept places; a very sparse random one meets N:M by accident, and
+# is cheaper in `gemv`'s own stream, which stores no zeros.
+LEAST_GROUP_FILL = 0.9
 
 
-def nm_pattern(weight: BlockRowWeight, least_fill: float = _LEAST_FILL) -> tuple[int, int] | None:
+def nm_pattern(
+    weight: BlockRowWeight, least_fill: float = LEAST_GROUP_FILL
+) -> tuple[int, int] | None:
     """The tightest pattern (n, m) that the stored places of a weight follow.
 
     Args:
@@ -69,25 +71,7 @@ def native_nm_weight(weight: BlockRowWeight, n: int, m: int) -> Any:
     Raises:
         ValueError: a group holds more, or the weight has blocks of rows.
     """
-    return kept_stream(
-        weight,
-        ("nm", n, m, isa(), version(weight)),
-        lambda: _pack_native(weight, n, m),
-    )
-
-
-def _pack_native(weight: BlockRowWeight, n: int, m: int) -> Any:
     if weight.block != 1:
         raise ValueError(f"weight: has blocks of {weight.block} rows, expected single rows")
-    values, columns, row_ptr = stored_arrays(weight)
-    scales = None if weight.scales is None else weight.scales.contiguous()
-    return native().nm_pack(
-        values.data_ptr(),
-        VALUE_TYPES[values.dtype],
-        address(scales),
-        columns.data_ptr(),
-        row_ptr.data_ptr(),
-        *weight.shape,
-        n,
-        m,
-    )
+    key = ("nm", n, m, isa(), version(weight))
+    return kept_stream(weight, key, lambda: pack_stored(weight, native().nm_pack, n, m))

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from aerogel.kernels.nm import LEAST_GROUP_FILL, NM_PATTERNS
+
 BLOCKS = (4, 2)
-N_OF_M = ((1, 4), (2, 4), (1, 8), (2, 8))
 # Share of a stored block that must be non-zero before storing blocks pays (XNNPACK's rule).
 MIN_FILL = 0.9
 # A pattern is named only where chance alone would not produce it; see `_beyond_chance`.
 _CLEARLY_BEYOND_CHANCE = 0.8
-# An N:M mask is nearly full in its kept places; a very sparse random one meets N:M by accident.
-_MIN_GROUP_FILL = 0.9
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ def _name(weight: Tensor, sparsity: float, fill: dict[int, float]) -> str:
     for block in BLOCKS:
         if _beyond_chance(density, block, fill[block]) >= _CLEARLY_BEYOND_CHANCE:
             return f"{block}x1"
-    for n, m in N_OF_M:
-        if density >= _MIN_GROUP_FILL * n / m and satisfies_n_of_m(weight, n, m):
+    for n, m in NM_PATTERNS:
+        if density >= LEAST_GROUP_FILL * n / m and satisfies_n_of_m(weight, n, m):
             return f"{n}:{m}"
     return "unstructured"
 
