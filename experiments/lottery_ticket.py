@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel import data
+import small_fashion
 from aerogel.models import LeNet300
 from aerogel.pruning import LotteryTicket, StaticSparseTrainer, TrainOutcome
 from aerogel.report.evidence import Claim, Result, mean
@@ -94,20 +93,13 @@ def claims(results: Sequence[Result]) -> list[Claim]:
     ]
 
 
-@lru_cache(maxsize=1)
 def _data() -> tuple[Split, Split, Split]:
-    dataset = data.load("fashion-mnist")
-
-    def pooled(split: data.ImageSplit, first: int, count: int) -> Split:
-        mean, std = split.mean[0], split.std[0]
-        part = slice(first, first + count)
-        small = F.avg_pool2d(split.images[part].float() / 255.0, 2)
-        return Split(((small - mean) / std).flatten(1), split.labels[part])
-
+    """To train on, to stop by, and to test on."""
+    images = small_fashion.load(TRAIN_IMAGES + HELD_OUT_IMAGES, TEST_IMAGES)
     return (
-        pooled(dataset.train, 0, TRAIN_IMAGES),
-        pooled(dataset.train, TRAIN_IMAGES, HELD_OUT_IMAGES),
-        pooled(dataset.test, 0, TEST_IMAGES),
+        Split(images.train[:TRAIN_IMAGES], images.labels[:TRAIN_IMAGES]),
+        Split(images.train[TRAIN_IMAGES:], images.labels[TRAIN_IMAGES:]),
+        Split(images.test, images.test_labels),
     )
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import small_fashion
 from aerogel import data
 from aerogel.insight import expected_calibration_error, fgsm_accuracy, ood_auroc
 from aerogel.pruning import StaticSparseTrainer, layerwise_report, random_prune
@@ -95,24 +95,6 @@ def claims(results: Sequence[Result]) -> list[Claim]:
     ]
 
 
-@lru_cache(maxsize=1)
-def _data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dataset = data.load("fashion-mnist")
-    train, test = dataset.train, dataset.test
-    return (
-        _pooled(train, train.images[:TRAIN_IMAGES], train),
-        train.labels[:TRAIN_IMAGES],
-        _pooled(test, test.images, train),
-        test.labels,
-    )
-
-
-def _pooled(split: data.ImageSplit, images: Tensor, like: data.ImageSplit) -> Tensor:
-    """(N, 1, 28, 28) grey values -> (N, 196), normalised as the training images."""
-    small = F.avg_pool2d(images.float() / 255.0, 2)
-    return ((small - like.mean[0]) / like.std[0]).flatten(1)
-
-
 def _network(width: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -136,7 +118,7 @@ def _pruned(width: int, density: float, allocation: str, seed: int) -> tuple[nn.
 
 
 def _train(model: nn.Module, seed: int, masks: MaskSet | None = None) -> nn.Module:
-    images, labels, *_ = _data()
+    images, labels, *_ = small_fashion.load(TRAIN_IMAGES)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=LEARNING_RATE,
@@ -163,13 +145,12 @@ def _train(model: nn.Module, seed: int, masks: MaskSet | None = None) -> nn.Modu
 
 def _beyond_accuracy(model: nn.Module, name: str) -> dict[str, float]:
     """Calibration, detection of other data (handwritten digits), and robustness."""
-    _, _, images, labels = _data()
-    dataset = data.load("fashion-mnist")
-    like = dataset.train
+    _, _, images, labels = small_fashion.load(TRAIN_IMAGES)
+    like = data.load("fashion-mnist").train
     digits = data.digits.load(28).train
     with torch.no_grad():
         probabilities = model(images).softmax(dim=1)
-        others = model(_pooled(digits, digits.images, like)).softmax(dim=1)
+        others = model(small_fashion.pooled(digits.images, like).flatten(1)).softmax(dim=1)
     attacked = fgsm_accuracy(model, images, labels, ATTACK / like.std[0])
     return {
         f"{name}: calibration error": 100.0 * expected_calibration_error(probabilities, labels),
@@ -179,10 +160,8 @@ def _beyond_accuracy(model: nn.Module, name: str) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
 def _accuracy(model: nn.Module) -> float:
-    _, _, images, labels = _data()
-    return 100.0 * (model(images).argmax(dim=1) == labels).float().mean().item()
+    return small_fashion.accuracy(model, small_fashion.load(TRAIN_IMAGES))
 
 
 if __name__ == "__main__":

@@ -33,18 +33,23 @@ def load(train_images: int = 6_000, test_images: int = 10_000, flat: bool = True
     """The first images of either split, average-pooled by 2."""
     dataset = data.load("fashion-mnist")
 
-    def pooled(split: data.ImageSplit, count: int) -> Tensor:
-        small = F.avg_pool2d(split.images[:count].float() / 255.0, 2)
-        images = (small - split.mean[0]) / split.std[0]
-        return images.flatten(1) if flat else images
+    def part(split: data.ImageSplit, count: int) -> Tensor:
+        small = pooled(split.images[:count], split)
+        return small.flatten(1) if flat else small
 
     train, test = dataset.train, dataset.test
     return Images(
-        pooled(train, train_images),
+        part(train, train_images),
         train.labels[:train_images],
-        pooled(test, test_images),
+        part(test, test_images),
         test.labels[:test_images],
     )
+
+
+def pooled(images: Tensor, like: data.ImageSplit) -> Tensor:
+    """(N, 1, 28, 28) grey values -> (N, 1, 14, 14), normalised as a split's."""
+    small = F.avg_pool2d(images.float() / 255.0, 2)
+    return (small - like.mean[0]) / like.std[0]
 
 
 def mlp(widths: tuple[int, ...], seed: int) -> nn.Sequential:
