@@ -88,7 +88,7 @@ def run(
         if on_trial is not None:
             on_trial(done, total, name)
 
-    for _, seed, _ in _each(_train_dense, dense, workers):
+    for seed in _each(_train_dense, dense, workers):
         tell(f"dense, seed {seed}")
     jobs = [(arena, trial, str(path)) for trial in runnable]
     found: dict[Trial, Row] = {}
@@ -119,18 +119,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _train_dense(arena: Arena, seed: int, folder: str) -> tuple[Arena, int, str]:
+def _train_dense(arena: Arena, seed: int, folder: str) -> int:
     from aerogel import compress
 
     compress.train_dense_network(arena.dense_recipe(seed), folder)
-    return arena, seed, folder
+    return seed
 
 
 def _run_trial(arena: Arena, trial: Trial, folder: str) -> tuple[Row, Trial]:
     from aerogel import compress
+    from aerogel.compress.pipeline import DENSE_FILE
 
     root = Path(folder)
-    dense = root / f"dense-seed{trial.seed}" / "dense.safetensors"
+    dense = root / f"dense-seed{trial.seed}" / DENSE_FILE
     try:
         results = compress.run(arena.recipe_of(trial, str(dense)), root / trial.name)
     except (ValueError, RuntimeError, ArithmeticError) as error:

@@ -50,7 +50,7 @@ def arena(
         plan = room.Arena(
             model=model,
             data=data,
-            methods=tuple(_parts(methods)),
+            methods=tuple(terminal.listed([methods])),
             sparsities=tuple(_numbers("sparsity", sparsity, float)),
             seeds=tuple(_numbers("seeds", seeds, int)),
             flags={key: value for key, value in flags.items() if value is not None},
@@ -71,12 +71,8 @@ def arena(
         console.say(f"plot: {out / 'arena.html'}")
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _numbers(flag: str, text: str, kind: type) -> list[Any]:
     try:
-        return [kind(part) for part in _parts(text)]
+        return [kind(part) for part in terminal.listed([text])]
     except ValueError:
         raise ValueError(f"{flag} = {text!r}: expected numbers with commas between") from None

@@ -72,7 +72,7 @@ def bench(
         settings = compress.load_measurement({
             "batch": _numbers("batch", batch),
             "threads": _numbers("threads", threads),
-            "against": _listed(against or ALL),
+            "against": terminal.listed(against or ALL),
             "rounds": rounds,
             "clock": clock,
         })  # fmt: skip
@@ -83,14 +83,8 @@ def bench(
         _show(found, explain=explain, as_json=as_json)
 
 
-def _listed(values: Any) -> list[str]:
-    """Values of an option that may be repeated and may hold commas."""
-    parts = [part.strip() for value in values for part in value.split(",")]
-    return [part for part in parts if part]
-
-
 def _numbers(flag: str, values: list[str]) -> list[int]:
-    parts = _listed(values)
+    parts = terminal.listed(values)
     if not parts or not all(part.isdigit() for part in parts):
         raise ValueError(
             f"--{flag}: {flag} = {','.join(values)!r}: expected whole numbers joined by commas"

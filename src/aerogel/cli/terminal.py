@@ -7,7 +7,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import typer
@@ -173,3 +173,9 @@ class Terminal:
         ]
         with Progress(*columns, console=self._console, transient=True) as progress:
             yield _Bar(progress, label, unit)
+
+
+def listed(values: Iterable[str]) -> list[str]:
+    """Values of an option that may be repeated and may hold commas."""
+    parts = [part.strip() for value in values for part in value.split(",")]
+    return [part for part in parts if part]
