@@ -111,7 +111,7 @@ def dsnot_(
     selection: ParamSelection | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    sequential: bool = True,
+    sequential: bool | None = True,
     blocks: str | None = None,
     token_mask: TokenMask = "attention_mask",
     forward: ForwardFn = run_batch,
@@ -148,7 +148,7 @@ def dsnot_(
         include: globs of names, see `select_parameters`; overrides the restriction to blocks.
         exclude: globs of names.
         sequential: False takes all statistics from the dense model in one pass, for models without
-            a chain of blocks.
+            a chain of blocks; None does so where there is none.
         blocks: name of the block list, None to find it.
         token_mask: which tokens count, see `collect_input_stats`.
         forward: how to run one batch.
@@ -374,19 +374,11 @@ def _prune(
         goal.sparsity,
         pattern=goal.pattern,
         include=goal.parameters,
-        sequential=_has_blocks(model),
+        sequential=None,  # networks without blocks too
         forward=call_with_inputs,
         on_progress=progress,
     )
     return report.masks
-
-
-def _has_blocks(model: nn.Module) -> bool:
-    try:
-        find_blocks(model)
-    except ValueError:
-        return False
-    return True
 
 
 METHOD = OneShotMethod(slug="dsnot", prune=_prune, patterns=("unstructured", "n:m"))
