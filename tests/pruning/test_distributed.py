@@ -1,7 +1,6 @@
 """Under data-parallel training every process holds the same masks."""
 
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from torch import nn
 
 from aerogel.pruning import GradualPruner
 from aerogel.sparsity import Cosine, DropGrow, MaskController, random_masks, select_parameters
+from processes import free_port, leave_group
 
 STEPS = 14
 
@@ -66,14 +66,11 @@ def work(rank, port, folder):
         masks, weights = train(make, rank, 2)
         state = {**masks.state_dict(), **{f"w{i}": w for i, w in enumerate(weights)}}
         torch.save(state, f"{folder}/{make.__name__}{rank}")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_hold_the_masks_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2)
     for make in (gradual, dynamic):
         masks, weights = train(make)
         packed = masks.state_dict()

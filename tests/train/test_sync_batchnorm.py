@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from aerogel.train import synchronized_batch_norm
+from processes import free_port, leave_group
 
 SHAPES = ((6, 5), (6, 5, 4), (6, 5, 3, 2))
 
@@ -52,16 +52,13 @@ def worker(rank: int, port: int, results: dict) -> None:
         values = (y, grad, weight, bias, norm.running_mean, norm.running_var)
         results[rank, shape] = [v.numpy() for v in values]
         results[rank, "forward restored"] = "forward" not in vars(norm)
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
 def two_processes() -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = mp.Manager().dict()
-    mp.spawn(worker, args=(port, results), nprocs=2)
+    mp.spawn(worker, args=(free_port(), results), nprocs=2)
     return dict(results)
 
 

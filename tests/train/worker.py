@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from train_toys import pruner_of, toy_dataset, toy_model
 
 from aerogel.train import Callback, TrainConfig, fit
+from processes import leave_group
 
 
 class KilledAfter(Callback):
@@ -81,9 +82,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     tensors = {f"{n}.{k}": v for n, one in enumerate(outcomes) for k, v in one.items()}
     save_file(tensors, f"{out}.{rank}.safetensors")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave_group()
