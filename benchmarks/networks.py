@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 import aerogel
 import harness
-from aerogel import bench, data, models
+from aerogel import bench, compress, data, models
 from harness import Column, Figure, Findings, Setup
 
 OURS, ALONE, PEER = "aerogel", "aerogel, 1 thread", "onnxruntime"
@@ -101,22 +101,11 @@ def make_network(case: Case, trained: Path | None = None) -> nn.Module:
         network = models.create_model(case.model, checkpoint_path=trained)
         network = network.eval().requires_grad_(False)
     else:
-        extra = {"zero_init_last": False} if case.model.startswith("resnet") else {}
-        network = models.create_model(case.model, **extra).eval().requires_grad_(False)
-        vary_norms(network)
+        network = models.create_model(case.model).eval().requires_grad_(False)
+        compress.vary_norms(network)
     for name, _ in network.prune_targets():
         remove_smallest(network.get_submodule(name).weight, case.sparsity, case.block)
     return network
-
-
-def vary_norms(network: nn.Module) -> None:
-    """Statistics that a trained network might have, so that no norm is an identity."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0.0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(0.0, 0.1)
 
 
 def remove_smallest(weight: Tensor, sparsity: float, block: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from my_nets import Net
+from torch import nn
 
 import aerogel
 from aerogel import data
 from aerogel.compress.exported import load_exported
 from aerogel.compress.loading import load_data, load_model, starts_trained
-from aerogel.compress.networks import random_networks
+from aerogel.compress.networks import random_networks, vary_norms
 from aerogel.compress.recipe import DataSpec, ModelSpec
 from aerogel.compress.selection import pruned_parameters, unfit_parameters
 
@@ -205,6 +207,18 @@ def test_random_zeros_have_the_sparsity_asked_for(pattern: str, zeros: float) ->
     assert float((weight == 0).float().mean()) == pytest.approx(zeros, abs=0.01)
     assert bool((pair.dense.features[0].weight != 0).all())
     assert pair.dense(*example(3)).shape == (3, 10)
+
+
+def test_no_norm_of_a_random_network_is_an_identity_or_empties_a_layer() -> None:
+    pair, _ = random_networks("resnet18", 0.9)
+    for network in (pair.dense, pair.sparse):
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms
+        assert all(0.5 <= norm.weight.min() < norm.weight.max() for norm in norms)
+    trained = copy.deepcopy(pair.dense)
+    vary_norms(trained, seed=1)
+    for key, value in pair.dense.state_dict().items():
+        assert torch.equal(trained.state_dict()[key], value), key
 
 
 @pytest.mark.usefixtures("in_this_folder")

@@ -7,7 +7,7 @@ results = aerogel.compress.run(recipe, "runs/mine")
 from __future__ import annotations
 
 from aerogel.compress.measuring import Pair, measure, settings_of
-from aerogel.compress.networks import load_run, plain_network, random_networks
+from aerogel.compress.networks import load_run, plain_network, random_networks, vary_norms
 from aerogel.compress.pipeline import run, train_dense_network
 from aerogel.compress.recipe import Measurement, Recipe
 from aerogel.compress.resolve import builtin_recipes, load_measurement, load_recipe
@@ -30,4 +30,5 @@ __all__ = [
     "run",
     "settings_of",
     "train_dense_network",
+    "vary_norms",
 ]

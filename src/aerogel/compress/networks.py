@@ -65,9 +65,34 @@ def random_networks(
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity = {sparsity}: expected a fraction of zeros in [0, 1)")
     dense, example = plain_network(name, shape, seed)
+    vary_norms(dense, seed)
     sparse = copy.deepcopy(dense)
     _random_masks(sparse, sparsity, pattern, seed)
     return Pair(dense, sparse, source_of(ModelSpec(name=name), None, seed)), example
+
+
+def vary_norms(model: nn.Module, seed: int = 0) -> None:
+    """Give batch norms that never saw data the numbers that a trained network might have.
+
+    A fresh norm is an identity, and the last one of a ResNet's block a multiplication by zero: with
+    it folded, the convolution before it is empty and costs nothing.
+
+    Args:
+        model: Changed in place; norms that have seen data stay as they are.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.affine:
+            continue
+        mean, variance = module.running_mean, module.running_var
+        if mean is None or variance is None or mean.any() or (variance != 1).any():
+            continue
+        with torch.no_grad():
+            mean.normal_(0.0, 0.1, generator=generator)
+            variance.uniform_(0.5, 1.5, generator=generator)
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0.0, 0.1, generator=generator)
 
 
 def plain_network(
