@@ -55,7 +55,12 @@ def compare(
     """The table, and the seconds that the multiply-adds of the sparse network need at least."""
     pair, example = compress.random_networks(network, ZEROS)
     with torch.no_grad():
-        least = 1e-9 * batch * operations(pair.sparse, *example(1)) / setup.roof.fma_gflops
+        least = (
+            1e-9
+            * batch
+            * operations(pair.sparse, bench.Inputs.of(*example(1)))
+            / setup.roof.fma_gflops
+        )
     field = bench.lineup(
         pair.dense,
         pair.sparse,
