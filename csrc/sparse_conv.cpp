@@ -12,6 +12,8 @@ namespace aerogel {
 
 namespace {
 
+constexpr int64_t kShortRow = 2;  // vectors
+
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 int64_t index_of(const std::vector<int32_t>& list, int64_t value) {
@@ -30,16 +32,19 @@ int64_t align_pitch(int64_t pitch, int64_t columns, int64_t lanes) {
 
 StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t lanes) {
   Strips& s = strips_;
+  // Short rows have a copy for each column of taps: a misaligned vector takes two loads.
+  const bool apart = w.kernel_w > 1 && w.out_w <= kShortRow * lanes;
+  const int64_t period = apart ? w.kernel_w * w.dilation_w : w.stride_w;
   for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
-    const auto phase = static_cast<int32_t>(kx * w.dilation_w % w.stride_w);
+    const auto phase = static_cast<int32_t>(kx * w.dilation_w % period);
     if (index_of(column_phases_, phase) == static_cast<int64_t>(column_phases_.size())) {
       column_phases_.push_back(phase);
     }
   }
-  choose_panel(w, spmm_panel_vectors(variant) * lanes, lanes);
+  choose_panel(w, spmm_panel_vectors(variant) * lanes, lanes, apart);
   choose_phases(w);
   // Behind its last row a plane has the zeros that the row's last taps read.
-  const int64_t reach = s.columns + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
+  const int64_t reach = s.columns + (apart ? 0 : (w.kernel_w - 1) * w.dilation_w / w.stride_w);
   s.plane = round_up(s.plane_rows * s.pitch + std::max<int64_t>(0, reach - s.pitch), 16);
   s.channel = s.row_phase_count * s.column_phase_count * s.plane;
   for (int64_t ky = 0; ky < w.kernel_h; ++ky) {
@@ -51,26 +56,26 @@ StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t la
   }
   for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
     const int64_t column = kx * w.dilation_w;
-    column_offsets_.push_back(index_of(column_phases_, column % w.stride_w) * s.plane +
-                              column / w.stride_w);
+    column_offsets_.push_back(index_of(column_phases_, column % period) * s.plane +
+                              (apart ? 0 : column / w.stride_w));
   }
 }
 
 // As many outputs as fit into `most` places of the grid: whole rows, or a part of one.
-void StripLayout::choose_panel(const Window& w, int64_t most, int64_t lanes) {
+void StripLayout::choose_panel(const Window& w, int64_t most, int64_t lanes, bool apart) {
   Strips& s = strips_;
   const int64_t row = round_up(w.out_w, lanes);
   if (most < row) {
     const int64_t across = (w.out_w + most - 1) / most;
     s.rows = 1;
     s.columns = round_up((w.out_w + across - 1) / across, lanes);
-    s.pitch = s.columns + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
+    s.pitch = s.columns + (apart ? 0 : (w.kernel_w - 1) * w.dilation_w / w.stride_w);
     s.linear = s.bare = true;
     return;
   }
   s.columns = w.out_w;
-  s.pitch = least_pitch(w);
-  if (s.pitch > w.out_w) s.pitch = align_pitch(s.pitch, w.out_w, lanes);
+  s.pitch = apart ? w.out_w : least_pitch(w);
+  if (apart || s.pitch > w.out_w) s.pitch = align_pitch(s.pitch, w.out_w, lanes);
   s.linear = s.pitch <= row;
   s.rows = std::clamp<int64_t>(most / (s.linear ? s.pitch : row), 1, w.out_h);
   s.bare = s.rows == 1 || s.pitch == w.out_w;

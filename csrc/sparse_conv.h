@@ -25,7 +25,7 @@ class StripLayout {
   }
 
  private:
-  void choose_panel(const Window& window, int64_t most, int64_t lanes);
+  void choose_panel(const Window& window, int64_t most, int64_t lanes, bool apart);
   void choose_phases(const Window& window);
   int64_t least_pitch(const Window& window) const;
 

@@ -4,7 +4,8 @@
 //
 // Outputs of a panel lie on a grid with `pitch` floats from row to row. Where the stride is not one,
 // input rows and columns are split by its phases: row y * stride_h + p, column x * stride_w + q of
-// the panel's input are row y, column x of plane (p, q). Only phases that a tap meets are kept.
+// the panel's input are row y, column x of plane (p, q). Only phases that a tap meets are kept. Short
+// rows have a phase for every column of taps, which then reads whole aligned vectors.
 // Where taps are so far apart that their rows hardly overlap (dilation), each row of taps has rows of
 // its own instead of a phase.
 //

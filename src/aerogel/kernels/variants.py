@@ -153,7 +153,7 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
 # at 90 % zeros (Zen 4 with either width). Higher panels copy less input at their borders.
 _CONV_TILES: dict[int, dict[int, tuple[tuple[int, int, int], ...]]] = {
     16: {
-        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (2, 8, 1)),
+        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (2, 4, 2), (2, 8, 1)),
         2: ((2, 2, 8), (4, 2, 8)),
         4: ((1, 4, 8), (1, 5, 4)),
     },
