@@ -36,9 +36,9 @@ from aerogel.compress.loading import (
 from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.outcome import assemble, data_facts
 from aerogel.compress.recipe import Recipe
-from aerogel.compress.selection import pruned_parameters, unfit_parameters
 from aerogel.compress.training import chosen_by, train_dense, train_sparse
 from aerogel.compress.workdir import Marker, RunFolder, key_of
+from aerogel.pruning.selection import pruned_parameters, unfit_parameters
 
 DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
 # Both networks, an optimizer's two moments and its parameters twice while a state is replaced.

@@ -13,9 +13,9 @@ from aerogel import data, train
 from aerogel.compress.console import Task
 from aerogel.compress.loading import example_inputs
 from aerogel.compress.recipe import Distillation, Recipe, Training
-from aerogel.compress.selection import pruned_parameters
 from aerogel.compress.trainings import RecipeTrainings, calibration_batches, masks_of_zeros
 from aerogel.pruning import METHODS, Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning.selection import pruned_parameters
 from aerogel.sparsity import StaticSparseTrainer
 
 CURVES = ("loss", "lr", "sparsity")
