@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -164,6 +165,37 @@ def test_only_one_block_of_statistics_is_alive(name, monkeypatch):
     sparsegpt_(model, batches, 0.5, on_progress=look)
     assert len(alive) == DEPTH * MODELS[name][1]
     assert most <= MODELS[name][1]
+
+
+@pytest.mark.parametrize("prune", [wanda_, sparsegpt_, dsnot_])
+@pytest.mark.parametrize("make", [transformers.BertConfig, transformers.GPT2Config])
+def test_the_memory_of_calibration_does_not_grow_with_the_number_of_blocks(prune, make):
+    """All tensors alive between two layers, parameters and the masks found so far not counted."""
+
+    def most(depth: int) -> int:
+        torch.manual_seed(0)
+        config = make(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=depth,
+                      num_attention_heads=2)  # fmt: skip
+        config.intermediate_size = config.n_inner = 32
+        model = transformers.AutoModel.from_config(config).eval()
+        batches = made("bert")[1]
+        gc.collect()
+        gc.freeze()  # what there is already is not looked at
+        peak = 0
+
+        def look(done: int, total: int, layer: str) -> None:
+            nonlocal peak
+            found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+            live = [t for t in found if t.dtype != torch.bool]
+            peak = max(peak, sum(t.numel() * t.element_size() for t in live))
+
+        prune(model, batches, 0.5, on_progress=look)
+        gc.unfreeze()
+        return peak
+
+    shallow, deep = most(2), most(6)
+    assert shallow > 0
+    assert deep <= shallow
 
 
 def test_blocks_that_share_their_arguments_are_met_once_a_batch():

@@ -211,12 +211,11 @@ class _Run:
                 f"dense: {', '.join(unfit[:3])}{', ...' * (len(unfit) > 3)}."
             )
             self.console.warn(notes[-1])
-        with self.console.task("prune", "steps") as task:
-            state = self.folder.training_state("prune")
-            dense = self.load(DENSE_FILE)
-            model, curves = train_sparse(
-                model, dense, self.dataset, self.recipe, state, task, self._fresh
-            )
+        state = self.folder.training_state("prune")
+        dense = self.load(DENSE_FILE)
+        model, curves = train_sparse(
+            model, dense, self.dataset, self.recipe, state, self.console, self._fresh
+        )
         check_finite(model, "the sparse network after training")
         self._save(model, SPARSE_FILE, sparse=True)
         weights = {n: model.get_parameter(n) for n in self._pruned(model)}
