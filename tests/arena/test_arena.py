@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from aerogel import compress
-from aerogel.arena import Arena, Outcome, markdown, page, run
+from aerogel.arena import Arena, Outcome, executors, markdown, page, run
 from aerogel.arena.plan import pattern_for
+from aerogel.arena.run import _train_dense
 from aerogel.cli.app import app
 from aerogel.pruning import METHODS, SearchMethod
 
@@ -122,6 +124,71 @@ def test_processes_give_the_same_networks(
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_auto_means_ray_only_where_a_cluster_is_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert executors.choose("auto") == "processes"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(executors, "find_spec", lambda name: None)
+    assert executors.choose("auto") == "processes"  # not installed
+    with pytest.raises(ValueError, match=r"needs Ray: pip install 'aerogel\[ray\]'"):
+        executors.choose("ray")
+    monkeypatch.setattr(executors, "find_spec", lambda name: object())
+    assert executors.choose("auto") == "ray"
+    with pytest.raises(ValueError, match=r"executor must be one of .*got 'threads'"):
+        executors.choose("threads")
+
+
+def test_a_folder_that_a_machine_does_not_see_is_named(recipe: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "arena" / ".seen-by-all"
+    with pytest.raises(ValueError, match="needs a folder that all machines see"):
+        _train_dense(arena(recipe).dense_recipe(0), 0, elsewhere)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A real Ray, of two workers on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray = pytest.importorskip("ray")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+class TestThroughRay:
+    def test_networks_are_the_same_and_a_stopped_run_goes_on(
+        self, outcome: tuple[Path, Outcome], recipe: str, tmp_path: Path
+    ) -> None:
+        assert executors.choose("auto") == "ray"
+        methods = ("gradual-pruning", "magnitude")
+        plan = arena(recipe, methods=methods, sparsities=(0.5,))
+
+        def stop(done: int, total: int, name: str) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, tmp_path, executor="ray", on_trial=stop)
+        told: list[str] = []
+        rows = run(plan, tmp_path, executor="ray", on_trial=lambda *a: told.append(a[2])).rows
+        assert [row.missing for row in rows] == ["", ""]
+        assert set(told) == {"dense, seed 0", *(trial.name for trial in plan.trials())}
+        assert not list(tmp_path.glob(".seen-by-all*"))
+        for method in methods:
+            files = [f / f"{method}-50-seed0" / "model.safetensors" for f in (outcome[0], tmp_path)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+        assert run(plan, tmp_path, executor="processes").rows == rows
+
+    def test_an_error_comes_back_as_it_was_raised(self, recipe: str, tmp_path: Path) -> None:
+        each, end = executors.start("ray", workers=2)
+        job = (arena(recipe).dense_recipe(0), 0, tmp_path / "elsewhere" / ".seen-by-all")
+        with pytest.raises(ValueError, match=r"^folder .* is not the same one on"):
+            list(each(_train_dense, [job]))
+        end()
+
+
 def test_table_and_page_show_what_ran_and_what_did_not(outcome: tuple[Path, Outcome]) -> None:
     table = markdown(outcome[1])
     assert table.count("| 50% |") == len(QUICK)
@@ -161,6 +228,7 @@ def test_the_command_writes_table_plot_and_figures(recipe: str, tmp_path: Path) 
     assert (tmp_path / "arena.html").stat().st_size > 1000
     (row,) = json.loads((tmp_path / "arena.json").read_text())
     assert row["accuracy"] > 0.5
+    assert CliRunner().invoke(app, ["arena", "--executor", "threads"]).exit_code == 2
     bad = CliRunner().invoke(app, ["arena", "--sparsity", "half"])
     assert bad.exit_code == 2
     assert "sparsity = 'half'" in bad.output

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aerogel.models import VisionTransformer
+
 NOT_CALLABLE = 3
 
 
@@ -23,6 +25,12 @@ class Net(nn.Module):
         """(B, C, H, W) -> (B, num_classes)."""
         x = torch.relu(self.norm(self.conv(x)))
         return self.head(self.drop(torch.relu(self.point(x)).mean((2, 3))))
+
+
+def blocks(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
+    """A chain of two blocks, as one-shot methods walk it."""
+    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+    return VisionTransformer(8, in_chans=in_chans, num_classes=num_classes, **sizes)  # type: ignore[arg-type]
 
 
 def broken(num_classes: int) -> nn.Module:

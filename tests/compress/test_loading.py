@@ -18,7 +18,7 @@ from aerogel.compress.exported import load_exported
 from aerogel.compress.loading import load_data, load_model, starts_trained
 from aerogel.compress.networks import random_networks, vary_norms
 from aerogel.compress.recipe import DataSpec, ModelSpec
-from aerogel.compress.selection import pruned_parameters, unfit_parameters
+from aerogel.pruning.selection import pruned_parameters, unfit_parameters
 
 HERE = Path(__file__).parent
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from aerogel import compress, runtime
+from aerogel.cli import terminal
 from aerogel.compress import RecipeError, load_recipe
 from aerogel.pruning import METHODS, Goal, SearchMethod
 from aerogel.pruning.method import Trainings
@@ -27,6 +31,43 @@ def test_one_shot_methods_need_no_training(method: str, tiny_recipe: Path, tmp_p
     assert results is not None
     zeros = _zeros(tmp_path / "run")
     assert max(zeros.values()) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
+def test_one_shot_methods_show_a_bar_that_moves_layer_by_layer_through_the_blocks(
+    method: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[str, float, float | None, str]] = []
+    update = terminal._Bar.update
+
+    def noted(bar: Any, done: float, total: float | None = None, note: str = "") -> None:
+        update(bar, done, total, note)
+        bar._progress.refresh()
+        moves.append((bar._progress.tasks[0].fields["unit"], done, total, note))
+
+    drawn = io.StringIO()
+    monkeypatch.setattr(terminal._Bar, "update", noted)
+    monkeypatch.setattr(
+        terminal, "stderr", lambda: Console(file=drawn, force_terminal=True, width=160)
+    )
+    flags = {
+        "model.name": "my_nets:blocks",
+        "model.options": {},
+        "method": method,
+        "sparsity": 0.5,
+        "dense.epochs": 0.2,
+        "prune.epochs": 0,
+    }
+    recipe = load_recipe(tiny_recipe, flags)
+    compress.run(recipe, tmp_path / "run", console=terminal.Terminal())
+    layers = [move[1:] for move in moves if move[0] == "layers"]
+    total = len(layers)
+    assert [(done, of) for done, of, _ in layers] == [(i + 1, total) for i in range(total)]
+    walked = [name.split(".")[1] for *_, name in layers if name.startswith("blocks.")]
+    assert walked == ["0"] * 4 + ["1"] * 4
+    assert "prune" in drawn.getvalue()
+    assert f"{total}/{total}" in drawn.getvalue()
+    assert "blocks.1.mlp.fc2.weight" in drawn.getvalue()
 
 
 def test_after_one_shot_pruning_training_keeps_the_zeros_where_they_are(

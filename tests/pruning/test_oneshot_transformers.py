@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.pruning import dsnot_, sparsegpt_, wanda_
 from aerogel.runtime.detect import detect_zeros
-from aerogel.sparsity import collect_input_stats
+from aerogel.sparsity import MaskSet, collect_input_stats
 from aerogel.sparsity.input_stats import InputStats
 from aerogel.sparsity.layer_walk import oriented_weight, selected_weights
 from aerogel.sparsity.oneshot import wanda_mask
@@ -166,6 +167,37 @@ def test_only_one_block_of_statistics_is_alive(name, monkeypatch):
     assert most <= MODELS[name][1]
 
 
+@pytest.mark.parametrize("prune", [wanda_, sparsegpt_, dsnot_])
+@pytest.mark.parametrize("make", [transformers.BertConfig, transformers.GPT2Config])
+def test_the_memory_of_calibration_does_not_grow_with_the_number_of_blocks(prune, make):
+    """All tensors alive between two layers, parameters and the masks found so far not counted."""
+
+    def most(depth: int) -> int:
+        torch.manual_seed(0)
+        config = make(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=depth,
+                      num_attention_heads=2)  # fmt: skip
+        config.intermediate_size = config.n_inner = 32
+        model = transformers.AutoModel.from_config(config).eval()
+        batches = made("bert")[1]
+        gc.collect()
+        gc.freeze()  # what there is already is not looked at
+        peak = 0
+
+        def look(done: int, total: int, layer: str) -> None:
+            nonlocal peak
+            found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+            live = [t for t in found if t.dtype != torch.bool]
+            peak = max(peak, sum(t.numel() * t.element_size() for t in live))
+
+        prune(model, batches, 0.5, on_progress=look)
+        gc.unfreeze()
+        return peak
+
+    shallow, deep = most(2), most(6)
+    assert shallow > 0
+    assert deep <= shallow
+
+
 def test_blocks_that_share_their_arguments_are_met_once_a_batch():
     model, batches = made("llama")
     calls = [0] * DEPTH
@@ -186,8 +218,12 @@ def test_plain_token_tensors_beyond_the_context_are_refused():
         wanda_(model, [ids], 0.5, sequential=False)
 
 
-@pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(pattern, tmp_path):
+PATTERNS = pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
+
+
+@PATTERNS
+@pytest.mark.parametrize("prune", [wanda_, sparsegpt_, dsnot_])
+def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pattern, tmp_path):
     """As published checkpoints of Wanda and DSnoT are: plain safetensors, zeros written out."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -196,7 +232,8 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(pattern, t
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(VOCABULARY, (4, TOKENS))
-    masks = dsnot_(model, [ids], 0.5 if pattern else 0.6, pattern=pattern).masks
+    report = prune(model, [ids], 0.5 if pattern else 0.6, pattern=pattern)
+    masks = report.masks if prune is dsnot_ else report
     model.save_pretrained(tmp_path / "published")
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "published")
     for n, mask in masks.items():
@@ -206,7 +243,7 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(pattern, t
     aerogel.save(loaded, tmp_path / "small.safetensors")
     info = {t.name: t for t in aerogel.inspect(tmp_path / "small.safetensors").tensors}
     for n in masks:
-        assert info[n].pattern == (pattern or info[n].pattern)
+        assert info[n].pattern == (pattern or "unstructured")
         assert info[n].stored_bytes < 0.62 * info[n].dense_bytes
     fresh = transformers.LlamaForCausalLM(config).eval()
     aerogel.load(tmp_path / "small.safetensors", fresh)
@@ -214,7 +251,30 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(pattern, t
         assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("pattern", [None, "2:4"])
+@PATTERNS
+def test_masks_published_densely_make_a_model_sparse_again(pattern, tmp_path):
+    from safetensors.torch import save_file
+
+    dense, batches = made("llama")
+    pruned = copy.deepcopy(dense)
+    masks = wanda_(pruned, batches, 0.5 if pattern else 0.6, pattern=pattern)
+    for kind in (torch.uint8, torch.float16, torch.bool):
+        written = {f"{name}_mask": mask.to(kind) for name, mask in masks.items()}
+        save_file(written, tmp_path / "masks.safetensors")
+        read = MaskSet.from_tensors(aerogel.load(tmp_path / "masks.safetensors"))
+        assert set(read) == set(masks)
+        model = copy.deepcopy(dense)
+        read.apply_(model)
+        for name in masks:
+            assert torch.equal(model.get_parameter(name), pruned.get_parameter(name))
+            assert detect_zeros(model.get_parameter(name)).pattern == (pattern or "unstructured")
+    with pytest.raises(ValueError, match="'w' is no mask: expected 0 and 1 only"):
+        MaskSet.from_tensors({"w": torch.full((2,), 2)})
+    with pytest.raises(ValueError, match="'w_mask' is a second mask of 'w'"):
+        MaskSet.from_tensors({"w": torch.ones(2), "w_mask": torch.ones(2)})
+
+
+@PATTERNS
 def test_a_refined_model_compiles_to_the_same_outputs(pattern):
     torch.manual_seed(0)
     layers = nn.ModuleList(
@@ -240,3 +300,5 @@ def test_a_refined_model_compiles_to_the_same_outputs(pattern):
         wanted = model(x)
     compiled = aerogel.compile(model, (x,))
     torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
+    seen = {f"{row.layer}.weight": row.pattern for row in compiled.explain().rows}
+    assert all(seen[name] == (pattern or "unstructured") for name in report.masks)

@@ -25,7 +25,7 @@ def test_blocks_of_output_channels_are_recognised(block: int, density: float) ->
     assert found.block == block
 
 
-@pytest.mark.parametrize("n_m", [(1, 4), (2, 4), (2, 8), (1, 8)])
+@pytest.mark.parametrize("n_m", [(1, 4), (2, 4), (2, 8), (1, 8), (4, 8), (1, 16)])
 def test_n_of_m_is_recognised(n_m: tuple[int, int]) -> None:
     torch.manual_seed(0)
     found = detect_zeros(n_of_m(64, 128, *n_m))

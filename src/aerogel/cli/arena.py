@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ def arena(
     ] = None,
     dense_epochs: Annotated[float | None, typer.Option(help="Length of dense training.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trials at a time, one thread each.")] = 1,
+    executor: Annotated[
+        Literal["auto", "processes", "ray"],
+        typer.Option(help="auto takes Ray where RAY_ADDRESS names a cluster."),
+    ] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/arena"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
@@ -41,6 +45,7 @@ def arena(
 
     - `aerogel arena` : scikit-learn's digits, a few minutes
     - `aerogel arena --model mobilenet_v1_laptop --data fashion-mnist --sparsity 0.9 --workers 2`
+    - `RAY_ADDRESS=auto aerogel arena --out /shared/arena` : on the machines of a Ray cluster
     """
     with terminal.guarded("The same command goes on from here."):
         from aerogel import arena as room
@@ -58,7 +63,7 @@ def arena(
         )
         console = terminal.Terminal()
         with console.task("arena", "trials") as task:
-            outcome = room.run(plan, out, workers=workers, on_trial=task.update)
+            outcome = room.run(plan, out, workers=workers, executor=executor, on_trial=task.update)
         table = room.markdown(outcome)
         write_atomic(out / "arena.md", table)
         write_atomic(out / "arena.html", room.page(outcome))

@@ -15,7 +15,7 @@ from aerogel.compress.loading import example_inputs, load_data, load_model, sour
 from aerogel.compress.measuring import Pair
 from aerogel.compress.recipe import ModelSpec
 from aerogel.compress.resolve import load_recipe
-from aerogel.compress.selection import pruned_parameters
+from aerogel.pruning.selection import pruned_parameters
 
 Example = Callable[[int], tuple[Tensor, ...]]
 """Inputs of a given batch size."""

@@ -36,9 +36,9 @@ from aerogel.compress.loading import (
 from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.outcome import assemble, data_facts
 from aerogel.compress.recipe import Recipe
-from aerogel.compress.selection import pruned_parameters, unfit_parameters
 from aerogel.compress.training import chosen_by, train_dense, train_sparse
 from aerogel.compress.workdir import Marker, RunFolder, key_of
+from aerogel.pruning.selection import pruned_parameters, unfit_parameters
 
 DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
 # Both networks, an optimizer's two moments and its parameters twice while a state is replaced.
@@ -211,12 +211,11 @@ class _Run:
                 f"dense: {', '.join(unfit[:3])}{', ...' * (len(unfit) > 3)}."
             )
             self.console.warn(notes[-1])
-        with self.console.task("prune", "steps") as task:
-            state = self.folder.training_state("prune")
-            dense = self.load(DENSE_FILE)
-            model, curves = train_sparse(
-                model, dense, self.dataset, self.recipe, state, task, self._fresh
-            )
+        state = self.folder.training_state("prune")
+        dense = self.load(DENSE_FILE)
+        model, curves = train_sparse(
+            model, dense, self.dataset, self.recipe, state, self.console, self._fresh
+        )
         check_finite(model, "the sparse network after training")
         self._save(model, SPARSE_FILE, sparse=True)
         weights = {n: model.get_parameter(n) for n in self._pruned(model)}

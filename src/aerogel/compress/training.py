@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from aerogel import data, train
-from aerogel.compress.console import Task
+from aerogel.compress.console import Console, Task
 from aerogel.compress.loading import example_inputs
 from aerogel.compress.recipe import Distillation, Recipe, Training
-from aerogel.compress.selection import pruned_parameters
 from aerogel.compress.trainings import RecipeTrainings, calibration_batches, masks_of_zeros
 from aerogel.pruning import METHODS, Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning.selection import pruned_parameters
 from aerogel.sparsity import StaticSparseTrainer
 
 CURVES = ("loss", "lr", "sparsity")
@@ -57,7 +57,7 @@ def train_sparse(
     dataset: data.Dataset,
     recipe: Recipe,
     state: Path,
-    task: Task,
+    console: Console,
     fresh: Callable[[int], nn.Module],
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Make the network sparse, with its zeros baked in at the end.
@@ -71,7 +71,7 @@ def train_sparse(
         dataset: Its data.
         recipe: Method, pattern, schedule and `recipe.prune`.
         state: Folder that a killed run goes on from.
-        task: Progress.
+        console: Shows progress: layer by layer of a one-shot method, step by step of training.
         fresh: Makes the network with initial weights of a seed.
 
     Returns:
@@ -92,16 +92,18 @@ def train_sparse(
         method.prepare(model, dense, example_inputs(dataset, 1), goal)
     if isinstance(method, OneShotMethod):
         batches = calibration_batches(dataset)
-        method.prune(model, batches, goal, lambda done, total, name: task.update(done, total, name))
+        with console.task("prune", "layers") as task:
+            method.prune(model, batches, goal, task.update)
     if config is None:
         return model, []
-    if isinstance(method, SearchMethod):
-        trainings = RecipeTrainings(dense, fresh, dataset, config, state, task)
-        return method.search(trainings, goal), []
-    teacher = None
-    if recipe.distillation is not None or dataset.task != "classification":
-        teacher = dense.requires_grad_(False)
-    return model, _fit_sparse(model, teacher, dataset, config, goal, method, state, task)
+    with console.task("prune", "steps") as task:
+        if isinstance(method, SearchMethod):
+            trainings = RecipeTrainings(dense, fresh, dataset, config, state, task)
+            return method.search(trainings, goal), []
+        teacher = None
+        if recipe.distillation is not None or dataset.task != "classification":
+            teacher = dense.requires_grad_(False)
+        return model, _fit_sparse(model, teacher, dataset, config, goal, method, state, task)
 
 
 def _fit_sparse(

@@ -1,45 +1,148 @@
-"""Pruners as callbacks: under `aerogel.train` and under Hugging Face's Trainer, for every method.
+"""Training methods as callbacks: of `aerogel.train`, of Hugging Face's Trainer and of Lightning.
 
-Both make their pruner when training begins, because only then the optimizer exists. The pruner must
-therefore keep zeros in the parameters themselves (`Frozen(in_place=True)` or a hard coupling), so
-that a checkpoint can be loaded before the pruner is there.
+    callback = PrunerCallback(pruner_factory("rigl", sparsity=0.9, steps=1000))
+    callback = make_trainer_callback(pruner_factory("rigl", sparsity=0.9, steps=1000))
+    callback = make_lightning_callback(pruner_factory("rigl", sparsity=0.9, steps=1000))
+
+All three make their pruner when training begins, because only then the optimizer exists, and let
+its `step` stand in the place of the optimizer's, whoever calls that. So a trainer's run ends with
+the very bits of a plain loop with `pruner.step()`. While it lasts, the model's `state_dict` is that
+of a plain sparse network; what resuming needs besides is the callback's state. Under Accelerate no
+callback is needed: give the pruner the prepared optimizer and call its `step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from aerogel.nested import load_state, save_state
+from aerogel.pruning.method import Goal, Pruner, TrainingMethod, method_slug
+from aerogel.pruning.selection import pruned_parameters
+from aerogel.sparsity.plain_state import PlainState, restore_weights, stored_weights
+from aerogel.sparsity.select import unknown_name
 
 STATE_FILE = "aerogel_pruner.safetensors"
 
+PrunerFactory = Callable[[nn.Module, torch.optim.Optimizer], Pruner]
 
-class Pruner(Protocol):
-    """What the callbacks need of a method."""
 
-    def after_optimizer_step(self) -> None:
-        """Called after each optimizer step."""
-        ...
+def pruner_factory(
+    method: str,
+    sparsity: float,
+    steps: int,
+    *,
+    pattern: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> PrunerFactory:
+    """What makes the pruner of any training method, as a recipe would.
 
-    def finalize(self) -> object:
-        """Called when training ends."""
-        ...
+    Args:
+        method: slug, one of `aerogel.pruning.METHODS`.
+        sparsity: fraction of zeros at the end, in [0, 1).
+        steps: optimizer steps of the training.
+        pattern: what is zero together; None takes the method's own.
+        include: globs of the weights to prune; none takes what model or method propose, else every
+            linear and convolution weight that the pattern fits.
+        exclude: globs of weights to leave dense.
+        options: more attributes of a `Goal`: ``begin``, ``end``, ``updates``, ``seed``, ...
+
+    Raises:
+        ValueError: not a training method, or a pattern that it does not prune by. The factory
+            raises it for a network that the method is not for.
+    """
+    from aerogel.pruning import METHODS
+
+    known = {slug: found for slug, found in METHODS.items() if isinstance(found, TrainingMethod)}
+    slug = method_slug(method)
+    if slug not in known:
+        raise ValueError(unknown_name("training method", slug, known))
+    chosen = known[slug]
+    by = pattern or chosen.pattern or "unstructured"
+    if not chosen.prunes_by(by):
+        raise ValueError(f"pattern = {by!r}: {slug} prunes by {', '.join(chosen.patterns)}")
+
+    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Pruner:
+        if (reason := chosen.unfit(model)) is not None:
+            raise ValueError(f"method = {slug!r} cannot prune this network: {reason}")
+        names = pruned_parameters(model, by, include, exclude, chosen.proposes(model))
+        return chosen.build(model, optimizer, Goal(names, sparsity, by, steps, **options))
+
+    return make
+
+
+class Attached:
+    """A pruner in the place of a running optimizer's step, until `finalize`.
+
+    Args:
+        factory: ``factory(model, optimizer)`` makes the pruner.
+        model: with the weights to begin with, or those of the checkpoint to go on from.
+        optimizer: whose `step` somebody else calls; Accelerate's wrapper of one will do.
+        state: of `state_dict`, to go on.
+    """
+
+    def __init__(
+        self,
+        factory: PrunerFactory,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        # A fresh pruner begins by zeroing weights, so those of a checkpoint are put back after.
+        before = [(p, p.detach().clone()) for p in model.parameters()] if state else []
+        self.pruner = factory(model, optimizer)
+        if state:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            restore_weights(model, state["weights"])
+            self.pruner.load_state_dict(state["pruner"])
+        self._plain = PlainState(model)
+        self._original: Any = optimizer.step
+        optimizer.step = self._standing_in()  # type: ignore[method-assign]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain state."""
-        ...
+        """The pruner's state, and the weights that masks hide."""
+        return {"pruner": self.pruner.state_dict(), "weights": stored_weights(self.model)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore plain state."""
-        ...
+    def finalize(self) -> None:
+        """Give the optimizer its step back and leave a plain sparse model."""
+        self.optimizer.step = self._original  # type: ignore[method-assign]
+        self._plain.remove()
+        self.pruner.finalize()
 
+    def _standing_in(self) -> Any:
+        """`optimizer.step` as a method that asks the pruner, which calls the original in turn."""
+        original, pruner = self._original, self.pruner
+        inside = False
 
-PrunerFactory = Callable[[nn.Module, torch.optim.Optimizer], Pruner]
+        @functools.wraps(original)
+        def step(_: Any, closure: Callable[[], Any] | None = None) -> Any:
+            nonlocal inside
+            if inside:
+                return original()
+            loss = None
+            if closure is not None:  # Lightning computes the gradients in it
+                with torch.enable_grad():
+                    loss = closure()
+            inside = True
+            try:
+                pruner.step()
+            finally:
+                inside = False
+            return loss
+
+        # Learning-rate schedulers that come later wrap it, and want a bound method.
+        return types.MethodType(step, self.optimizer)
 
 
 class PrunerCallback:
@@ -53,45 +156,43 @@ class PrunerCallback:
 
     def __init__(self, factory: PrunerFactory) -> None:
         self.factory = factory
-        self.pruner: Pruner | None = None
-        self._pending: Mapping[str, Any] | None = None
+        self._attached: Attached | None = None
+        self._pending: Mapping[str, Any] = {}
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The pruner, once training began."""
+        return None if self._attached is None else self._attached.pruner
 
     def on_train_begin(self, run: Any) -> None:
         """Make the pruner, and let it resume if a state was loaded."""
-        self.pruner = self.factory(run.model, run.optimizer)
-        if self._pending is not None:
-            self.pruner.load_state_dict(self._pending)
-            self._pending = None
+        self._attached = Attached(self.factory, run.model, run.optimizer, self._pending)
+        self._pending = {}
 
     def on_optimizer_step(self, run: Any) -> None:
-        """Prune if it is time, and keep the zeros."""
-        assert self.pruner is not None
-        self.pruner.after_optimizer_step()
+        """Nothing to do: the optimizer's step was the pruner's."""
 
     def on_epoch_end(self, run: Any) -> None:
         """Nothing to do: pruning counts optimizer steps."""
 
     def on_train_end(self, run: Any) -> None:
         """Bake the zeros in."""
-        assert self.pruner is not None
-        self.pruner.finalize()
+        assert self._attached is not None
+        self._attached.finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """The pruner's state; empty before training began."""
-        return {} if self.pruner is None else self.pruner.state_dict()
+        """What resuming needs besides the model; empty before training began."""
+        return {} if self._attached is None else self._attached.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; may come before training begins."""
-        if not state:
-            return
-        if self.pruner is None:
-            self._pending = state
-        else:
-            self.pruner.load_state_dict(state)
+        """Resume; before training begins."""
+        self._pending = state
 
 
 def make_trainer_callback(factory: PrunerFactory) -> Any:
     """A `transformers.TrainerCallback` around a pruner that ``factory(model, optimizer)`` makes.
+
+    Every checkpoint is a plain sparse model, with the pruner's state in a file beside it.
 
     Raises:
         ImportError: transformers is not installed.
@@ -99,29 +200,69 @@ def make_trainer_callback(factory: PrunerFactory) -> Any:
     from transformers import TrainerCallback
 
     class TrainerPruning(TrainerCallback):
-        """Steps a pruner after each optimizer step and finalizes it at the end of training."""
+        """Lets a pruner stand in the optimizer's place and finalizes it at the end of training."""
 
-        pruner: Pruner | None = None
+        attached: Attached | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.pruner = factory(kwargs["model"], kwargs["optimizer"])
+            if args.load_best_model_at_end:
+                raise ValueError(
+                    "load_best_model_at_end = True: expected False, because the masks of the last "
+                    "step do not belong to the weights of the best one"
+                )
+            saved = None
             if state.global_step > 0:
-                saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-                if not saved.exists():
-                    raise ValueError(f"cannot resume pruning: {saved} is missing")
-                self.pruner.load_state_dict(load_state(saved))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            assert self.pruner is not None
-            self.pruner.after_optimizer_step()
+                file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+                if not file.exists():
+                    raise ValueError(f"cannot resume pruning: {file} is missing")
+                saved = load_state(file)
+            self.attached = Attached(factory, kwargs["model"], kwargs["optimizer"], saved)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.pruner is not None and state.is_world_process_zero:
+            if self.attached is not None and state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                save_state(self.pruner.state_dict(), folder / STATE_FILE)
+                save_state(self.attached.state_dict(), folder / STATE_FILE)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            assert self.pruner is not None
-            self.pruner.finalize()
+            assert self.attached is not None
+            self.attached.finalize()
 
     return TrainerPruning()
+
+
+def make_lightning_callback(factory: PrunerFactory) -> Any:
+    """A `lightning.pytorch.Callback` around a pruner that ``factory(module, optimizer)`` makes.
+
+    The module is the whole `LightningModule`, so names begin with its attributes'. Every checkpoint
+    is of a plain sparse module and holds the pruner's state as the callback's.
+
+    Raises:
+        ImportError: Lightning is not installed.
+    """
+    from lightning.pytorch import Callback
+
+    class LightningPruning(Callback):
+        """Lets a pruner stand in the optimizer's place and finalizes it at the end of training."""
+
+        attached: Attached | None = None
+        pending: Mapping[str, Any] | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if len(trainer.optimizers) != 1:
+                raise ValueError(f"expected one optimizer, got {len(trainer.optimizers)}")
+            (optimizer,) = trainer.optimizers
+            self.attached = Attached(factory, pl_module, optimizer, self.pending)
+            self.pending = None
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            assert self.attached is not None
+            self.attached.finalize()
+            self.attached = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {} if self.attached is None else self.attached.state_dict()
+
+        def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+            self.pending = state_dict
+
+    return LightningPruning()

@@ -43,11 +43,11 @@ class Goal:
     sparsity: float
     pattern: str
     steps: int
-    begin: float
-    end: float
-    initial_sparsity: float
-    updates: int
-    power: float
+    begin: float = 0.0
+    end: float = 0.6
+    initial_sparsity: float = 0.0
+    updates: int = 40
+    power: float = 3.0
     seed: int = 0
 
     @property

@@ -42,6 +42,7 @@ from aerogel.runtime.contents import (
     ours,
     tensor_info,
 )
+from aerogel.runtime.detect import detect_zeros
 from aerogel.runtime.formats import CheckpointError
 from aerogel.runtime.module_state import dense_state, fill
 
@@ -155,7 +156,9 @@ def _encode(
 def _pattern_of(encoded: formats.Encoded, tensor: Tensor) -> str | None:
     if encoded.layout == formats.BITMASK_24:
         return "2:4"
-    return "unstructured" if encoded.kept < tensor.numel() else None
+    if encoded.kept == tensor.numel():
+        return None
+    return "unstructured" if tensor.dim() < 2 else detect_zeros(tensor).pattern
 
 
 def save(
@@ -178,7 +181,7 @@ def save(
         path: the file to write; its folder must exist.
         metadata: the caller's own strings, returned by `inspect`.
         patterns: tensor name -> sparsity pattern to record, e.g. `{"fc.weight": "4x1"}`. Tensors
-            not named are recorded as "2:4" or "unstructured" as their zeros show.
+            not named are recorded as `detect_zeros` sees them.
         format: "auto" takes the smallest layout for each tensor; "dense", "sparse-bitmask",
             "sparse-24-bitmask" or "flat-bitmask" use that one wherever it is possible.
 

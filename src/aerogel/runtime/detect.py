@@ -9,6 +9,8 @@ from torch import Tensor
 from aerogel.kernels.nm import LEAST_GROUP_FILL, NM_PATTERNS
 
 BLOCKS = (4, 2)
+# From few zeros in a group to many: what has a kernel of its own, and what is published besides.
+_NM = sorted([*NM_PATTERNS, (4, 8), (1, 16)], key=lambda pattern: pattern[0] / pattern[1])
 # Share of a stored block that must be non-zero before storing blocks pays (XNNPACK's rule).
 MIN_FILL = 0.9
 # A pattern is named only where chance alone would not produce it; see `_beyond_chance`.
@@ -84,7 +86,7 @@ def _name(weight: Tensor, sparsity: float, fill: dict[int, float]) -> str:
     for block in BLOCKS:
         if _beyond_chance(density, block, fill[block]) >= _CLEARLY_BEYOND_CHANCE:
             return f"{block}x1"
-    for n, m in NM_PATTERNS:
+    for n, m in _NM:
         if density >= LEAST_GROUP_FILL * n / m and satisfies_n_of_m(weight, n, m):
             return f"{n}:{m}"
     return "unstructured"

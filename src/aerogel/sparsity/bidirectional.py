@@ -220,6 +220,11 @@ def attach_bidirectional(ref: ParamRef, mask: Tensor, gradient: GroupPattern | N
     module.__class__ = kind
 
 
+def is_bidirectional(module: nn.Module) -> bool:
+    """Whether a layer is in the course of `Bidirectional` training."""
+    return isinstance(module, _BidirectionalLayer)
+
+
 def detach_bidirectional(ref: ParamRef) -> None:
     """Turn the layer back into a plain one."""
     plain = {bidirectional: kind for kind, bidirectional in _LAYERS.items()}

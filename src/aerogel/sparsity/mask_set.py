@@ -99,6 +99,27 @@ class MaskSet(MutableMapping[str, Tensor]):
             weights = {name: weights[name] for name in names}
         return cls({name: weight != 0 for name, weight in weights.items()})
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MaskSet:
+        """Masks as others publish them: a 0 or 1 for every weight, of any type.
+
+        Args:
+            tensors: parameter name to mask, 1 = kept; names as `torch.nn.utils.prune` makes them
+                ("fc.weight_mask") or ending in ".mask" are those of "fc.weight".
+
+        Raises:
+            ValueError: a tensor with other values, or two masks of one parameter.
+        """
+        masks = cls()
+        for key, tensor in tensors.items():
+            name = key.removesuffix("_mask").removesuffix(".mask")
+            if not bool(((tensor == 0) | (tensor == 1)).all()):
+                raise ValueError(f"{key!r} is no mask: expected 0 and 1 only")
+            if name in masks:
+                raise ValueError(f"{key!r} is a second mask of {name!r}")
+            masks[name] = tensor.bool()
+        return masks
+
     @property
     def nnz(self) -> int:
         """Weights kept, over all masks."""

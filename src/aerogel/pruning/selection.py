@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
+
+from aerogel.sparsity import parse_pattern, select_parameters
 
 
 def pruned_parameters(
@@ -58,8 +58,6 @@ def _split(
     exclude: Sequence[str],
     proposed: Sequence[str],
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    from aerogel.sparsity import parse_pattern, select_parameters
-
     wanted = include or [f"{name}.weight" for name, _ in _targets(model)] or proposed
     selected = select_parameters(model, include=tuple(wanted), exclude=tuple(exclude))
     shape_rule = parse_pattern(pattern)
