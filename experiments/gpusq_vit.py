@@ -57,7 +57,19 @@ def run(seed: int) -> Result:
         for label, recipe in recipes.items():
             student = gpusq_quantise(sparse, dense, _data(seed), errors, recipe)
             metrics[f"{bits} bits {label}"] = _accuracy(student)
-        if bits == 8:
+        if bits == min(BITS):
+            ablations = {
+                "without features": replace(config, gamma=0.0),
+                "without softened scores": replace(config, beta=0.0),
+            }
+            for label, recipe in ablations.items():
+                student = gpusq_quantise(sparse, dense, _data(seed), errors, recipe)
+                metrics[f"{bits} bits {label}"] = _accuracy(student)
+            equal = dict.fromkeys(errors, 1.0)
+            student = gpusq_quantise(sparse, dense, _data(seed), equal, config)
+            metrics[f"{bits} bits with equal layer factors"] = _accuracy(student)
+        if bits == max(BITS):
+            student = gpusq_quantise(sparse, dense, _data(seed), errors, config)
             metrics["8 bits: times fewer bytes"] = _smaller(student, one_image)
     pairs = replace(CONFIG, bits=4, pattern="pair")
     paired, errors = gpusq_prune(dense, dense, _data(seed), pairs)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import aerogel
-from aerogel import compress, runtime
+from aerogel import compress, models, runtime
 from aerogel.kernels import NM24Weight, quantize_rows
 from aerogel.models import VisionTransformer
 from aerogel.pruning import METHODS, Goal, GPUSQConfig, GPUSQTrainer, gpusq
 from aerogel.pruning import gpusq_prune as prune
 from aerogel.pruning import gpusq_quantise as quantise
+from aerogel.pruning.gpusq_recipe import late_blocks
 from aerogel.pruning.gpusq_student import student_masks
-from aerogel.pruning.gpusq_vit import Stage, bake_student, export_nm, gpusq_cost, late_blocks
+from aerogel.pruning.gpusq_vit import Stage, bake_student, export_nm, gpusq_cost
 from aerogel.sparsity import NM, NMPairs
 from aerogel.sparsity.fake_quantize import quantisers
 
@@ -410,6 +411,7 @@ def test_recipes_find_the_method():
     method = METHODS["gpusq-vit"]
     assert method.unfit(vit()) is None
     assert "no list of equal blocks" in method.unfit(nn.Linear(3, 3))
+    assert "linear layer" in method.unfit(models.create_model("cifar_resnet_20"))
     names = tuple(f"{name}.weight" for name, _ in vit().prune_targets())
     for pattern, bits in (("2:4", 8), ("2:4:pairs", 4)):
         model = vit()
@@ -457,6 +459,23 @@ def test_a_recipe_compresses_with_it_and_goes_on_after_a_kill(tmp_path: Path, mo
     assert files[0].read_bytes() == files[1].read_bytes()
     tensors = {t.name: t for t in runtime.inspect(files[0]).tensors}
     assert tensors["blocks.2.mlp.fc2.weight"].pattern == "2:4"
+
+
+def test_networks_of_transformers_go_through_both_stages():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    config = transformers.ViTConfig(num_hidden_layers=3, **sizes, **images)
+    model = transformers.ViTForImageClassification(config).eval()
+    result = gpusq(model, loader(), replace(CONFIG, quantise_attention=False))
+    masks = student_masks(result.student)[1]
+    assert len(masks) == 3 * 6
+    assert not any("classifier" in name or "patch" in name for name in masks)
+    assert len(result.layer_errors) == 2
+    assert bake_student(result.student)(loader()[0][0]).logits.shape == (8, 3)
+    assert METHODS["gpusq-vit"].unfit(model) is None
+    assert set(METHODS["gpusq-vit"].proposes(model)) == set(masks)
 
 
 # Bad input
@@ -510,6 +529,8 @@ def test_models_and_data_that_do_not_fit_are_refused(stages):
         quantise(sparse, dense, [], errors, CONFIG)
     with pytest.raises(ValueError, match="no 2:4 masks"):
         quantise(dense, dense, loader(), errors, CONFIG)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight' is not 2:4:pairs"):
+        quantise(sparse, dense, loader(), errors, replace(CONFIG, pattern="pair"))
     with pytest.raises(ValueError, match="quantised already"):
         quantise(student, dense, loader(), errors, CONFIG)
     with pytest.raises(ValueError, match="layer_errors name"):

@@ -83,7 +83,7 @@ def linear_weights(
             or none at all.
     """
     chosen = select_parameters(
-        model, include=tuple(include) or _proposed(model), exclude=tuple(exclude)
+        model, include=tuple(include) or proposed_weights(model), exclude=tuple(exclude)
     )
     refs = []
     for name, ref in chosen.items():
@@ -164,7 +164,7 @@ def quantise_student(
     selection, _ = student_masks(student)
     if any(True for _ in quantisers(student)):
         raise ValueError(f"this {type(student).__name__} is quantised already")
-    products = list(_attention_products(student)) if attention else []
+    products = list(attention_products(student)) if attention else []
     if attention and not products:
         raise ValueError(
             f"{type(student).__name__} has no attention module that is called with queries, keys "
@@ -289,7 +289,12 @@ def gpusq_cost(student: nn.Module, batch: Any, *, forward: ForwardFn = run_batch
     )
 
 
-def _proposed(model: nn.Module) -> tuple[str, ...]:
+def proposed_weights(model: nn.Module) -> tuple[str, ...]:
+    """Names of the weights that a model offers, or of all linear layers inside its blocks.
+
+    Raises:
+        ValueError: it has no list of blocks, or none with linear layers.
+    """
     targets = getattr(model, "prune_targets", None)
     if callable(targets):
         return tuple(f"{name}.weight" for name, _ in targets())
@@ -306,7 +311,7 @@ def _proposed(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(parent, name) of every module that is called with queries, keys and values alone."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

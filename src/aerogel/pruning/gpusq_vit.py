@@ -17,6 +17,10 @@ A 2:4 weight takes 0.5625 of its bytes in float16 and 0.625 of those in int8; on
 what a product on one to a few vectors reads (`aerogel.compile` measures), and buys nothing for many
 tokens at once. The packed network is `export_nm`'s; torch's and TensorRT's 2:4 kernels want a GPU.
 
+From a recipe (``aerogel compress --method gpusq-vit``) one training phase holds both stages, in 8
+bits with ``2:4`` and in 4 with ``2:4:pairs``. What it saves is a plain network: weights that int8
+holds without loss, activations in float.
+
 The claim this repository measures (``aerogel reproduce gpusq-vit``): distillation brings a 2:4
 network back to within 2 points of dense, 8 bits cost at most 1.5 points, training with 4 bits
 beats rounding afterwards, and at 3 bits the teacher is worth a point over labels alone.
@@ -34,13 +38,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from aerogel.pruning.gpusq_recipe import GPUSQConfig, Stage
 from aerogel.pruning.gpusq_student import (
     GPUSQCost,
+    attention_products,
     bake_student,
     bake_student_,
     export_nm,
@@ -48,22 +54,16 @@ from aerogel.pruning.gpusq_student import (
     linear_weights,
     mask_student,
     parse_nm,
+    proposed_weights,
     quantise_student,
     student_masks,
 )
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.sparsity.blocks import find_blocks
-from aerogel.sparsity.distillation import (
-    DistillationObjective,
-    Scores,
-    TaskLoss,
-    class_scores,
-    hard_loss,
-    layer_factors,
-)
+from aerogel.sparsity.distillation import DistillationObjective, layer_factors
 from aerogel.sparsity.fake_quantize import calibrate_activations, enable_quantisers
 from aerogel.sparsity.masks import MaskSet
-from aerogel.sparsity.patterns import NMPairs
+from aerogel.sparsity.patterns import NM, NMPairs
 
 __all__ = [
     "GPUSQConfig",
@@ -79,116 +79,11 @@ __all__ = [
     "gpusq_quantise",
 ]
 
-BITS = (8, 4)
-EXPERIMENTAL_BITS = (3, 2)
-LATE = "late"
-LATE_SHARE = 0.25
-LEAST_LATE_BLOCKS = 2
+PAPER = GPUSQConfig()
 # Of one phase of training under `GPUSQTrainer`: where the integers begin, and how much of the
 # pruning stage before that its layer errors are the mean of.
 QUANTISE_FROM = 0.6
 ERROR_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How long and how fast a stage trains: AdamW, cosine learning rate to 0.
-
-    Attributes:
-        epochs: passes over the data; 0 only prunes, or only rounds.
-        lr: first learning rate.
-        weight_decay: on matrices.
-    """
-
-    epochs: int
-    lr: float
-    weight_decay: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or not self.lr > 0 or not self.weight_decay >= 0:
-            raise ValueError(f"expected epochs >= 0, lr > 0 and weight_decay >= 0, got {self}")
-
-
-@dataclass(frozen=True)
-class GPUSQConfig:
-    """The recipe.
-
-    Attributes:
-        alpha, beta, gamma: weights of labels, softened scores and features.
-        tau: temperature of the scores.
-        critical_layers: whose outputs are features: "late" (the last quarter of the blocks, at
-            least 2), or names or globs of modules.
-        bits: 8 or 4, of weights and inputs of the sparse layers; 3 and 2 with `experimental`.
-        pattern: "2:4", or "pair": 2 of every 4 pairs of neighbours, the 4-bit form.
-        supervised: whether labels are used.
-        quantise_attention: also round the operands of both products of attention, to 8 bits.
-        include, exclude: globs of the weights; by default the linear layers of the blocks.
-        skip_incompatible: leave weights dense whose inputs the pattern does not divide.
-        percentile: of the magnitudes of activations that their range covers; None is all.
-        experimental: allow 3 and 2 bits.
-        calibration_batches: batches that find the ranges of activations before stage 2.
-        prune, quantise: the stages; as for DeiT, whose dense training has 300 epochs at 1e-3.
-        task_loss: (output, targets) -> scalar, the hard term.
-        scores: class scores (..., classes) of an output, for the soft term.
-    """
-
-    alpha: float = 1.0
-    beta: float = 10.0
-    gamma: float = 5.0
-    tau: float = 3.0
-    critical_layers: Literal["late"] | Sequence[str] = LATE
-    bits: int = 8
-    pattern: str = "2:4"
-    supervised: bool = True
-    quantise_attention: bool = True
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    skip_incompatible: bool = False
-    percentile: float | None = None
-    experimental: bool = False
-    calibration_batches: int = 8
-    prune: Stage = Stage(90, 1e-4)
-    quantise: Stage = Stage(14, 1e-5)
-    task_loss: TaskLoss = hard_loss
-    scores: Scores = class_scores
-
-    def __post_init__(self) -> None:
-        allowed = BITS + (EXPERIMENTAL_BITS if self.experimental else ())
-        if self.bits not in allowed:
-            raise ValueError(
-                f"bits must be one of {allowed}, got {self.bits!r} "
-                "(experimental=True allows 3 and 2)"
-            )
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be >= 1, got {self.calibration_batches}")
-        if isinstance(self.critical_layers, str) and self.critical_layers != LATE:
-            raise ValueError(
-                f"critical_layers must be 'late' or names, got {self.critical_layers!r}"
-            )
-        parse_nm(self.pattern)
-
-    def layers(self, model: nn.Module) -> Sequence[str]:
-        """Names or globs of the critical layers of a network."""
-        if self.critical_layers != LATE:
-            return self.critical_layers
-        return late_blocks(model) if self.gamma > 0 else ()
-
-    def objective(
-        self, student: nn.Module, teacher: nn.Module, *, attach: bool = False
-    ) -> DistillationObjective:
-        """The loss of both stages."""
-        return DistillationObjective(
-            student,
-            teacher,
-            self.layers(teacher),
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            temperature=self.tau,
-            task_loss=self.task_loss if self.supervised and not attach else None,
-            scores=self.scores,
-            attach=attach,
-        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +104,7 @@ class GPUSQResult:
 def gpusq(
     model: nn.Module,
     loader: Iterable[Any],
-    config: GPUSQConfig = GPUSQConfig(),
+    config: GPUSQConfig = PAPER,
 ) -> GPUSQResult:
     """Both stages, with the dense model as teacher; the model is unchanged.
 
@@ -234,7 +129,7 @@ def gpusq_prune(
     model: nn.Module,
     teacher: nn.Module,
     loader: Iterable[Any],
-    config: GPUSQConfig = GPUSQConfig(),
+    config: GPUSQConfig = PAPER,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Stage 1: a copy of the model in 2:4, trained with the teacher.
 
@@ -269,7 +164,7 @@ def gpusq_quantise(
     teacher: nn.Module,
     loader: Iterable[Any],
     layer_errors: Mapping[str, float],
-    config: GPUSQConfig = GPUSQConfig(),
+    config: GPUSQConfig = PAPER,
 ) -> nn.Module:
     """Stage 2: a copy of the sparse student that trains in integers, its masks fixed.
 
@@ -284,8 +179,13 @@ def gpusq_quantise(
         The student with quantisers, in eval mode.
 
     Raises:
-        ValueError: a student without masks, layer errors for other layers, an empty loader.
+        ValueError: a student without masks of the pattern (names the weight), layer errors for
+            other layers, an empty loader.
     """
+    pattern = parse_nm(config.pattern)
+    for name, mask in student_masks(student)[1].items():
+        if not pattern.is_satisfied(mask, exact=True):
+            raise ValueError(f"the mask of {name!r} is not {pattern}: prune with gpusq_prune first")
     quantised = copy.deepcopy(student)
     quantise_student(
         quantised,
@@ -305,9 +205,9 @@ def gpusq_quantise(
 class GPUSQTrainer:
     """Both stages in one run of someone else's training loop: `step` stands for the optimizer's.
 
-    The loop's own loss is the hard term (alpha = 1, and it must not be scaled); the teacher's terms
-    join it in the backward pass. The first part of the steps trains the sparse network, the rest
-    with integers.
+    The loop's own loss is the hard term (alpha = 1, and it must not be scaled, as accumulating
+    gradients does); the teacher's terms join it in the backward pass. The first part of the steps
+    trains the sparse network, the rest with integers.
 
     Args:
         model: the trained dense network; a copy of it becomes the teacher.
@@ -325,7 +225,7 @@ class GPUSQTrainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         total_steps: int,
-        config: GPUSQConfig = GPUSQConfig(),
+        config: GPUSQConfig = PAPER,
         *,
         quantise_from: float = QUANTISE_FROM,
     ) -> None:
@@ -400,20 +300,6 @@ class GPUSQTrainer:
         enable_quantisers(self.model)
         if self._sums:
             self.objective.factors = _factors(self._sums, self.objective.layers)
-
-
-def late_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the last quarter of the blocks, at least 2; of a Swin, its last two stages.
-
-    Raises:
-        ValueError: the network has no list of equal blocks.
-    """
-    path, blocks = find_blocks(model)
-    count = max(LEAST_LATE_BLOCKS, int(LATE_SHARE * len(blocks)))
-    first = max(0, len(blocks) - count)
-    return tuple(
-        f"{path}.{number}" if path else f"{number}" for number in range(first, len(blocks))
-    )
 
 
 def _factors(errors: Mapping[str, float], layers: Sequence[str]) -> dict[str, float] | None:
@@ -496,14 +382,23 @@ def _over_ranks(errors: Mapping[str, float]) -> dict[str, float]:
 
 def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> GPUSQTrainer:
     pattern = parse_nm(goal.pattern)
-    bits = 4 if isinstance(pattern, NMPairs) else 8
-    config = GPUSQConfig(bits=bits, pattern=pattern.spec, include=goal.parameters)
+    config = GPUSQConfig(
+        bits=4 if isinstance(pattern, NMPairs) else 8,
+        pattern=pattern.spec,
+        include=goal.parameters,
+        quantise_attention=any(True for _ in attention_products(model)),
+    )
     return GPUSQTrainer(model, optimizer, goal.steps, config)
+
+
+def _proposes(model: nn.Module) -> tuple[str, ...]:
+    return proposed_weights(model) if _unfit(model) is None else ()
 
 
 def _unfit(model: nn.Module) -> str | None:
     try:
         find_blocks(model)
+        linear_weights(model, NM(2, 4), skip_incompatible=True)
     except ValueError as error:
         return str(error)
     return None
@@ -514,5 +409,6 @@ METHOD = TrainingMethod(
     build=_build,
     patterns=("n:m",),
     pattern="2:4",
+    proposes=_proposes,
     unfit=_unfit,
 )
