@@ -12,7 +12,7 @@ When to use it: a trained vision transformer that is to run on hardware with 2:4
 integers, or whose weights are to take a sixth (8 bits) or a thirteenth (4 bits) of their bytes.
 Labels are not needed (`supervised=False`), and other tasks give their loss as `task_loss`.
 
-Costs and buys: a teacher's forward pass in every step, about half as much again as training alone.
+Costs and buys: a teacher's forward pass in every step, a third as much again as training alone.
 A 2:4 weight takes 0.5625 of its bytes in float16 and 0.625 of those in int8; on a CPU that halves
 what a product on one to a few vectors reads (`aerogel.compile` measures), and buys nothing for many
 tokens at once. The packed network is `export_nm`'s; torch's and TensorRT's 2:4 kernels want a GPU.
@@ -101,11 +101,7 @@ class GPUSQResult:
     layer_errors: dict[str, float]
 
 
-def gpusq(
-    model: nn.Module,
-    loader: Iterable[Any],
-    config: GPUSQConfig = PAPER,
-) -> GPUSQResult:
+def gpusq(model: nn.Module, loader: Iterable[Any], config: GPUSQConfig = PAPER) -> GPUSQResult:
     """Both stages, with the dense model as teacher; the model is unchanged.
 
     Args:
