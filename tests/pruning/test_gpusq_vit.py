@@ -400,6 +400,11 @@ def test_the_trainer_refuses_what_it_cannot_do():
         trainer.load_state_dict({"t": 3, "errors": {"other": 1.0}})
     with pytest.raises(ValueError, match="already parametrized"):
         GPUSQTrainer(model, trainer.optimizer, 10, CONFIG)
+    untouched = vit()
+    for change in ({"critical_layers": ("nowhere",)}, {"pattern": "3:7"}):
+        with pytest.raises(ValueError, match=r"nowhere|3:7"):
+            GPUSQTrainer(untouched, trainer.optimizer, 10, replace(CONFIG, **change))
+    assert untouched.state_dict().keys() == vit().state_dict().keys()
     with pytest.raises(ValueError, match="leaves a stage empty"):
         GPUSQTrainer(vit(), torch.optim.SGD(vit().parameters(), 0.1), 1, CONFIG)
 

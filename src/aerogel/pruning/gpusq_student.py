@@ -164,12 +164,7 @@ def quantise_student(
     selection, _ = student_masks(student)
     if any(True for _ in quantisers(student)):
         raise ValueError(f"this {type(student).__name__} is quantised already")
-    products = list(attention_products(student)) if attention else []
-    if attention and not products:
-        raise ValueError(
-            f"{type(student).__name__} has no attention module that is called with queries, keys "
-            "and values; quantise_attention=False leaves attention in float"
-        )
+    products = require_attention(student) if attention else []
     for ref in selection.values():
         attach_weight_quantiser(ref, bits)
         for module, _ in ref.places:
@@ -309,6 +304,21 @@ def proposed_weights(model: nn.Module) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layer inside its blocks")
     return names
+
+
+def require_attention(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """All `attention_products`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = list(attention_products(model))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention module that is called with queries, keys "
+            "and values; quantise_attention=False leaves attention in float"
+        )
+    return found
 
 
 def attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -56,11 +56,16 @@ from aerogel.pruning.gpusq_student import (
     parse_nm,
     proposed_weights,
     quantise_student,
+    require_attention,
     student_masks,
 )
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.sparsity.blocks import find_blocks
-from aerogel.sparsity.distillation import DistillationObjective, layer_factors
+from aerogel.sparsity.distillation import (
+    DistillationObjective,
+    layer_factors,
+    matching_modules,
+)
 from aerogel.sparsity.fake_quantize import calibrate_activations, enable_quantisers
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.patterns import NM, NMPairs
@@ -231,6 +236,9 @@ class GPUSQTrainer:
                 f"quantise_from={quantise_from} of total_steps={total_steps} leaves a stage empty"
             )
         self.model, self.optimizer, self.t = model, optimizer, 0
+        matching_modules(model, config.layers(model), "critical_layers")
+        if config.quantise_attention:
+            require_attention(model)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         pattern = parse_nm(config.pattern)
         selection = linear_weights(
