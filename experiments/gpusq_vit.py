@@ -81,7 +81,7 @@ def run(seed: int) -> Result:
 
 def claims(results: Sequence[Result]) -> list[Claim]:
     """The thresholds, on the means over seeds."""
-    lossless = "no loss on ImageNet at INT8, some tenths of a point at INT4 (table 1)"
+    lossless = "negligible accuracy degradation (abstract)"
     return [
         _against(results, SPARSE, ONE_SHOT, 8.0),
         _against(results, SPARSE, DENSE, -2.0, lossless),
