@@ -26,6 +26,24 @@ def test_a_method_brings_its_pattern_unless_one_is_chosen_with_it(tmp_path: Path
     assert load_recipe(file) == load_recipe("digits", OWN)
 
 
+@pytest.mark.parametrize(
+    ("method", "pattern", "zeros"),
+    [("gpusq-vit", "2:4", 0.5), ("bdwp", "2:8", 0.75), ("progressive-gradient-flow", "1:4", 0.75)],
+)
+def test_an_n_m_pattern_that_a_method_brings_decides_the_sparsity(
+    method: str, pattern: str, zeros: float, tmp_path: Path
+) -> None:
+    recipe = load_recipe("digits", {"method": method})
+    assert (recipe.pattern, recipe.sparsity) == (pattern, zeros)
+    suffixed = load_recipe("digits", {"method": method, "pattern": "2:4:pairs"})
+    assert (suffixed.pattern, suffixed.sparsity) == ("2:4:pairs", 0.5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"base: digits\nmethod: {method}\nsparsity: 0.9\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml.*sparsity = 0.9 contradicts pattern"):
+        load_recipe(file)
+    assert load_recipe(file, {"method": method}).sparsity == zeros  # chosen anew, above it
+
+
 def test_a_pattern_that_the_method_cannot_prune_by_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"prunes by kernel-group .*not by pattern = '2:4'"):
         load_recipe("digits", {"method": "sparsebytenn", "pattern": "2:4"})

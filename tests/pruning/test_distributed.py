@@ -8,7 +8,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from aerogel.pruning import GradualPruner
+from aerogel.models import VisionTransformer
+from aerogel.pruning import GPUSQTrainer, GradualPruner
 from aerogel.sparsity import Cosine, DropGrow, MaskController, random_masks, select_parameters
 from processes import free_port, leave_group
 
@@ -79,3 +80,38 @@ def test_two_processes_hold_the_masks_of_one(tmp_path):
             assert all(torch.equal(state[key], value) for key, value in packed.items())
             for i, weight in enumerate(weights):
                 assert torch.allclose(state[f"w{i}"], weight, atol=1e-12)
+
+
+def train_integers(rank=0, world=1):
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(8, num_classes=4, **sizes).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    trainer = GPUSQTrainer(model, optimizer, STEPS)
+    wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 1, 8, 8, generator=generator, dtype=torch.float64).chunk(world)[rank]
+        y = torch.randint(0, 4, (8,), generator=generator).chunk(world)[rank]
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(x), y).backward()
+        trainer.step()
+    factors = torch.tensor(list(trainer.objective.factors.values()))
+    return {**model.state_dict(), "factors": factors}
+
+
+def work_integers(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(train_integers(rank, 2), f"{folder}/integers{rank}")
+    leave_group()
+
+
+def test_two_processes_agree_on_ranges_and_layer_factors(tmp_path):
+    mp.spawn(work_integers, args=(free_port(), str(tmp_path)), nprocs=2)
+    alone = train_integers()
+    first, second = (torch.load(tmp_path / f"integers{r}", weights_only=True) for r in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in alone)
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,7 @@ from aerogel.compress.sources import Location, RecipeError, Source, merge, parse
 DEFAULT_BASE = "demo"
 _SHORT_FORMS = ("model", "data")
 Part = TypeVar("Part", bound=BaseModel)
-_NM_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+_NM_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?::.*)?")
 
 
 def builtin_recipes() -> tuple[str, ...]:
@@ -48,8 +48,7 @@ def load_recipe(recipe: str | Path | None = None, flags: dict[str, Any] | None =
     sources = [*_base_of([*user, flag_source]), *user, flag_source]
     values = merge(sources)
     values.pop("base", None)
-    _fit_pattern_to_method(values, sources)
-    _fit_sparsity_to_pattern(values, sources)
+    _fit_sparsity_to_pattern(values, sources, _fit_pattern_to_method(values, sources))
     return _validated(Recipe, values, sources)
 
 
@@ -147,19 +146,27 @@ def _base_of(sources: list[Source]) -> list[Source]:
     return [base for base in candidates if base.values["model"]["name"] == wanted][:1]
 
 
-def _fit_pattern_to_method(values: dict[str, Any], sources: list[Source]) -> None:
-    """A method with a pattern of its own takes it, unless one is chosen along with the method."""
+def _fit_pattern_to_method(values: dict[str, Any], sources: list[Source]) -> int:
+    """A method with a pattern of its own takes it, unless one is chosen along with the method.
+
+    Returns:
+        The number of the source that decides the pattern, by itself or by its method.
+    """
     from aerogel.pruning.method import method_slug
 
     method = pruning_methods().get(method_slug(str(values.get("method"))))
+    named = [i for i, source in enumerate(sources) if "pattern" in source.values]
+    last = named[-1] if named else 0
     if method is None or method.pattern is None:
-        return
+        return last
     chosen = next(i for i in reversed(range(len(sources))) if "method" in sources[i].values)
-    if not any("pattern" in source.values for source in sources[chosen:]):
-        values["pattern"] = method.pattern
+    if last >= chosen and named:
+        return last
+    values["pattern"] = method.pattern
+    return chosen
 
 
-def _fit_sparsity_to_pattern(values: dict[str, Any], sources: list[Source]) -> None:
+def _fit_sparsity_to_pattern(values: dict[str, Any], sources: list[Source], below: int) -> None:
     """N:M fixes the sparsity; one chosen for another pattern gives way, a contradiction is told."""
     match = _NM_PATTERN.fullmatch(str(values.get("pattern", "")))
     if not match:
@@ -168,8 +175,6 @@ def _fit_sparsity_to_pattern(values: dict[str, Any], sources: list[Source]) -> N
     if not 0 < kept < group:
         return  # left to the pattern's own check
     implied = 1 - kept / group
-    source = next(s for s in reversed(sources) if "pattern" in s.values)
-    below = sources.index(source)
     stated = [s for s in sources[below:] if "sparsity" in s.values]
     if not stated:
         values["sparsity"] = implied

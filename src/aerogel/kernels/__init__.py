@@ -14,6 +14,7 @@ from aerogel.kernels._library import (
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
+from aerogel.kernels.nm_tensor import NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan, Way
 from aerogel.kernels.plan_builder import PlanBuilder, Value
@@ -30,7 +31,7 @@ from aerogel.kernels.spmm import (
 )
 from aerogel.kernels.token_layers import HeadRows
 from aerogel.kernels.trained import TrainedPattern
-from aerogel.kernels.values import quantize_rows
+from aerogel.kernels.values import largest_level, quantize_rows
 from aerogel.kernels.variants import (
     SpmmVariant,
     default_variant,
@@ -45,6 +46,8 @@ __all__ = [
     "BlockRowWeight",
     "ConvGeometry",
     "HeadRows",
+    "NM24Weight",
+    "NMForm",
     "OpInfo",
     "Plan",
     "PlanBuilder",
@@ -59,6 +62,7 @@ __all__ = [
     "gemv_op",
     "gemv_reference",
     "isa",
+    "largest_level",
     "native_available",
     "native_gemv_weight",
     "native_nm_weight",

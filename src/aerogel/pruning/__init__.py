@@ -10,6 +10,7 @@ from aerogel.pruning import (
     dsnot,
     dynamic_sparse_learning,
     fast_sparse_convnets,
+    gpusq_vit,
     gradual_pruning,
     lottery_ticket,
     progressive_gradient_flow,
@@ -22,6 +23,14 @@ from aerogel.pruning.bdwp import BidirectionalNM
 from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
 from aerogel.pruning.dynamic_sparse_learning import DynamicSparseLearning
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
+from aerogel.pruning.gpusq_vit import (
+    GPUSQConfig,
+    GPUSQTrainer,
+    export_nm,
+    gpusq,
+    gpusq_prune,
+    gpusq_quantise,
+)
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
@@ -63,6 +72,7 @@ _SYSTEMS = (
     random_pruning,
     sparse_then_prune,
     dynamic_sparse_learning,
+    gpusq_vit,
 )
 
 METHODS: dict[str, Method] = {
@@ -79,6 +89,8 @@ __all__ = [
     "BidirectionalNM",
     "DSnoTReport",
     "DynamicSparseLearning",
+    "GPUSQConfig",
+    "GPUSQTrainer",
     "Goal",
     "GradualPruner",
     "GroupKernelConfig",
@@ -101,6 +113,10 @@ __all__ = [
     "TrainingMethod",
     "apply_plan",
     "dsnot_",
+    "export_nm",
+    "gpusq",
+    "gpusq_prune",
+    "gpusq_quantise",
     "gradient_noise",
     "group_kernel_prune",
     "invert_plan",

@@ -12,6 +12,8 @@
 | one training step | `MaskController` |
 | whole trainers | `RigL`, `SET`, `ITOP`, `StaticSparseTrainer` |
 | without training | `magnitude_`, `wanda_`, `sparsegpt_`, `collect_input_stats` |
+| learning from a dense network | `DistillationObjective`, `FeatureTap` |
+| training for integers | `FakeQuantize`, `ActivationQuantiser`, `QuantisedAttention` |
 | around training | `Snapshot` and `rewind`, `RetrainingLR`, `average_models`, penalties |
 | on paper, and in which order | `inference_flops`, `storage_bytes`; `permutation_classes` |
 
@@ -47,7 +49,14 @@ from aerogel.sparsity.coupling import (
     Soft,
     make_coupling,
 )
+from aerogel.sparsity.distillation import DistillationObjective, FeatureTap
 from aerogel.sparsity.dynamic import ITOP, SET, DynamicSparseTrainer, RigL
+from aerogel.sparsity.fake_quantize import (
+    ActivationQuantiser,
+    FakeQuantize,
+    QuantisedAttention,
+    calibrate_activations,
+)
 from aerogel.sparsity.input_stats import InputStats
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_, wanda_mask
@@ -134,6 +143,7 @@ __all__ = [
     "SLR",
     "SRSTE",
     "STE",
+    "ActivationQuantiser",
     "AttentionLogPenalty",
     "Bidirectional",
     "Block",
@@ -143,9 +153,12 @@ __all__ = [
     "CosineFloor",
     "Coupling",
     "Cubic",
+    "DistillationObjective",
     "DropGrow",
     "DynamicSparseTrainer",
     "Exponential",
+    "FakeQuantize",
+    "FeatureTap",
     "Filter",
     "FixedFraction",
     "Frozen",
@@ -170,6 +183,7 @@ __all__ = [
     "ParamSelection",
     "Pattern",
     "PermutationClass",
+    "QuantisedAttention",
     "Rebuild",
     "RetrainingLR",
     "RigL",
@@ -193,6 +207,7 @@ __all__ = [
     "average_models",
     "balanced_halves",
     "build_masks",
+    "calibrate_activations",
     "collect_input_stats",
     "compute_scores",
     "drop",

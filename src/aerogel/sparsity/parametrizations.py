@@ -192,12 +192,13 @@ def detach_parametrization(ref: ParamRef, mask: Tensor) -> None:
         assert isinstance(chain, nn.ModuleList)
         if len(chain) == 1:
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-            _restore_order(module)
+            restore_parameter_order(module)
         else:
             del chain[list(chain).index(own)]
 
 
-def _restore_order(module: nn.Module) -> None:
+def restore_parameter_order(module: nn.Module) -> None:
+    """Put parameters back where they stood before `attach_parametrization`."""
     order = module.__dict__.get(_ORDER, [])
     for name in order:
         if name in module._parameters:

@@ -220,7 +220,7 @@ class AttentionLogPenalty:
             if not self._attach or not term.requires_grad:
                 return None
             factor = self.weight / len(self.names)
-            attached = _AddGradient.apply(_first(output), term, factor)
+            attached = add_gradient(_first(output), term, factor)
             return attached if isinstance(output, Tensor) else (attached, *output[1:])
 
         return hook
@@ -240,6 +240,12 @@ class AttentionLogPenalty:
                 "use an eager attention implementation or pass extract="
             )
         return attention_log(probabilities)
+
+
+def add_gradient(output: Tensor, term: Tensor, factor: float = 1.0) -> Tensor:
+    """The output unchanged; in the backward pass `factor * term` joins whatever loss it feeds."""
+    attached: Tensor = _AddGradient.apply(output, term, factor)
+    return attached
 
 
 class _AddGradient(torch.autograd.Function):

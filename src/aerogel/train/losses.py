@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.sparsity.distillation import soft_loss as logit_loss
 from aerogel.train.config import TrainConfig
+
+__all__ = ["embedding_loss", "logit_loss", "training_loss"]
 
 
 def training_loss(
@@ -35,21 +38,6 @@ def training_loss(
     return torch.lerp(
         loss, logit_loss(output, teacher_output, config.temperature), config.distill_alpha
     )
-
-
-def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened outputs, times the squared temperature.
-
-    Reference:
-        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
-    """
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=-1),
-        F.log_softmax(teacher / temperature, dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return divergence * temperature**2
 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
