@@ -5,84 +5,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel import train
 from aerogel.data import Dataset, ImageSplit
-from aerogel.models import VisionTransformer
 from aerogel.pruning import METHODS, TrainingMethod
 from aerogel.pruning.callbacks import (
     STATE_FILE,
     Attached,
     PrunerCallback,
-    PrunerFactory,
     make_lightning_callback,
     make_trainer_callback,
     pruner_factory,
 )
 from aerogel.sparsity import MaskSet
 from aerogel.sparsity.plain_state import restore_weights
+from every_method import BATCH, HALF, STEPS, Net, batches, factory, samples, sgd, step_by
 
-STEPS, HALF, BATCH = 12, 6, 4
 TRAINED = [slug for slug, method in METHODS.items() if isinstance(method, TrainingMethod)]
 EVERY = pytest.mark.parametrize("method", TRAINED)
-
-
-class Net(nn.Module):
-    """Something for every method: convolutions 3x3 and 1x1, attention and feed-forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(1, 16, 3, 2, 1)
-        self.conv = nn.Conv2d(16, 16, 3, padding=1)
-        self.point = nn.Conv2d(16, 16, 1)
-        sizes = {"patch_size": 2, "in_chans": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        self.vit = VisionTransformer(4, **sizes, num_classes=4, mlp_ratio=2.0)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        x = F.relu(self.conv(F.relu(self.stem(x))))
-        logits = self.vit(F.relu(self.point(x)))
-        return logits if labels is None else {"loss": F.cross_entropy(logits, labels)}
-
-
-def factory(method: str) -> PrunerFactory:
-    found = METHODS[method]
-    options: dict[str, Any] = {"initial_sparsity": 0.0, "updates": 4, "seed": 3}
-    pattern = found.pattern or "unstructured"
-    if pattern[0].isdigit():
-        kept, group = (int(part) for part in pattern.split(":"))
-        return pruner_factory(method, 1 - kept / group, STEPS, pattern=pattern, **options)
-    return pruner_factory(method, 0.5, STEPS, exclude=("*stem*",), **options)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def samples() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(HALF * BATCH, 1, 8, 8, generator=generator)
-    return x, torch.randint(4, (len(x),), generator=generator)
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """Two passes over the data, in order."""
-    return 2 * list(zip(*(part.split(BATCH) for part in samples()), strict=True))
-
-
-def step_by(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> None:
-    for x, y in batches():
-        optimizer.zero_grad()
-        model(x, y)["loss"].backward()
-        step()
 
 
 def plain(method: str) -> dict[str, Tensor]:

@@ -33,6 +33,14 @@ def test_n_of_m_is_recognised(n_m: tuple[int, int]) -> None:
     assert found.sparsity == pytest.approx(1 - n_m[0] / n_m[1])
 
 
+@pytest.mark.parametrize("n_m", [(2, 4), (4, 8)])
+def test_groups_of_input_channels_of_a_convolution_are_recognised(n_m: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = n_of_m(16 * 9, 32, *n_m).view(16, 3, 3, 32).movedim(-1, 1)
+    assert detect_zeros(weight).pattern == f"{n_m[0]}:{n_m[1]}"
+    assert detect_zeros(weight.contiguous()).pattern == f"{n_m[0]}:{n_m[1]}"
+
+
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.95])
 def test_random_zeros_are_unstructured(density: float) -> None:
     torch.manual_seed(0)

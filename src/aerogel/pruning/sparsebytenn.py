@@ -300,8 +300,7 @@ class GroupKernelPruner(ScheduledPruner):
     """Prunes kernel groups while the network is fine-tuned; `step` replaces ``optimizer.step()``.
 
     Rearrange the network first (`rearrange_network`, `apply_plan`); here channels stay in place.
-    Under a trainer of its own: ``PrunerCallback(lambda model, optimizer: GroupKernelPruner(...))``
-    with ``coupling=Frozen(in_place=True)``.
+    Under a trainer of its own see `aerogel.pruning.callbacks`.
 
     Args:
         model: trained and dense; pruned in place.

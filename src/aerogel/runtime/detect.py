@@ -54,7 +54,13 @@ def block_fill(weight: Tensor, block: int) -> float:
 
 
 def satisfies_n_of_m(weight: Tensor, n: int, m: int) -> bool:
-    """Whether no group of `m` consecutive inputs holds more than `n` non-zeros."""
+    """Whether no group of `m` consecutive inputs holds more than `n` non-zeros.
+
+    Args:
+        weight: (out, in, ...); trailing dimensions count as inputs that lie next to each other.
+        n: Most non-zeros of a group.
+        m: Inputs of a group.
+    """
     kept = weight.detach().flatten(1) != 0
     if kept.shape[1] % m:
         return False
@@ -86,8 +92,11 @@ def _name(weight: Tensor, sparsity: float, fill: dict[int, float]) -> str:
     for block in BLOCKS:
         if _beyond_chance(density, block, fill[block]) >= _CLEARLY_BEYOND_CHANCE:
             return f"{block}x1"
+    # Convolutions are pruned in groups of input channels, at every place of the kernel.
+    layouts = (weight, weight.movedim(1, -1)) if weight[0, 0].numel() > 1 else (weight,)
     for n, m in _NM:
-        if density >= LEAST_GROUP_FILL * n / m and satisfies_n_of_m(weight, n, m):
+        full = density >= LEAST_GROUP_FILL * n / m
+        if full and any(satisfies_n_of_m(layout, n, m) for layout in layouts):
             return f"{n}:{m}"
     return "unstructured"
 
