@@ -11,6 +11,7 @@ from aerogel.pruning import (
     dynamic_sparse_learning,
     fast_sparse_convnets,
     gradual_pruning,
+    iss_p,
     lottery_ticket,
     progressive_gradient_flow,
     random_pruning,
@@ -23,6 +24,7 @@ from aerogel.pruning.dsnot import DSnoTReport, dsnot_, refine_mask
 from aerogel.pruning.dynamic_sparse_learning import DynamicSparseLearning
 from aerogel.pruning.fast_sparse_convnets import PointwisePruner
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.iss_p import IterativeSoftShrinkage
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
 from aerogel.pruning.nm_training import SRSTE, STE
@@ -63,6 +65,7 @@ _SYSTEMS = (
     random_pruning,
     sparse_then_prune,
     dynamic_sparse_learning,
+    iss_p,
 )
 
 METHODS: dict[str, Method] = {
@@ -84,6 +87,7 @@ __all__ = [
     "GroupKernelConfig",
     "GroupKernelPruner",
     "IFTReport",
+    "IterativeSoftShrinkage",
     "LotteryTicket",
     "MaskSet",
     "Method",
