@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from aerogel import runtime
 from aerogel.models import EDSR, SwinIR
 from aerogel.models.checkpoint import read_state_dict
+from aerogel.models.swinir import _tokens_apart
 from aerogel.sparsity import magnitude_
 
 
@@ -87,10 +88,8 @@ def test_edsr_equals_the_formula_written_out():
     torch.testing.assert_close(model(x), model.conv_last(y) / 255 + mean)
 
 
-def _attend(attention, tokens, allowed):
-    """Tokens (n, (row, column), C) of one window, one head and pair at a time."""
-    places, values = zip(*tokens)
-    x = torch.stack(values)
+def _attend(attention, places, x, allowed):
+    """Tokens x (n, C) at (row, column) places of one window, one head and pair at a time."""
     q, k, v = attention.qkv(x).chunk(3, -1)
     size, dim = 4, x.shape[-1] // attention.num_heads
     heads = []
@@ -124,13 +123,11 @@ def test_attention_in_windows_still_and_moved_equals_a_loop(index):
             at = [((top + r + shift) % 8, (left + c + shift) % 12) for r, c in places]
             # In a moved window tokens that came round the edge are strangers to the others.
             side = [(row < top, column < left) for row, column in at]
-            tokens = [(place, normed[where]) for place, where in zip(places, at)]
-            out = _attend(block.attn, tokens, lambda i, j, side=side: side[i] == side[j])
-            for where, value in zip(at, out):
+            tokens = torch.stack([normed[where] for where in at])
+            out = _attend(block.attn, places, tokens, lambda i, j, side=side: side[i] == side[j])
+            for where, value in zip(at, out, strict=True):
                 expected[0][where] += value
     expected = expected + block.mlp(block.norm2(expected))
-    from aerogel.models.swinir import _tokens_apart
-
     torch.testing.assert_close(block(x, _tokens_apart(8, 12, 4)), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -45,6 +45,11 @@ def weights(model):
     return {index: model[index].weight.detach().clone() for index in (0, 2)}
 
 
+def same(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
 def count(numel, sparsity):
     return min(math.ceil(round(sparsity * numel, 9)), math.floor(round(0.995 * numel, 9)))
 
@@ -107,7 +112,7 @@ def test_alpha_one_is_dense_training_until_the_cut():
     a, b = adam(ours), adam(theirs)
     train(ours, IterativeSoftShrinkage(ours, a, 0.9, alpha=1.0, prune_steps=50), 12)
     train(theirs, b, 12)
-    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters()))
+    assert same(ours, theirs)
 
 
 def test_alpha_zero_is_iterative_hard_thresholding():
@@ -115,10 +120,9 @@ def test_alpha_zero_is_iterative_hard_thresholding():
     kinds = ({"alpha": 0.0}, {"variant": "iht"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for model, kind in zip((ours, theirs), kinds):
+        for model, kind in zip((ours, theirs), kinds, strict=True):
             train(model, IterativeSoftShrinkage(model, adam(model), 0.9, prune_steps=50, **kind), 6)
-    for x, y in zip(ours.parameters(), theirs.parameters()):
-        assert torch.equal(x, y)
+    assert same(ours, theirs)
     assert int((ours[2].weight == 0).sum()) == count(432, 0.9)
 
 
@@ -215,8 +219,7 @@ def test_resuming_in_either_stage_is_bit_identical(stop, options, tmp_path):
     again.load_state_dict(load_state(tmp_path / "state.safetensors"))
     assert again.stage == ("shrink" if stop < 10 else "frozen")
     train(resumed, again, 20 - stop, stop)
-    for x, y in zip(whole.parameters(), resumed.parameters()):
-        assert torch.equal(x, y)
+    assert same(whole, resumed)
     assert again.masks == trainer.masks
 
 
@@ -272,7 +275,7 @@ def test_under_a_trainer_that_owns_the_step_the_result_is_the_same():
     followed = IterativeSoftShrinkage(theirs, b, 0.9, prune_steps=5)
     followed.follow_optimizer()
     train(theirs, b, 9)
-    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters()))
+    assert same(ours, theirs)
 
 
 def test_a_learning_rate_that_holds_weights_up_is_warned_of_once():
