@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aerogel import runtime
+from aerogel.models import SwinIR
 from aerogel.nested import load_state, save_state
 from aerogel.pruning import METHODS, Goal, IterativeSoftShrinkage
 from aerogel.sparsity import NM
@@ -166,18 +167,19 @@ def test_after_the_cut_the_zeros_are_exact_and_stay(variant, sparsity):
 
 
 @quiet
-def test_n_m_patterns_shrink_and_end_strict_in_every_group():
+@pytest.mark.parametrize("fast", [False, True])
+def test_n_m_patterns_shrink_and_end_strict_in_every_group(fast):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 8))
     optimizer = adam(model)
-    trainer = IterativeSoftShrinkage(
-        model, optimizer, None, prune_steps=4, pattern="1:20", include=("0",)
-    )
+    options = {"pattern": "1:20", "include": ("0",), "fast": fast, "sample": 50}
+    trainer = IterativeSoftShrinkage(model, optimizer, None, prune_steps=4, **options)
     assert trainer.sparsity == pytest.approx(0.95)
     for _ in range(6):
         optimizer.zero_grad()
         model(torch.randn(5, 40)).square().sum().backward()
         trainer.step()
+        assert NM(1, 20).is_satisfied(trainer.controller.masks["0.weight"], exact=True)
     assert NM(1, 20).is_satisfied(model[0].weight != 0, exact=True)
 
 
@@ -265,6 +267,16 @@ def test_colour_means_and_tails_stay_dense_where_there_are_some():
     model = Named()
     trainer = IterativeSoftShrinkage(model, adam(model), 0.9, prune_steps=1, exclude=("body",))
     assert list(trainer.controller.masks) == ["sub_mean.weight", "tail.weight"]
+
+
+@quiet
+def test_of_a_transformer_matrices_and_kernels_are_shrunk_and_nothing_else():
+    model = SwinIR(2, 12, (2,), (3,), 4)
+    trainer = IterativeSoftShrinkage(model, adam(model), 0.9, prune_steps=1)
+    kinds = {name.rpartition(".")[2] for name in trainer.controller.masks}
+    assert kinds == {"weight"}
+    others = {name for name, _ in model.named_parameters()} - set(trainer.controller.masks)
+    assert all("bias" in name or "norm" in name for name in others)
 
 
 @quiet

@@ -86,7 +86,7 @@ class IterativeSoftShrinkage(ControlledTrainer):
         include: globs of the weights; all linear and convolution weights by default.
         exclude: globs of weights to leave dense. By default `SKIPPED`, where it matches.
         fast: in layers above ``sample`` weights, estimate the threshold from so many of them; the
-            count is then approximate until the cut, which is exact.
+            count is then approximate until the cut, which is exact. Unstructured only.
         sample: see ``fast``.
         generator: CPU generator of the samples; seeded 0 by default.
 
@@ -128,7 +128,7 @@ class IterativeSoftShrinkage(ControlledTrainer):
             self.sparsity,
             self.pattern,
             prune_steps - 1,
-            sample if fast else None,
+            sample if fast and isinstance(self.pattern, Unstructured) else None,
             self.alpha if variant == "iss_p" else None,
         )
         controller = MaskController(
