@@ -1,13 +1,13 @@
 """ISS-P against hard thresholding, a mask fixed at the start, and pruning a dense network at once.
 
 The two photographs that come with scikit-learn, Y channel, in tiles of 64x64; every fourth tile of
-a diagonal pattern is for testing, so that both scenes are in both parts. An EDSR of 20 channels and
+a diagonal pattern is for testing, so that both scenes are in both parts. An EDSR of 16 channels and
 3 blocks, added to bicubic interpolation, doubles both sides. L1 loss, 6 flipped tiles a step, Adam
 1e-3 (0.9, 0.99) for 1,300 steps, times 0.4 at 80 % and at 93 %; the first stage takes 600 steps.
 The upsampling tail stays dense. PSNR is that of all test tiles together, 2 pixels of border cut.
 
 Speed: an EDSR of 24 channels and 3 blocks with 95 % zeros outside its tail, a 320x213 image, one
-thread: the compiled network and the dense one in turn.
+thread: the compiled network and the dense one in turn, medians.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,15 @@ from aerogel.runtime.timing import measure
 from aerogel.sparsity import build_masks, compute_scores, magnitude_, select_parameters
 
 SLUG = "iss-p"
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 SCALE, TILE, STEP_BETWEEN = 2, 64, 70
-CHANNELS, BLOCKS, BATCH = 20, 3, 6
-STEPS, PRUNE_STEPS, RATE, ALPHA = 1_300, 600, 1e-3, 0.95
+CHANNELS, BLOCKS, BATCH = 16, 3, 6
+STEPS, PRUNE_STEPS, RATE = 1_300, 600, 1e-3
 TAIL = ("*upsample*", "*conv_last*")
 
-ISS, IHT, SCRATCH, L1 = "ISS-P", "IHT", "scratch", "dense, then cut"
+ISS, SLOW, IHT, SCRATCH, L1 = "ISS-P", "ISS-P, alpha 0.99", "IHT", "scratch", "dense, then cut"
+ALPHAS = {ISS: 0.95, SLOW: 0.99, IHT: 0.0, L1: 1.0}
 SECONDS_OF_TIMING = 4.0
 FASTER = 1.5
 
@@ -64,21 +65,21 @@ class Restorer(nn.Module):
 
 
 def run(seed: int) -> Result:
-    """Train every recipe at 90 %, two at 95 %, and time a compiled network."""
+    """Train every recipe at 90 %, two of them at 95 %, and time a compiled network."""
     started = time.perf_counter()
     tiles = _tiles()
     bicubic = _psnr(superres.enlarge_bicubic(tiles.low, SCALE), tiles)
     metrics = {"bicubic (dB)": bicubic}
-    for sparsity, recipes in ((0.9, (ISS, IHT, SCRATCH, L1)), (0.95, (ISS, SCRATCH))):
+    for sparsity, recipes in ((0.9, (ISS, SLOW, IHT, SCRATCH, L1)), (0.95, (ISS, SCRATCH))):
         for recipe in recipes:
             found = _train(tiles, seed, recipe, sparsity)
             label = f"{recipe} {sparsity:.0%}"
             metrics[f"{label} over bicubic"] = 100.0 * (found.psnr - bicubic)
-            if recipe in (ISS, L1) and sparsity == 0.9:
+            if sparsity == 0.9 and recipe in (ISS, SLOW, L1):
                 metrics[f"{label}: lost by the cut"] = 100.0 * found.lost
-            if recipe == ISS:
-                metrics[f"{label}: flips a step, early"] = found.flips[0]
-                metrics[f"{label}: flips a step, late"] = found.flips[1]
+                metrics[f"{label}: weights that change sides a step, 10-60"] = found.flips[0]
+                metrics[f"{label}: the same, last 50 before the cut"] = found.flips[1]
+            if sparsity == 0.9 and recipe in (ISS, SLOW):
                 metrics[f"{label}: lr / (1 - alpha) of kept weights"] = found.rate_ratio
     metrics |= _times()
     return Result(SLUG, seed, metrics, time.perf_counter() - started)
@@ -87,22 +88,49 @@ def run(seed: int) -> Result:
 def claims(results: Sequence[Result]) -> list[Claim]:
     """The thresholds, on the means over seeds."""
 
-    def against(text: str, ours: str, baseline: str, threshold: float, **more: Any) -> Claim:
-        return Claim(text, mean(results, ours), mean(results, baseline), threshold, **more)
+    def at_90(recipe: str, what: str = " over bicubic") -> float:
+        return mean(results, f"{recipe} 90%{what}")
 
-    over, unit = "over bicubic", "0.01 dB over bicubic"
-    ours = f"{ISS} 90% {over}"
+    unit = "0.01 dB over bicubic"
+    cut = ": lost by the cut"
     return [
-        against(
-            "ISS-P 90% against a mask fixed at the start",
-            ours,
-            f"{SCRATCH} 90% {over}",
-            1.0,
+        Claim(
+            text="ISS-P 90% against a mask fixed at the start",
+            ours=at_90(ISS),
+            baseline=at_90(SCRATCH),
+            threshold=1.0,
             unit=unit,
             paper="above training from scratch on all five sets",
         ),
-        against("ISS-P 90% against hard thresholding", ours, f"{IHT} 90% {over}", -1.0, unit=unit),
-        Claim("ISS-P 90% against bicubic interpolation", mean(results, ours), 0.0, 15.0, unit=unit),
+        Claim(
+            text="ISS-P 90% against hard thresholding",
+            ours=at_90(ISS),
+            baseline=at_90(IHT),
+            threshold=-1.0,
+            unit=unit,
+        ),
+        Claim(
+            text="ISS-P 90% against bicubic interpolation",
+            ours=at_90(ISS),
+            baseline=0.0,
+            threshold=15.0,
+            unit=unit,
+        ),
+        Claim(
+            text="lost by the cut at 90%, ISS-P against a dense network",
+            ours=at_90(ISS, cut),
+            baseline=at_90(L1, cut),
+            threshold=0.0,
+            unit="0.01 dB",
+            higher_is_better=False,
+        ),
+        Claim(
+            text="speed of the compiled network of 95% zeros, dense = 1",
+            ours=mean(results, "times as fast"),
+            baseline=1.0,
+            threshold=FASTER - 1.0,
+            unit="times",
+        ),
     ]
 
 
@@ -158,10 +186,9 @@ def _stepper(
         model,
         optimizer,
         sparsity,
-        alpha={ISS: ALPHA, IHT: 0.0, L1: 1.0}[recipe],
+        alpha=ALPHAS[recipe],
         prune_steps=PRUNE_STEPS,
         total_steps=STEPS,
-        variant="iht" if recipe == IHT else "iss_p",
         exclude=TAIL,
     )
 
