@@ -9,10 +9,10 @@ outgrows its shrinkage and comes back. After `prune_steps` the mask is cut hard,
 goes on; only then does the learning rate begin to fall.
 
 When to use it: 90 to 99 % zeros in a super-resolution network (`aerogel.models.EDSR`, `SwinIR`)
-without a trained dense one. Under Adam an unimportant weight stays below about ``lr / (1 - alpha)``.
-Where that is near the weights that are kept (`rate_ratio`), the cut costs more and a smaller alpha
-helps; where it is far below all of them, as in short runs with alpha 0.95, none can come back and
-the masks hardly move.
+without a trained dense one. Under Adam an unimportant weight stays below about
+``lr / (1 - alpha)``. Where that is near the weights that are kept (`rate_ratio`), the cut costs
+more and a smaller alpha helps; where it is far below all of them, as in short runs with alpha
+0.95, none can come back and the masks hardly move.
 
 Costs and buys: the first stage is dense training and one selection a layer and step; the second
 trains with fixed zeros. The paper reports parameters and FLOPs, no times.
