@@ -84,7 +84,7 @@ def test_after_one_shot_pruning_training_keeps_the_zeros_where_they_are(
         assert not torch.equal(once[name], tuned[name])
 
 
-@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize("method", ["rigl", "set", "iss-p"])
 def test_methods_that_train_sparse_start_from_initial_weights(
     method: str, tiny_recipe: Path, tmp_path: Path
 ) -> None:

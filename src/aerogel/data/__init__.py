@@ -12,7 +12,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from aerogel.data import digits, fashion_mnist, folder, smollm, transforms, wave2d, wordnet
+from aerogel.data import (
+    digits,
+    fashion_mnist,
+    folder,
+    smollm,
+    superres,
+    transforms,
+    wave2d,
+    wordnet,
+)
 from aerogel.data.brown import load_brown
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
@@ -39,6 +48,7 @@ __all__ = [
     "load_brown",
     "load_movielens_100k",
     "load_tokenizer",
+    "superres",
     "token_windows",
     "transforms",
     "wave2d",

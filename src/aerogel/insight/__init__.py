@@ -1,6 +1,7 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
 from aerogel.insight.calibration import expected_calibration_error, ood_auroc
+from aerogel.insight.image_quality import psnr, ssim
 from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
 from aerogel.insight.robustness import fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
@@ -13,6 +14,8 @@ __all__ = [
     "fgsm_accuracy",
     "ndcg_at_k",
     "ood_auroc",
+    "psnr",
     "rank_correlation",
     "recall_at_k",
+    "ssim",
 ]

@@ -7,6 +7,7 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 
 from aerogel.models import language_model
 from aerogel.models.classic import VGG, CifarResNet, ConvN, LeNet300
+from aerogel.models.edsr import EDSR
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
@@ -15,11 +16,13 @@ from aerogel.models.registry import create_model, list_models, model_config, reg
 from aerogel.models.resnet import ResNet
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.sparse_table import SparseEmbeddingTable
+from aerogel.models.swinir import SwinIR
 from aerogel.models.vision import VisionModel
 from aerogel.models.vit import VisionTransformer
 from aerogel.models.wave_surrogate import WaveSurrogate
 
 __all__ = [
+    "EDSR",
     "MLP",
     "VGG",
     "CifarResNet",
@@ -35,6 +38,7 @@ __all__ = [
     "ResNet",
     "SentenceEncoder",
     "SparseEmbeddingTable",
+    "SwinIR",
     "VisionModel",
     "VisionTransformer",
     "WaveSurrogate",

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Where training programs put the weights among other things: torchvision's kin, and BasicSR.
+_PARTS = ("state_dict", "params_ema", "params")
+
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict without executing anything that is in the file.
@@ -31,8 +34,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for part in _PARTS:
+        if isinstance(state, dict) and isinstance(state.get(part), dict):
+            state = state[part]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} does not hold a state dict (names and tensors)")
     return state

@@ -12,6 +12,7 @@ from aerogel.pruning import (
     fast_sparse_convnets,
     gpusq_vit,
     gradual_pruning,
+    iss_p,
     lottery_ticket,
     progressive_gradient_flow,
     random_pruning,
@@ -32,6 +33,7 @@ from aerogel.pruning.gpusq_vit import (
     gpusq_quantise,
 )
 from aerogel.pruning.gradual_pruning import GradualPruner
+from aerogel.pruning.iss_p import IterativeSoftShrinkage
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
 from aerogel.pruning.nm_training import SRSTE, STE
@@ -73,6 +75,7 @@ _SYSTEMS = (
     sparse_then_prune,
     dynamic_sparse_learning,
     gpusq_vit,
+    iss_p,
 )
 
 METHODS: dict[str, Method] = {
@@ -96,6 +99,7 @@ __all__ = [
     "GroupKernelConfig",
     "GroupKernelPruner",
     "IFTReport",
+    "IterativeSoftShrinkage",
     "LotteryTicket",
     "MaskSet",
     "Method",
