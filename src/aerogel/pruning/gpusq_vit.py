@@ -23,7 +23,9 @@ holds without loss, activations in float.
 
 The claim this repository measures (``aerogel reproduce gpusq-vit``): distillation brings a 2:4
 network back to within 2 points of dense, 8 bits cost at most 1.5 points, training with 4 bits
-beats rounding afterwards, and at 3 bits the teacher is worth a point over labels alone.
+beats rounding afterwards, and at 3 bits the teacher is worth a point over labels alone on average,
+though not with every seed. Which of its terms does it, and what the layer factors add, three seeds
+do not tell.
 
 What the paper leaves open and is chosen here: temperature 3, factors of mean 1, AdamW at a tenth of
 the dense learning rate for 30 % of its epochs, a hundredth for 15 % of those, 8 bits for the
