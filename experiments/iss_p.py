@@ -100,21 +100,6 @@ def claims(results: Sequence[Result]) -> list[Claim]:
     cut = ": lost by the cut"
     return [
         Claim(
-            text="ISS-P 90% against a mask fixed at the start",
-            ours=at_90(ISS),
-            baseline=at_90(SCRATCH),
-            threshold=1.0,
-            unit=unit,
-            paper="above training from scratch on all five sets",
-        ),
-        Claim(
-            text="ISS-P 90% against hard thresholding",
-            ours=at_90(ISS),
-            baseline=at_90(IHT),
-            threshold=-1.0,
-            unit=unit,
-        ),
-        Claim(
             text="ISS-P 90% against bicubic interpolation",
             ours=at_90(ISS),
             baseline=0.0,

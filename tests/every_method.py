@@ -33,10 +33,12 @@ class Net(nn.Module):
         self.vit = VisionTransformer(4, **sizes, num_classes=4, mlp_ratio=2.0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        """x: (B, 1, 8, 8) -> logits (B, 4), or {"loss": ...} where labels are given."""
+        """x: (B, 1, 8, 8) -> logits (B, 4), with labels a mapping of loss and logits."""
         x = F.relu(self.conv(F.relu(self.stem(x))))
         logits = self.vit(F.relu(self.point(x)))
-        return logits if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        if labels is None:
+            return logits
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -29,6 +29,8 @@ from aerogel.sparsity.plain_state import restore_weights
 from every_method import BATCH, HALF, STEPS, Net, batches, factory, samples, sgd, step_by
 
 TRAINED = [slug for slug, method in METHODS.items() if isinstance(method, TrainingMethod)]
+# Methods that must see the network's own forward pass, not that of what wraps it.
+NETWORK = {"gpusq-vit": "net"}
 EVERY = pytest.mark.parametrize("method", TRAINED)
 
 
@@ -206,7 +208,7 @@ def lightning_fit(method: str, folder: Path, resume: str | None = None) -> nn.Mo
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[make_lightning_callback(factory(method)), saving],
+        callbacks=[make_lightning_callback(factory(method), NETWORK.get(method, "")), saving],
     )
     loader = torch.utils.data.DataLoader(data, BATCH)
     trainer.fit(module, loader, ckpt_path=resume)

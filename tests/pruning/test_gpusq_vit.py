@@ -564,3 +564,10 @@ def test_a_model_whose_attention_cannot_be_reached_says_so():
         quantise(sparse, model, data, errors, config)
     student = quantise(sparse, model, data, errors, replace(config, quantise_attention=False))
     assert torch.isfinite(student(data[0])).all()
+
+
+def test_a_loop_that_calls_another_network_is_told():
+    model = vit()
+    trainer = GPUSQTrainer(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=10)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        trainer.step()

@@ -230,11 +230,16 @@ def make_trainer_callback(factory: PrunerFactory) -> Any:
     return TrainerPruning()
 
 
-def make_lightning_callback(factory: PrunerFactory) -> Any:
+def make_lightning_callback(factory: PrunerFactory, network: str = "") -> Any:
     """A `lightning.pytorch.Callback` around a pruner that ``factory(module, optimizer)`` makes.
 
-    The module is the whole `LightningModule`, so names begin with its attributes'. Every checkpoint
-    is of a plain sparse module and holds the pruner's state as the callback's.
+    Every checkpoint is of a plain sparse module and holds the pruner's state as the callback's.
+
+    Args:
+        factory: makes the pruner.
+        network: name of the module to prune within the `LightningModule`. By default it is the
+            whole, and names of weights begin with its attributes'. A method that has a teacher
+            (gpusq-vit) needs the network whose `forward` gives the class scores.
 
     Raises:
         ImportError: Lightning is not installed.
@@ -251,7 +256,8 @@ def make_lightning_callback(factory: PrunerFactory) -> Any:
             if len(trainer.optimizers) != 1:
                 raise ValueError(f"expected one optimizer, got {len(trainer.optimizers)}")
             (optimizer,) = trainer.optimizers
-            self.attached = Attached(factory, pl_module, optimizer, self.pending)
+            module = pl_module.get_submodule(network)
+            self.attached = Attached(factory, module, optimizer, self.pending)
             self.pending = None
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:

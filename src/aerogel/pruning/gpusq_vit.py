@@ -68,7 +68,11 @@ from aerogel.sparsity.distillation import (
     layer_factors,
     matching_modules,
 )
-from aerogel.sparsity.fake_quantize import calibrate_activations, enable_quantisers
+from aerogel.sparsity.fake_quantize import (
+    activation_quantisers,
+    calibrate_activations,
+    enable_quantisers,
+)
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.patterns import NM, NMPairs
 
@@ -264,7 +268,16 @@ class GPUSQTrainer:
         return self.t >= self.first_quantised
 
     def step(self) -> None:
-        """One optimizer step, and at its time the change of stages."""
+        """One optimizer step, and at its time the change of stages.
+
+        Raises:
+            RuntimeError: the loop does not call the model that this trainer was given.
+        """
+        if not self.objective.called:
+            raise RuntimeError(
+                f"no forward pass of {type(self.model).__name__} came before this step: give the "
+                "trainer the network whose forward gives the class scores"
+            )
         self.optimizer.step()
         if self._measure_from <= self.t < self.first_quantised:
             for name, error in _over_ranks(self.objective.errors).items():
@@ -289,8 +302,14 @@ class GPUSQTrainer:
         return masks
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a kill, beside the model and the optimizer."""
-        return {"t": self.t, "errors": dict(self._sums)}
+        """What has to survive a kill, beside the stored weights and the optimizer."""
+        return {
+            "t": self.t,
+            "errors": dict(self._sums),
+            "masks": self.masks.state_dict(),
+            "ranges": {name: q.largest.clone() for name, q in activation_quantisers(self.model)},
+            "teacher": {name: v.clone() for name, v in self.objective.teacher.state_dict().items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume; load the model's and the optimizer's state first."""
@@ -299,6 +318,10 @@ class GPUSQTrainer:
                 f"state has errors of {sorted(state['errors'])}, expected {sorted(self._sums)}"
             )
         self.t, self._sums = int(state["t"]), dict(state["errors"])
+        self.masks.load_state_dict(state["masks"])
+        self.objective.teacher.load_state_dict(state["teacher"])
+        for name, quantiser in activation_quantisers(self.model):
+            quantiser.largest.copy_(state["ranges"][name])
         if self.quantising:
             self._begin_quantising()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -86,7 +86,8 @@ def feature_loss(
 
 def class_scores(output: Any) -> Tensor:
     """Of a network that returns them alone, first, or as `logits`."""
-    scores = first_tensor(getattr(output, "logits", output))
+    named = output.get("logits", output) if isinstance(output, Mapping) else output
+    scores = first_tensor(getattr(named, "logits", named))
     if scores is None:
         raise ValueError(f"no class scores in an output of type {type(output).__name__}")
     return scores
@@ -190,6 +191,7 @@ class DistillationObjective:
         factors: of the layers' terms, by name; None is 1 for all.
         terms: values of the terms of the latest batch: "hard", "soft", "features".
         errors: mean squared differences of the latest batch, by layer.
+        called: whether there was a batch.
 
     Raises:
         ValueError: a weight or temperature out of range, a teacher in training mode or one that
@@ -222,6 +224,7 @@ class DistillationObjective:
         self.factors: dict[str, float] | None = None
         self.terms: dict[str, float] = {}
         self.errors: dict[str, float] = {}
+        self.called = False
         self._task_loss, self._scores = task_loss, scores
         self._taps: list[FeatureTap] = []
         self._handles: list[RemovableHandle] = []
@@ -279,7 +282,7 @@ class DistillationObjective:
     def _taught(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """beta * soft + gamma * features."""
         scores = self._scores(output)
-        self.terms = {}
+        self.terms, self.called = {}, True
         loss = scores.new_zeros(())
         if self.beta == 0 and self.gamma == 0:
             return loss
@@ -305,12 +308,16 @@ class DistillationObjective:
             for tap in self._taps:
                 tap.features.clear()
             return None
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"attached to {type(module).__name__}, which returns {type(output).__name__}: "
-                "expected a tensor of class scores"
-            )
-        return add_gradient(output, self._taught(output, args, kwargs))
+        if isinstance(output, Tensor):
+            return add_gradient(output, self._taught(output, args, kwargs))
+        if isinstance(output, MutableMapping) and "logits" in output:  # of transformers
+            name = "loss" if isinstance(output.get("loss"), Tensor) else "logits"
+            output[name] = add_gradient(output[name], self._taught(output, args, kwargs))
+            return output
+        raise ValueError(
+            f"attached to {type(module).__name__}, which returns {type(output).__name__}: "
+            "expected a tensor of class scores, or a mapping that has `logits`"
+        )
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module) -> None:

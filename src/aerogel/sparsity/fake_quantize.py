@@ -236,6 +236,13 @@ def quantisers(model: nn.Module) -> Iterator[FakeQuantize | ActivationQuantiser]
     return (module for module in model.modules() if isinstance(module, kinds))
 
 
+def activation_quantisers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantiser]]:
+    """Those of activations, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantiser):
+            yield name, module
+
+
 def enable_quantisers(model: nn.Module, enabled: bool = True) -> None:
     """Let all quantisers round, or let all pass everything through."""
     for quantiser in quantisers(model):
@@ -245,7 +252,7 @@ def enable_quantisers(model: nn.Module, enabled: bool = True) -> None:
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
     """Ranges of activations move with what is seen, in evaluation too."""
-    found = [module for module in model.modules() if isinstance(module, ActivationQuantiser)]
+    found = [quantiser for _, quantiser in activation_quantisers(model)]
     for quantiser in found:
         quantiser.observes = True
     try:

@@ -1,8 +1,9 @@
 """Checkpoints of a network under masks: its `state_dict` as that of a plain sparse network.
 
 Masks that act in the forward pass put their own entries into a model's `state_dict` and leave the
-pruned values in the weights. Whoever reads such a file needs the same pruner. With a `PlainState`
-the file is what the network computes with; `stored_weights` is what the training needs besides.
+pruned values in the weights; quantisers put their ranges there. Whoever reads such a file needs the
+same pruner. With a `PlainState` the file holds the weights that the network computes with, under
+plain names; `stored_weights` is what the training needs besides.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from aerogel.sparsity.bidirectional import is_bidirectional
+from aerogel.sparsity.fake_quantize import ActivationQuantiser, FakeQuantize
 from aerogel.sparsity.parametrizations import find_parametrization
 from aerogel.sparsity.select import leaf_parameter
 
@@ -82,7 +84,10 @@ def _masked_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         assert isinstance(lists, nn.ModuleDict)
         for attribute, chain in lists.items():
             assert isinstance(chain, nn.ModuleList)
-            if len(chain) == 1 and find_parametrization(module, attribute) is not None:
+            mask = find_parametrization(module, attribute)
+            if mask is not None and all(
+                isinstance(p, FakeQuantize) for p in chain if p is not mask
+            ):
                 yield path, module, attribute
 
 
@@ -100,3 +105,6 @@ def _make_plain(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
         for key in own:
             del state[key]
         state[f"{place}{attribute}"] = weight.detach()
+    for path, module in model.named_modules():
+        if isinstance(module, ActivationQuantiser):
+            del state[f"{prefix}{path}.largest"]
