@@ -164,16 +164,14 @@ def _tile_of(call: AttentionCall) -> Tensor:
     tile = tiles.repeat_interleave(length.long())
     first = length.long().cumsum(0) - length.long()
     key = start.long()[tile] + torch.arange(tile.numel(), device=device) - first[tile]
-    gathers = (call.stream[1].long()[tile] & GATHER) != 0
-    key = torch.where(gathers, 0, key)
     if gather_idx.numel():
-        at = start.long()[tile] + torch.arange(tile.numel(), device=device) - first[tile]
-        listed = gather_idx.long()[at.clamp(max=gather_idx.numel() - 1)]
-        key = torch.where(gathers, listed, key)
+        gathers = (call.stream[1].long()[tile] & GATHER) != 0
+        key = torch.where(gathers, gather_idx.long()[key.clamp(max=gather_idx.numel() - 1)], key)
     row = torch.arange(rows, device=device).repeat_interleave(tile_ptr.diff())[tile]
     by_row = torch.full((rows, k_len), -1, dtype=torch.int64, device=device)
     by_row[row, key] = tile
-    by_query = by_row.view(batch, heads, -1, k_len).repeat_interleave(block_q, 2)[:, :, :q_len]
+    by_tile = by_row.view(batch, heads, rows // (batch * heads), k_len)
+    by_query = by_tile.repeat_interleave(block_q, 2)[:, :, :q_len]
     return by_query if heads == 1 else _expanded(by_query, call.q.shape[1])
 
 
