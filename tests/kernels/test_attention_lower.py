@@ -62,7 +62,7 @@ def position_mask(shape: dict[str, Any]) -> Tensor:
 
 
 def no_longer_than(stream: TileStream) -> None:
-    assert stream.length.numel() == 0 or 1 <= int(stream.length.min())
+    assert stream.length.numel() == 0 or int(stream.length.min()) >= 1
     assert stream.length.numel() == 0 or int(stream.length.max()) <= 64
 
 

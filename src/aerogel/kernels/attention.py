@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aerogel.kernels._calls import address
 from aerogel.kernels._library import native, native_available, reference_mode
-from aerogel.kernels.attention_call import AttentionCall
+from aerogel.kernels.attention_call import AttentionCall, unit_rows
 from aerogel.kernels.attention_reference import (
     attention_backward_reference,
     attention_forward_reference,
@@ -85,8 +85,8 @@ def attention_forward(
         threads: default `torch.get_num_threads()`; the result does not depend on it.
 
     Returns:
-        o: (B, Hq, Lq, Dv) in q's dtype, with the heads inside of the rows if q has them there; zeros
-        for a query without keys. lse: (B, Hq, Lq) float32, natural logarithm of the sum of
+        o: (B, Hq, Lq, Dv) in q's dtype, with the heads inside of the rows if q has them there;
+        zeros for a query without keys. lse: (B, Hq, Lq) float32, natural logarithm of the sum of
         exponentials, `sink_logit` included; -inf without any.
 
     Raises:
@@ -167,12 +167,31 @@ def attention_backward(
     ``-exp(sink_logit - lse) * (rowsum(do * o) - dlse)``.
 
     Args:
-        o, lse: what `attention_forward` returned.
-        do: (B, Hq, Lq, Dv), gradient of o, in q's dtype.
-        dlse: (B, Hq, Lq) float32, gradient of lse, or None.
+        q: queries, as all up to `tile_bias` and from `Bp` on what `attention_forward` got.
+        k: keys.
+        v: values.
+        tile_ptr: tiles of each query tile.
+        kind: of each tile.
+        start: of each tile.
+        length: of each tile.
+        gather_idx: keys of GATHER tiles.
+        tile_bias: of each tile, or None.
+        o: what `attention_forward` returned.
+        lse: what it returned besides.
+        do: (B, Hq, Lq, Dv), gradient of o.
+        dlse: (B, Hq, Lq), gradient of lse, or None.
+        Bp: batch dimension of the stream.
+        Hp: its head dimension.
+        block_q: queries in a query tile.
+        q_offset: position of the first query.
+        scale: of the logits.
+        causal: whether EDGE tiles obey the causal rule.
+        window: of EDGE tiles.
+        window_block: tokens in a unit of windows.
+        key_padding: False where a key takes no part.
+        softcap: of the logits.
+        sink_logit: (Hq,).
         threads: default `torch.get_num_threads()`; the result does not depend on it.
-
-    The other arguments are those of `attention_forward`.
 
     Returns:
         dq, dk and dv in the dtypes of q, k and v; (T,) float32 gradient of `tile_bias`, or None.
@@ -217,7 +236,7 @@ def attention_backward(
             softcap=softcap,
             sink_logit=sink_logit,
         )
-    o, do = _unit_rows(o), _unit_rows(do.to(q.dtype))
+    o, do = unit_rows(o), unit_rows(do.to(q.dtype))
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     dq = _like_rows(call.q, call.q.shape[-1])
@@ -242,11 +261,6 @@ def attention_backward(
 def _native(call: AttentionCall) -> bool:
     known = call.q.is_cpu and call.q.dtype in _TYPES
     return known and not reference_mode() and native_available()
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    """`x` itself if neighbours in its last dimension are neighbours in memory, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _like_rows(q: Tensor, dim: int) -> Tensor:

@@ -82,7 +82,9 @@ class AttentionCall:
         padding = _checked("key_padding", key_padding, (batch, k.shape[2]), torch.bool, q)
         sink = _checked("sink_logit", sink_logit, (q_heads,), torch.float32, q)
         return cls(
-            *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v)),
+            q=unit_rows(q),
+            k=unit_rows(k),
+            v=unit_rows(v),
             stream=_checked_stream(stream, plan, q),
             plan=plan,
             q_offset=k.shape[2] - q_len if q_offset is None else q_offset,
@@ -106,6 +108,11 @@ class AttentionCall:
                 raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {shapes[name]}")
         if o.dtype != self.q.dtype:
             raise ValueError(f"o: {o.dtype}, expected {self.q.dtype}")
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """`x` itself if neighbours in its last dimension are neighbours in memory, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -73,13 +73,19 @@ def lower_ranges(
             ends), R = Bp * Hp * ceil(q_len / block_q): which ranges each query tile has.
         start: (n,) first keys in units of `unit`, ascending within a query tile.
         length: (n,) keys of each range, or one number for all.
-        Bp, Hp, block_q: dimensions of the plan.
-        q_len, k_len: queries and keys; ranges are cut at `k_len`.
+        Bp: batch dimension of the plan.
+        Hp: its head dimension.
+        block_q: queries in a query tile.
+        q_len: queries.
+        k_len: keys; ranges are cut there.
         unit: keys in a unit of `start`.
         q_offset: position of the first query, default ``k_len - q_len``.
-        causal, window, window_block: as `attention_forward` will get them.
-        token_ptr, token: (R + 1,) and (m,) single keys of each query tile, ascending; those inside of
-            its ranges are passed over.
+        causal: as `attention_forward` will get it.
+        window: likewise.
+        window_block: likewise.
+        token_ptr: R + 1 entries, which single keys each query tile has besides.
+        token: (m,) single keys, ascending within a query tile; those inside of its ranges are
+            passed over.
         separate: tiles keep to one range and `source` tells which; ranges must not overlap then.
 
     Raises:
@@ -142,11 +148,18 @@ def lower_spans(
     Give `attention_forward` the same `window`, and ``window_block=block`` with `by_block`.
 
     Args:
-        sink, window, stride, phase: (Hp,) integers, one per head of the plan.
+        sink: (Hp,) integers, one per head of the plan; 0 for none.
+        window: (Hp,) integers, 0 for none.
+        stride: (Hp,) integers, 0 for none.
+        phase: (Hp,) integers.
         dense: (Hp,) bool, heads that read all keys.
         block: keys of a block.
         by_block: whether sink and window count blocks.
-        block_q, q_len, k_len, q_offset, causal: as for `lower_ranges`.
+        block_q: queries in a query tile.
+        q_len: queries.
+        k_len: keys.
+        q_offset: position of the first query, default ``k_len - q_len``.
+        causal: whether keys after a query's position are cut.
 
     Raises:
         ValueError: sizes do not fit.
@@ -157,8 +170,10 @@ def lower_spans(
     unit = block if by_block else 1
     shape = _shape(1, heads, block_q, q_len, k_len, q_offset, causal, window, unit)
     lists = SpanLists(
-        *(_per_head(n, x, heads) for n, x in (("sink", sink), ("window", window))),
-        *(_per_head(n, x, heads) for n, x in (("stride", stride), ("phase", phase))),
+        sink=_per_head("sink", sink, heads),
+        window=_per_head("window", window, heads),
+        stride=_per_head("stride", stride, heads),
+        phase=_per_head("phase", phase, heads),
         dense=_per_head("dense", dense, heads).to(torch.bool),
         block=block,
         by_block=by_block,
