@@ -55,44 +55,17 @@ AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns
   for (int64_t i = 0; i < padded_dim(a.dim) * width; ++i) g.query_rows[i] *= a.scale;
 }
 
-// Probabilities of R keys, and the slope of the cap.
-template <int R, int W>
-AEROGEL_NOINLINE void weight_tile(const AttendPanel& p, const ScoreRule& rule, bool plain,
-                                  const float* const* keys, int64_t first, int64_t dim,
-                                  const GradScratch& to) {
-  const float* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = keys[first + r];
-  Vec sums[R][W];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < W; ++v) sums[r][v] = zero();
-  }
-  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, p.queries, W * kLanes, dim);
-  float* const at = to.weights + first * W * kLanes;
-  if (!plain) {
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < W; ++v) store(at + (r * W + v) * kLanes, sums[r][v]);
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < W; ++v) {
-        float* const own = at + (r * W + v) * kLanes;
-        Vec score = rule.biased(load(own), first + r);
-        if (rule.cap != 0.0f) {
-          const Vec cap = broadcast(rule.cap), bent = tanh(div(score, cap));
-          score = mul(cap, bent);
-          store(to.slopes + (own - to.weights), sub(broadcast(1.0f), mul(bent, bent)));
-        }
-        store(own, rule.masked(score, first + r, p.position + v * kLanes, p.lower + v * kLanes));
-      }
-    }
-  }
+// Scores become probabilities.
+template <int W>
+AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, float* scores, int64_t count) {
+  Vec lse[W];
 #pragma GCC unroll 4
-  for (int v = 0; v < W; ++v) {
-    const Vec lse = load(p.total + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      float* const own = at + (r * W + v) * kLanes;
-      const Vec score = plain ? sums[r][v] : load(own);
-      store(own, exp2_or_zero(min(broadcast(126.0f), sub(score, lse))));
+  for (int v = 0; v < W; ++v) lse[v] = load(p.total + v * kLanes);
+  for (int64_t j = 0; j < count; ++j, scores += W * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) {
+      const Vec score = sub(load(scores + v * kLanes), lse[v]);
+      store(scores + v * kLanes, exp2_or_zero(min(broadcast(126.0f), score)));
     }
   }
 }
@@ -170,10 +143,9 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
                                   const StepRows& rows, const GradScratch& scratch) {
   const AttendArgs& a = *t.args;
   const Step& s = *rule.step;
-  const bool plain = rule.plain();
-  for_rows(s.count, [&](auto size, int64_t first) {
-    weight_tile<decltype(size)::value, W>(g.base, rule, plain, rows.keys, first, a.dim, scratch);
-  });
+  score_step<W>(g.base, rows, s.count, a.dim, scratch.weights);
+  if (!rule.plain()) rule_step<W>(g.base, rule, scratch.weights, scratch.slopes);
+  weigh_step<W>(g.base, scratch.weights, s.count);
   for_rows(s.count, [&](auto size, int64_t first) {
     grad_tile<decltype(size)::value, W>(g, rule.cap != 0.0f, rows.values, first, a.value_dim,
                                         scratch);

@@ -100,58 +100,87 @@ struct ScoreRule {
         base(columns.base),
         cap(t.args->softcap * kLog2e) {}
   AEROGEL_INLINE bool plain() const { return !bias && cap == 0.0f && !step->edge; }
-
-  AEROGEL_INLINE Vec biased(Vec score, int64_t j) const {
-    return bias ? add(score, broadcast(bias[step->tiles[j]] * kLog2e)) : score;
-  }
-  AEROGEL_INLINE Vec masked(Vec score, int64_t j, const float* position, const float* lower) const {
-    if (!step->edge) return score;
-    const Vec key = broadcast(static_cast<float>(step->keys[j] - base)), none = broadcast(-kInfinity);
-    if (a->causal) score = select_nonnegative(sub(load(position), key), score, none);
-    if (step->window) score = select_nonnegative(sub(key, load(lower)), score, none);
-    return score;
-  }
 };
 
-// Scores of R keys into rows of `to`, and the panel's maxima.
+struct StepRows {
+  const float* keys[kStepKeys];
+  const float* values[kStepKeys];
+};
+
+// Scores of R keys into rows of `to`, as they come out of the product.
 template <int R, int W>
-AEROGEL_NOINLINE void score_tile(const AttendPanel& p, const ScoreRule& rule, bool plain,
-                                 const float* const* keys, int64_t first, int64_t dim, float* to) {
+AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys, int64_t first,
+                                 int64_t dim, float* to) {
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = keys[first + r];
   Vec sums[R][W];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < W; ++v) sums[r][v] = zero();
   }
-  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, p.queries, W * kLanes, dim);
+  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, queries, W * kLanes, dim);
   to += first * W * kLanes;
-  if (plain) {
-#pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) {
-      Vec maximum = load(p.maximum + v * kLanes);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        maximum = max(sums[r][v], maximum);
-        store(to + (r * W + v) * kLanes, sums[r][v]);
-      }
-      store(p.maximum + v * kLanes, maximum);
-    }
-    return;
-  }
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < W; ++v) store(to + (r * W + v) * kLanes, sums[r][v]);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < W; ++v) {
-      float* const at = to + (r * W + v) * kLanes;
-      Vec score = rule.biased(load(at), first + r);
-      if (rule.cap != 0.0f) {
-        const Vec cap = broadcast(rule.cap);
-        score = mul(cap, tanh(div(score, cap)));
+}
+
+template <int W>
+AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, int64_t count,
+                                 int64_t dim, float* scores) {
+  for_rows(count, [&](auto size, int64_t first) {
+    score_tile<decltype(size)::value, W>(p.queries, rows.keys, first, dim, scores);
+  });
+}
+
+// What the rule makes of a step's scores. `slopes` gets that of the cap, if it is not null.
+template <int W>
+AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, float* scores,
+                                float* slopes) {
+  const Step& s = *rule.step;
+  const Vec none = broadcast(-kInfinity);
+  if (rule.bias) {
+    for (int64_t j = 0; j < s.count; ++j) {
+      const Vec bias = broadcast(rule.bias[s.tiles[j]] * kLog2e);
+      float* const row = scores + j * W * kLanes;
+      for (int v = 0; v < W; ++v) store(row + v * kLanes, add(load(row + v * kLanes), bias));
+    }
+  }
+  if (rule.cap != 0.0f) {
+    const Vec cap = broadcast(rule.cap);
+    for (int64_t i = 0; i < s.count * W * kLanes; i += kLanes) {
+      const Vec bent = tanh(div(load(scores + i), cap));
+      store(scores + i, mul(cap, bent));
+      if (slopes) store(slopes + i, sub(broadcast(1.0f), mul(bent, bent)));
+    }
+  }
+  if (s.edge && rule.a->causal) {
+    Vec position[W];
+    for (int v = 0; v < W; ++v) position[v] = load(p.position + v * kLanes);
+    for (int64_t j = 0; j < s.count; ++j) {
+      const Vec key = broadcast(static_cast<float>(s.keys[j] - rule.base));
+      float* const row = scores + j * W * kLanes;
+#pragma GCC unroll 4
+      for (int v = 0; v < W; ++v) {
+        float* const at = row + v * kLanes;
+        store(at, select_nonnegative(sub(position[v], key), load(at), none));
       }
-      score = rule.masked(score, first + r, p.position + v * kLanes, p.lower + v * kLanes);
-      store(at, score);
-      store(p.maximum + v * kLanes, max(score, load(p.maximum + v * kLanes)));
+    }
+  }
+  if (s.window) {
+    Vec lower[W];
+    for (int v = 0; v < W; ++v) lower[v] = load(p.lower + v * kLanes);
+    for (int64_t j = 0; j < s.count; ++j) {
+      const Vec key = broadcast(static_cast<float>(s.keys[j] - rule.base));
+      float* const row = scores + j * W * kLanes;
+#pragma GCC unroll 4
+      for (int v = 0; v < W; ++v) {
+        float* const at = row + v * kLanes;
+        store(at, select_nonnegative(sub(key, lower[v]), load(at), none));
+      }
     }
   }
 }
@@ -159,12 +188,21 @@ AEROGEL_NOINLINE void score_tile(const AttendPanel& p, const ScoreRule& rule, bo
 // Scores become probabilities, not yet divided by their total; `factor` is what the new maxima make
 // of what was summed before.
 template <int W>
-AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, const float* before, float* factor,
-                                   float* scores, int64_t count) {
+AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, float* factor, float* scores,
+                                   int64_t count) {
   Vec shift[W], total[W];
+#pragma GCC unroll 4
+  for (int v = 0; v < W; ++v) shift[v] = load(p.maximum + v * kLanes);
+  for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) shift[v] = max(load(scores + (j * W + v) * kLanes), shift[v]);
+  }
+#pragma GCC unroll 4
   for (int v = 0; v < W; ++v) {
-    shift[v] = shift_of(load(p.maximum + v * kLanes));
-    const Vec f = exp2_or_zero(sub(load(before + v * kLanes), shift[v]));
+    const Vec before = load(p.maximum + v * kLanes);
+    store(p.maximum + v * kLanes, shift[v]);
+    shift[v] = shift_of(shift[v]);
+    const Vec f = exp2_or_zero(sub(before, shift[v]));
     store(factor + v * kLanes, f);
     total[v] = mul(load(p.total + v * kLanes), f);
   }
@@ -176,6 +214,7 @@ AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, const float* before, fl
       store(scores + v * kLanes, e);
     }
   }
+#pragma GCC unroll 4
   for (int v = 0; v < W; ++v) store(p.total + v * kLanes, total[v]);
 }
 
@@ -206,26 +245,18 @@ AEROGEL_NOINLINE void sum_tile(float* sums, const float* factor, const float* co
   }
 }
 
-struct StepRows {
-  const float* keys[kStepKeys];
-  const float* values[kStepKeys];
-};
-
-// Scratch of one step: scores [key][width], then the panel's maxima before it and its factors.
+// Scratch of one step: scores [key][width], and the panel's factors.
 struct StepScratch {
-  float *scores, *before, *factor;
+  float *scores, *factor;
 };
 
 template <int W>
 AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const ScoreRule& rule,
                                 const StepRows& rows, const StepScratch& scratch) {
-  for (int v = 0; v < W; ++v) store(scratch.before + v * kLanes, load(p.maximum + v * kLanes));
-  const bool plain = rule.plain();
   const int64_t count = rule.step->count;
-  for_rows(count, [&](auto size, int64_t first) {
-    score_tile<decltype(size)::value, W>(p, rule, plain, rows.keys, first, a.dim, scratch.scores);
-  });
-  exponentiate<W>(p, scratch.before, scratch.factor, scratch.scores, count);
+  score_step<W>(p, rows, count, a.dim, scratch.scores);
+  if (!rule.plain()) rule_step<W>(p, rule, scratch.scores, nullptr);
+  exponentiate<W>(p, scratch.factor, scratch.scores, count);
   for_rows(a.value_dim, [&](auto size, int64_t first) {
     sum_tile<decltype(size)::value, W>(p.sums, scratch.factor, rows.values, first, scratch.scores,
                                        count);
@@ -263,8 +294,7 @@ void attend_tile(const AttendTask& t) {
   const int64_t kv_head = t.head / group_of(a);
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
-  const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest),
-                            carver.take(widest)};
+  const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest)};
   float* const key_copy = carver.take(kStepKeys * padded_dim(a.dim));
   float* const value_copy = carver.take(kStepKeys * padded_dim(a.value_dim));
   float* const row_copy = carver.take(widest * (padded_dim(a.dim) + padded_dim(a.value_dim)));
