@@ -140,13 +140,15 @@ AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const flo
 
 template <int W>
 AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const ScoreRule& rule,
-                                  const StepRows& rows, const GradScratch& scratch) {
+                                  const StepRows& rows, const Ahead& keys, const Ahead& values,
+                                  const GradScratch& scratch) {
   const AttendArgs& a = *t.args;
   const Step& s = *rule.step;
-  score_step<W>(g.base, rows, s.count, a.dim, scratch.weights);
+  score_step<W>(g.base, rows, s.count, a.dim, keys, scratch.weights);
   if (!rule.plain()) rule_step<W>(g.base, rule, scratch.weights, scratch.slopes);
   weigh_step<W>(g.base, scratch.weights, s.count);
   for_rows(s.count, [&](auto size, int64_t first) {
+    values.fetch(first, decltype(size)::value, s.count);
     grad_tile<decltype(size)::value, W>(g, rule.cap != 0.0f, rows.values, first, a.value_dim,
                                         scratch);
   });
@@ -171,11 +173,18 @@ void attend_tile_backward(const AttendTask& t) {
   const AttendArgs& a = *t.args;
   const Columns columns(t);
   const int64_t kv_head = t.head / group_of(a);
+  StepReader reader(t);
+  Step steps[2];
+  const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
+  const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
+  bool more = reader.next(steps[0]);
+  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
+  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   GradScratch scratch{};
-  float** const steps[] = {&scratch.weights, &scratch.grads, &scratch.slopes};
-  for (float** step : steps) *step = carver.take(kStepKeys * widest);
+  float** const arrays[] = {&scratch.weights, &scratch.grads, &scratch.slopes};
+  for (float** array : arrays) *array = carver.take(kStepKeys * widest);
   float* const key_copy = carver.take(kStepKeys * padded_dim(a.dim));
   float* const value_copy = carver.take(kStepKeys * padded_dim(a.value_dim));
   float* const row_copy = carver.take(widest * (padded_dim(a.dim) + padded_dim(a.value_dim)));
@@ -195,16 +204,20 @@ void attend_tile_backward(const AttendTask& t) {
     for (float** row : own) *row = carver.take(width);
     begin_grad_panel(t, columns, g, row_copy);
   }
-  StepReader reader(t);
-  Step step;
   StepRows rows;
-  while (reader.next(step)) {
+  int now = 0;
+  for (; more; now ^= 1) {
+    const Step& step = steps[now];
+    more = reader.next(steps[now ^ 1]);
+    const Step* const after = more ? &steps[now ^ 1] : nullptr;
     find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
     find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
     const ScoreRule rule(t, step, columns);
     for (int64_t i = 0; i < panel_count; ++i) {
+      const Step* const wanted = i == 0 ? after : nullptr;
       for_width(panels[i].base.width, [&](auto width) {
-        backward_step<decltype(width)::value>(t, panels[i], rule, rows, scratch);
+        backward_step<decltype(width)::value>(t, panels[i], rule, rows, {keys, wanted},
+                                              {values, wanted}, scratch);
       });
     }
   }

@@ -50,23 +50,6 @@ AEROGEL_INLINE float largest(const float* x, int64_t n) {
   return out;
 }
 
-AEROGEL_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
-// The rows of one key head: where key j's row is.
-struct HeadRows {
-  const char* base;
-  int64_t stride, bytes;  // between rows, and of a row
-
-  AEROGEL_INLINE HeadRows(const AttendArgs& a, const AttendTensor& x, int64_t batch, int64_t head,
-                          int64_t dim)
-      : base(static_cast<const char*>(row_of(a, x, batch, head, 0))),
-        stride(x.row * bytes_of(a.type)),
-        bytes(dim * bytes_of(a.type)) {}
-  AEROGEL_INLINE const char* row(int32_t key) const { return base + key * stride; }
-};
-
 // C queries x 8 / C keys: scores[c * kStepKeys + j].
 template <class Values, int C>
 AEROGEL_INLINE void score_keys(const char* const* keys, const float* queries, int64_t stride,
@@ -144,22 +127,13 @@ struct DecodeState {
   float *queries, *scores, *sums, *maximum, *total, *factor, *position, *lower;
 };
 
-// Prefetches a slice of a step's rows: `share` of `shares`.
-AEROGEL_INLINE void prefetch_share(const HeadRows& rows, const Step& s, int64_t share,
-                                   int64_t shares) {
-  const int64_t end = s.count * (share + 1) / shares;
-  for (int64_t j = s.count * share / shares; j < end; ++j) {
-    prefetch_row(rows.row(s.keys[j]), rows.bytes);
-  }
-}
-
 template <class Values, int C>
 AEROGEL_NOINLINE void score_columns(const AttendArgs& a, const DecodeState& state, int64_t column,
                                     const char* const* keys, int64_t count,
                                     const HeadRows& values, const Step& step) {
   constexpr int64_t kKeys = kTogether / C;
   for (int64_t j = 0; j < count; j += kKeys) {
-    if (column == 0) prefetch_share(values, step, j / kKeys, (count + kKeys - 1) / kKeys);
+    if (column == 0) Ahead{values, &step}.fetch(j, least(kKeys, count - j), count);
     score_keys<Values, C>(keys + j, state.queries + column * padded_dim(a.dim), padded_dim(a.dim),
                           a.dim, state.scores + column * kStepKeys + j);
   }
@@ -244,7 +218,7 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
   const char* rows[kStepKeys + kTogether];
   int now = 0;
   bool more = reader.next(steps[0]);
-  if (more) prefetch_share(keys, steps[0], 0, 1);
+  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);
   for (; more; now ^= 1) {
     const Step& s = steps[now];
     Step& after = steps[now ^ 1];
@@ -259,7 +233,7 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
       rule_scores(rule, state.position[c], state.lower[c], state.scores + c * kStepKeys);
       exponentiate_column(state, c, s.count);
     }
-    if (more) prefetch_share(keys, after, 0, 1);
+    if (more) Ahead{keys, &after}.fetch(0, 1, 1);
     for (int64_t j = 0; j < s.count; ++j) rows[j] = values.row(s.keys[j]);
     for_columns(state.columns, [&](auto size, int64_t c) {
       sum_columns<Values, decltype(size)::value>(a, state, c, rows, s.count);

@@ -130,9 +130,11 @@ AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys,
 
 template <int W>
 AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, int64_t count,
-                                 int64_t dim, float* scores) {
+                                 int64_t dim, const Ahead& ahead, float* scores) {
   for_rows(count, [&](auto size, int64_t first) {
-    score_tile<decltype(size)::value, W>(p.queries, rows.keys, first, dim, scores);
+    constexpr int R = decltype(size)::value;
+    ahead.fetch(first, R, count);
+    score_tile<R, W>(p.queries, rows.keys, first, dim, scores);
   });
 }
 
@@ -252,14 +254,16 @@ struct StepScratch {
 
 template <int W>
 AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const ScoreRule& rule,
-                                const StepRows& rows, const StepScratch& scratch) {
+                                const StepRows& rows, const Ahead& keys, const Ahead& values,
+                                const StepScratch& scratch) {
   const int64_t count = rule.step->count;
-  score_step<W>(p, rows, count, a.dim, scratch.scores);
+  score_step<W>(p, rows, count, a.dim, keys, scratch.scores);
   if (!rule.plain()) rule_step<W>(p, rule, scratch.scores, nullptr);
   exponentiate<W>(p, scratch.factor, scratch.scores, count);
   for_rows(a.value_dim, [&](auto size, int64_t first) {
-    sum_tile<decltype(size)::value, W>(p.sums, scratch.factor, rows.values, first, scratch.scores,
-                                       count);
+    constexpr int R = decltype(size)::value;
+    values.fetch(first, R, a.value_dim);
+    sum_tile<R, W>(p.sums, scratch.factor, rows.values, first, scratch.scores, count);
   });
 }
 
@@ -292,6 +296,13 @@ void attend_tile(const AttendTask& t) {
   const AttendArgs& a = *t.args;
   const Columns columns(t);
   const int64_t kv_head = t.head / group_of(a);
+  StepReader reader(t);
+  Step steps[2];
+  const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
+  const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
+  bool more = reader.next(steps[0]);
+  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
+  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest)};
@@ -312,16 +323,20 @@ void attend_tile(const AttendTask& t) {
     take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, nullptr, row_copy);
     begin_panel(t, columns, p);
   }
-  StepReader reader(t);
-  Step step;
   StepRows rows;
-  while (reader.next(step)) {
+  int now = 0;
+  for (; more; now ^= 1) {
+    const Step& step = steps[now];
+    more = reader.next(steps[now ^ 1]);
+    const Step* const after = more ? &steps[now ^ 1] : nullptr;
     find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
     find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
     const ScoreRule rule(t, step, columns);
     for (int64_t i = 0; i < panel_count; ++i) {
+      const Step* const wanted = i == 0 ? after : nullptr;
       for_width(panels[i].width, [&](auto width) {
-        attend_step<decltype(width)::value>(a, panels[i], rule, rows, scratch);
+        attend_step<decltype(width)::value>(a, panels[i], rule, rows, {keys, wanted},
+                                            {values, wanted}, scratch);
       });
     }
   }

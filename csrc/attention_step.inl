@@ -153,5 +153,36 @@ AEROGEL_INLINE float finish_total(const AttendArgs& a, int64_t head, float maxim
   return factor / total;
 }
 
+AEROGEL_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+// The rows of one key head: where key j's row is.
+struct HeadRows {
+  const char* base;
+  int64_t stride, bytes;  // between rows, and of a row
+
+  AEROGEL_INLINE HeadRows(const AttendArgs& a, const AttendTensor& x, int64_t batch, int64_t head,
+                          int64_t dim)
+      : base(static_cast<const char*>(row_of(a, x, batch, head, 0))),
+        stride(x.row * bytes_of(a.type)),
+        bytes(dim * bytes_of(a.type)) {}
+  AEROGEL_INLINE const char* row(int32_t key) const { return base + key * stride; }
+};
+
+// The rows that are wanted next, fetched in slices between the tiles of a product.
+struct Ahead {
+  HeadRows rows;
+  const Step* step;  // null for nothing
+
+  AEROGEL_INLINE void fetch(int64_t at, int64_t length, int64_t of) const {
+    if (!step) return;
+    const int64_t end = step->count * (at + length) / of;
+    for (int64_t j = step->count * at / of; j < end; ++j) {
+      prefetch_row(rows.row(step->keys[j]), rows.bytes);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace aerogel::AEROGEL_ISA
