@@ -92,22 +92,23 @@ AEROGEL_INLINE void score_keys(const char* const* keys, const float* queries, in
 // vectors from dimension `first` on.
 template <class Values, int C, int V>
 AEROGEL_INLINE void add_values(const char* const* values, int64_t count, const float* weights,
-                               const float* factor, int64_t first, int64_t dim, float* sums,
-                               int64_t stride) {
+                               const float* factor, int64_t first, int64_t dim,
+                               const Ahead& ahead, float* sums, int64_t stride) {
   Vec tile[C][V];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       tile[c][v] = mul(broadcast(factor[c]), load(sums + c * stride + first + v * kLanes));
     }
   }
   for (int64_t j = 0; j < count; ++j) {
     const auto* row = reinterpret_cast<const typename Values::Stored*>(values[j]) + first;
+    ahead.fetch(j, 1, count);
     Vec w[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) w[c] = broadcast(weights[c * kStepKeys + j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vec x = V == 1 ? load_row<Values>(row, dim - first) : Values::load(row + v * kLanes);
 #pragma GCC unroll 4
@@ -116,7 +117,7 @@ AEROGEL_INLINE void add_values(const char* const* values, int64_t count, const f
   }
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(sums + c * stride + first + v * kLanes, tile[c][v]);
   }
 }
@@ -139,20 +140,31 @@ AEROGEL_NOINLINE void score_columns(const AttendArgs& a, const DecodeState& stat
   }
 }
 
+// Registers for sums of values: half of all.
+constexpr int kSums = kRegisters / 2;
+
 template <class Values, int C>
 AEROGEL_NOINLINE void sum_columns(const AttendArgs& a, const DecodeState& state, int64_t column,
-                                  const char* const* values, int64_t count) {
+                                  const char* const* values, int64_t count, Ahead ahead) {
   const int64_t stride = padded_dim(a.value_dim);
   const float* const weights = state.scores + column * kStepKeys;
   const float* const factor = state.factor + column;
   float* const sums = state.sums + column * stride;
   int64_t d = 0;
-  for (; d + 4 * kLanes <= a.value_dim; d += 4 * kLanes) {
-    add_values<Values, C, 4>(values, count, weights, factor, d, a.value_dim, sums, stride);
-  }
-  for (; d < a.value_dim; d += kLanes) {
-    add_values<Values, C, 1>(values, count, weights, factor, d, a.value_dim, sums, stride);
-  }
+  const auto add_vectors = [&](auto size) {
+    constexpr int V = decltype(size)::value;
+    if constexpr (V == 1 || C * V <= kSums) {
+      for (; V == 1 ? d < a.value_dim : d + V * kLanes <= a.value_dim; d += V * kLanes) {
+        add_values<Values, C, V>(values, count, weights, factor, d, a.value_dim, ahead, sums,
+                                 stride);
+        ahead.step = nullptr;  // once is enough
+      }
+    }
+  };
+  add_vectors(Size<8>{});
+  add_vectors(Size<4>{});
+  add_vectors(Size<2>{});
+  add_vectors(Size<1>{});
 }
 
 // Calls f(Size<C>, column) for groups of 4, 2 and 1 columns.
@@ -233,10 +245,10 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
       rule_scores(rule, state.position[c], state.lower[c], state.scores + c * kStepKeys);
       exponentiate_column(state, c, s.count);
     }
-    if (more) Ahead{keys, &after}.fetch(0, 1, 1);
     for (int64_t j = 0; j < s.count; ++j) rows[j] = values.row(s.keys[j]);
     for_columns(state.columns, [&](auto size, int64_t c) {
-      sum_columns<Values, decltype(size)::value>(a, state, c, rows, s.count);
+      sum_columns<Values, decltype(size)::value>(a, state, c, rows, s.count,
+                                                  {keys, more && c == 0 ? &after : nullptr});
     });
   }
 }

@@ -32,7 +32,8 @@ class StepReader {
         end_(t.tile_end),
         key_begin_(t.key_begin),
         key_end_(t.key_end),
-        padding_(t.args->key_padding ? t.args->key_padding + t.batch * t.args->k_len : nullptr) {}
+        padding_(t.args->key_padding ? t.args->key_padding + t.batch * t.args->k_len : nullptr),
+        filter_(padding_ || key_begin_ > 0 || key_end_ < t.args->k_len) {}
 
   // False if there are no more keys.
   AEROGEL_NOINLINE bool next(Step& s) {
@@ -43,19 +44,39 @@ class StepReader {
       if (s.count == 0) kind = own;
       if ((own ^ kind) & (kTileEdge | kTileNoWindow)) break;
       const int64_t length = a_.length[tile_], start = a_.start[tile_];
-      for (; at_ < length; ++at_) {
+      while (at_ < length) {
         if (s.count == kStepKeys) return finish(s, kind);
-        const int32_t key = own & kTileGather ? a_.gather_idx[start + at_]
-                                              : static_cast<int32_t>(start + at_);
-        if (key < key_begin_ || key >= key_end_ || (padding_ && !padding_[key])) continue;
-        s.keys[s.count] = key;
-        s.tiles[s.count++] = static_cast<int32_t>(tile_ - first_);
+        const int64_t count = least(length - at_, kStepKeys - s.count);
+        take(s, own & kTileGather, start + at_, count);
+        at_ += count;
       }
     }
     return finish(s, kind);
   }
 
  private:
+  AEROGEL_INLINE void take(Step& s, bool gather, int64_t from, int64_t count) const {
+    int32_t* const keys = s.keys + s.count;
+    int32_t* const tiles = s.tiles + s.count;
+    const int32_t tile = static_cast<int32_t>(tile_ - first_);
+    if (gather) {
+      for (int64_t i = 0; i < count; ++i) keys[i] = a_.gather_idx[from + i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) keys[i] = static_cast<int32_t>(from + i);
+    }
+    for (int64_t i = 0; i < count; ++i) tiles[i] = tile;
+    if (!filter_) {
+      s.count += count;
+      return;
+    }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t key = keys[i];
+      keys[kept] = key;
+      kept += key >= key_begin_ && key < key_end_ && (!padding_ || padding_[key]);
+    }
+    s.count += kept;
+  }
   AEROGEL_INLINE bool finish(Step& s, uint8_t kind) const {
     s.edge = kind & kTileEdge && (a_.causal || a_.window);
     s.window = s.edge && a_.window && !(kind & kTileNoWindow);
@@ -67,6 +88,7 @@ class StepReader {
   int64_t tile_, at_ = 0;
   const int64_t end_, key_begin_, key_end_;
   const uint8_t* const padding_;
+  const bool filter_;
 };
 
 // Where the rows of a step's keys are, as float32; `copy` holds those that are not.
@@ -170,17 +192,16 @@ struct HeadRows {
   AEROGEL_INLINE const char* row(int32_t key) const { return base + key * stride; }
 };
 
-// The rows that are wanted next, fetched in slices between the tiles of a product.
+// The rows that are wanted next, fetched a few at a time while a product runs.
 struct Ahead {
   HeadRows rows;
   const Step* step;  // null for nothing
 
-  AEROGEL_INLINE void fetch(int64_t at, int64_t length, int64_t of) const {
+  // Rows [at, at + count); whoever comes last, of `all`, fetches what is left.
+  AEROGEL_INLINE void fetch(int64_t at, int64_t count, int64_t all) const {
     if (!step) return;
-    const int64_t end = step->count * (at + length) / of;
-    for (int64_t j = step->count * at / of; j < end; ++j) {
-      prefetch_row(rows.row(step->keys[j]), rows.bytes);
-    }
+    const int64_t end = at + count < all ? least(at + count, step->count) : step->count;
+    for (int64_t j = at; j < end; ++j) prefetch_row(rows.row(step->keys[j]), rows.bytes);
   }
 };
 
