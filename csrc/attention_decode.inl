@@ -130,11 +130,10 @@ struct DecodeState {
 
 template <class Values, int C>
 AEROGEL_NOINLINE void score_columns(const AttendArgs& a, const DecodeState& state, int64_t column,
-                                    const char* const* keys, int64_t count,
-                                    const HeadRows& values, const Step& step) {
+                                    const char* const* keys, int64_t count, const Ahead& ahead) {
   constexpr int64_t kKeys = kTogether / C;
   for (int64_t j = 0; j < count; j += kKeys) {
-    if (column == 0) Ahead{values, &step}.fetch(j, least(kKeys, count - j), count);
+    ahead.fetch(j, kKeys, count);
     score_keys<Values, C>(keys + j, state.queries + column * padded_dim(a.dim), padded_dim(a.dim),
                           a.dim, state.scores + column * kStepKeys + j);
   }
@@ -231,14 +230,17 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
   int now = 0;
   bool more = reader.next(steps[0]);
   if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);
+  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
   for (; more; now ^= 1) {
     const Step& s = steps[now];
     Step& after = steps[now ^ 1];
     more = reader.next(after);
+    const Step* const wanted = more ? &after : nullptr;
     // Groups of keys may reach beyond the last, which then counts twice.
     for (int64_t j = 0; j < s.count + kTogether; ++j) rows[j] = keys.row(s.keys[least(j, s.count - 1)]);
     for_columns(state.columns, [&](auto size, int64_t c) {
-      score_columns<Values, decltype(size)::value>(a, state, c, rows, s.count, values, s);
+      score_columns<Values, decltype(size)::value>(a, state, c, rows, s.count,
+                                                    {keys, c == 0 ? wanted : nullptr});
     });
     const ScoreRule rule(t, s, columns);
     for (int64_t c = 0; c < state.columns; ++c) {
@@ -248,7 +250,7 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
     for (int64_t j = 0; j < s.count; ++j) rows[j] = values.row(s.keys[j]);
     for_columns(state.columns, [&](auto size, int64_t c) {
       sum_columns<Values, decltype(size)::value>(a, state, c, rows, s.count,
-                                                  {keys, more && c == 0 ? &after : nullptr});
+                                                  {values, c == 0 ? wanted : nullptr});
     });
   }
 }
