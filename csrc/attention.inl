@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "simd_math.h"
 #include "stored_values.inl"
+#include "sum_lanes.inl"
 #include "transpose.inl"
 
 #include "attention_simd.inl"

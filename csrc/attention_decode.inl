@@ -9,38 +9,6 @@
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-constexpr int kTogether = 8;  // products whose lanes are summed together
-
-// sums[i] = the sum of all lanes of v[i].
-AEROGEL_INLINE void sum_lanes(const Vec (&v)[kTogether], float* sums) {
-#if defined(AEROGEL_USE_AVX512) || defined(AEROGEL_USE_AVX2)
-  __m256 h[kTogether];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTogether; ++i) {
-#if defined(AEROGEL_USE_AVX512)
-    h[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-#else
-    h[i] = v[i];
-#endif
-  }
-  const __m256 a = _mm256_hadd_ps(h[0], h[1]), b = _mm256_hadd_ps(h[2], h[3]);
-  const __m256 c = _mm256_hadd_ps(h[4], h[5]), d = _mm256_hadd_ps(h[6], h[7]);
-  const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
-  _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                                       _mm256_permute2f128_ps(low, high, 0x31)));
-#elif defined(AEROGEL_USE_NEON)
-  for (int i = 0; i < kTogether; i += 4) {
-    store(sums + i, vpaddq_f32(vpaddq_f32(v[i], v[i + 1]), vpaddq_f32(v[i + 2], v[i + 3])));
-  }
-#else
-  for (int i = 0; i < kTogether; ++i) {
-    float lanes[kLanes];
-    store(lanes, v[i]);
-    sums[i] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
-#endif
-}
-
 AEROGEL_INLINE float largest(const float* x, int64_t n) {
   Vec m = broadcast(-kInfinity);
   for (int64_t i = 0; i < n; i += kLanes) m = max(load(x + i), m);
@@ -54,14 +22,14 @@ AEROGEL_INLINE float largest(const float* x, int64_t n) {
 template <class Values, int C>
 AEROGEL_INLINE void score_keys(const char* const* keys, const float* queries, int64_t stride,
                                int64_t dim, float* scores) {
-  constexpr int kKeys = kTogether / C;
+  constexpr int kKeys = kProducts / C;
   const typename Values::Stored* rows[kKeys];
   for (int j = 0; j < kKeys; ++j) {
     rows[j] = reinterpret_cast<const typename Values::Stored*>(keys[j]);
   }
-  Vec sums[kTogether];
+  Vec sums[kProducts];
 #pragma GCC unroll 8
-  for (int i = 0; i < kTogether; ++i) sums[i] = zero();
+  for (int i = 0; i < kProducts; ++i) sums[i] = zero();
   const auto add_products = [&](int64_t d, auto load_key) {
     Vec q[C];
 #pragma GCC unroll 4
@@ -80,7 +48,7 @@ AEROGEL_INLINE void score_keys(const char* const* keys, const float* queries, in
   if (d < dim) {
     add_products(d, [&](const auto* p) { return load_row<Values>(p, dim - d); });
   }
-  float total[kTogether];
+  float total[kProducts];
   sum_lanes(sums, total);
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
@@ -131,7 +99,7 @@ struct DecodeState {
 template <class Values, int C>
 AEROGEL_NOINLINE void score_columns(const AttendArgs& a, const DecodeState& state, int64_t column,
                                     const char* const* keys, int64_t count, const Ahead& ahead) {
-  constexpr int64_t kKeys = kTogether / C;
+  constexpr int64_t kKeys = kProducts / C;
   for (int64_t j = 0; j < count; j += kKeys) {
     ahead.fetch(j, kKeys, count);
     score_keys<Values, C>(keys + j, state.queries + column * padded_dim(a.dim), padded_dim(a.dim),
@@ -226,7 +194,7 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
   const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
   StepReader reader(t);
   Step steps[2];
-  const char* rows[kStepKeys + kTogether];
+  const char* rows[kStepKeys + kProducts];
   int now = 0;
   bool more = reader.next(steps[0]);
   if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);
@@ -237,7 +205,7 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
     more = reader.next(after);
     const Step* const wanted = more ? &after : nullptr;
     // Groups of keys may reach beyond the last, which then counts twice.
-    for (int64_t j = 0; j < s.count + kTogether; ++j) rows[j] = keys.row(s.keys[least(j, s.count - 1)]);
+    for (int64_t j = 0; j < s.count + kProducts; ++j) rows[j] = keys.row(s.keys[least(j, s.count - 1)]);
     for_columns(state.columns, [&](auto size, int64_t c) {
       score_columns<Values, decltype(size)::value>(a, state, c, rows, s.count,
                                                     {keys, c == 0 ? wanted : nullptr});
