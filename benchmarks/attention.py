@@ -284,7 +284,7 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Call:
     diagonal = torch.eye(tiles, dtype=torch.bool)
 
     def numbers(kept: Tensor) -> tuple[Tensor, Tensor]:
-        order = kept.int().argsort(-1, descending=True, stable=True)
+        order = kept.int().argsort(dim=-1, descending=True, stable=True)
         return kept.sum(-1).int()[None], order.int()[None]
 
     def causal(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:

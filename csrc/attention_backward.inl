@@ -28,8 +28,8 @@ AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns
   const int64_t width = p.width * kLanes, stride = padded_dim(a.value_dim);
   take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, g.query_rows, scratch);
   take_columns(t, columns, p, a.grad_o, a.value_dim, 1.0f, g.grads, g.grad_rows, scratch);
+  set_limits(t, columns, p);
   for (int64_t c = 0; c < width; ++c) {
-    columns.limits(t, p.first + least(c, p.count - 1), p.position + c, p.lower + c);
     g.delta[c] = 0.0f;
     p.total[c] = kInfinity;
     if (c >= p.count) continue;
@@ -70,23 +70,27 @@ AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, float* scores, int64_t co
   }
 }
 
-// Gradients of the scores of R keys.
+// Gradients of the scores of R keys; all pointers at the first of W vectors.
 template <int R, int W>
-AEROGEL_NOINLINE void grad_tile(const GradPanel& g, bool capped, const float* const* values,
-                                int64_t first, int64_t dim, const GradScratch& scratch) {
+AEROGEL_NOINLINE void grad_tile(const float* grads, const float* delta, bool capped,
+                                const float* const* values, int64_t first, int64_t dim,
+                                int64_t width, const GradScratch& scratch) {
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = values[first + r];
   Vec sums[R][W];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < W; ++v) sums[r][v] = zero();
   }
-  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, g.grads, W * kLanes, dim);
-  const int64_t at = first * W * kLanes;
+  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, grads, width, dim);
+#pragma GCC unroll 4
   for (int v = 0; v < W; ++v) {
-    const Vec delta = load(g.delta + v * kLanes);
+    const Vec shift = load(delta + v * kLanes);
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const int64_t own = at + (r * W + v) * kLanes;
-      Vec grad = mul(load(scratch.weights + own), sub(sums[r][v], delta));
+      const int64_t own = (first + r) * width + v * kLanes;
+      Vec grad = mul(load(scratch.weights + own), sub(sums[r][v], shift));
       if (capped) grad = mul(grad, load(scratch.slopes + own));
       store(scratch.grads + own, grad);
     }
@@ -108,15 +112,16 @@ AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* ro
   }
 }
 
-// to[key] += sum over columns of left[key][column] * rows[column].
-AEROGEL_NOINLINE void sum_for_keys(const Step& s, const float* left, int64_t width,
-                                   const float* rows, int64_t dim, int64_t columns, float* to) {
+// to[key] += sum over columns of left[key][column] * rows[column], for keys [begin, end).
+AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, const float* left,
+                                   int64_t width, const float* rows, int64_t dim, int64_t columns,
+                                   float* to) {
   const int64_t stride = padded_dim(dim);
-  for_rows(s.count, [&](auto size, int64_t first) {
+  for_rows(end - begin, [&](auto size, int64_t first) {
     constexpr int R = decltype(size)::value;
     float* targets[R];
-    for (int r = 0; r < R; ++r) targets[r] = to + s.keys[first + r] * stride;
-    const float* const own = left + first * width;
+    for (int r = 0; r < R; ++r) targets[r] = to + s.keys[begin + first + r] * stride;
+    const float* const own = left + (begin + first) * width;
     int64_t d = 0;
     for (; d + kWide * kLanes <= stride; d += kWide * kLanes) {
       key_tile<R, kWide>(own, width, rows, stride, columns, targets, d);
@@ -144,29 +149,36 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
                                   const GradScratch& scratch) {
   const AttendArgs& a = *t.args;
   const Step& s = *rule.step;
-  score_step<W>(g.base, rows, s.count, a.dim, keys, scratch.weights);
-  if (!rule.plain()) rule_step<W>(g.base, rule, scratch.weights, scratch.slopes);
-  weigh_step<W>(g.base, scratch.weights, s.count);
-  for_rows(s.count, [&](auto size, int64_t first) {
-    values.fetch(first, decltype(size)::value, s.count);
-    grad_tile<decltype(size)::value, W>(g, rule.cap != 0.0f, rows.values, first, a.value_dim,
-                                        scratch);
-  });
-  const int64_t width = W * kLanes;
-  if (t.grad_q) {
-    for_rows(a.dim, [&](auto size, int64_t first) {
-      sum_tile<decltype(size)::value, W>(g.base.sums, nullptr, rows.keys, first, scratch.grads,
-                                         s.count);
+  const Leads leads = leads_of(g.base, rule);
+  const int64_t count = leads.live(W), width = W * kLanes;
+  score_step<W>(g.base, rows, leads, a.dim, keys, scratch.weights);
+  if (!rule.plain()) rule_step<W>(g.base, rule, count, scratch.weights, scratch.slopes);
+  weigh_step<W>(g.base, scratch.weights, count);
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    constexpr int64_t L = decltype(lead)::value * kLanes;
+    for_rows(end - begin, [&](auto size, int64_t first) {
+      constexpr int R = decltype(size)::value;
+      values.fetch(begin + first, R, end);
+      grad_tile<R, W - decltype(lead)::value>(
+          g.grads + L, g.delta + L, rule.cap != 0.0f, rows.values, begin + first, a.value_dim, width,
+          {scratch.weights + L, scratch.grads + L, scratch.slopes + L});
     });
+  });
+  if (t.grad_q) {
+    sum_step<W>(g.base.sums, nullptr, rows.keys, leads, a.dim, {keys.rows, nullptr}, scratch.grads);
     if (a.grad_bias) sum_for_bias(t, s, scratch.grads, width, g.base.count);
   }
-  if (t.grad_kv) {
-    const int64_t at = (t.batch * a.kv_heads + t.head / group_of(a)) * a.k_len;
-    sum_for_keys(s, scratch.weights, width, g.grad_rows, a.value_dim, g.base.count,
+  if (!t.grad_kv) return;
+  const int64_t at = (t.batch * a.kv_heads + t.head / group_of(a)) * a.k_len;
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    const int64_t first = decltype(lead)::value * kLanes, columns = g.base.count - first;
+    sum_for_keys(s, begin, end, scratch.weights + first, width,
+                 g.grad_rows + first * padded_dim(a.value_dim), a.value_dim, columns,
                  a.grad_v + at * padded_dim(a.value_dim));
-    sum_for_keys(s, scratch.grads, width, g.query_rows, a.dim, g.base.count,
+    sum_for_keys(s, begin, end, scratch.grads + first, width,
+                 g.query_rows + first * padded_dim(a.dim), a.dim, columns,
                  a.grad_k + at * padded_dim(a.dim));
-  }
+  });
 }
 
 void attend_tile_backward(const AttendTask& t) {

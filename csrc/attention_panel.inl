@@ -12,7 +12,25 @@ struct AttendPanel {
   float *queries, *sums, *maximum, *total, *position, *lower;
   int64_t first, count;  // columns
   int width;
+  float reach[kWide];  // the last position in each vector and those before it
 };
+
+// Which vectors the causal rule leaves a key: the keys of a step before bounds[l] need those from
+// vector l on, and those from the last bound on none.
+struct Leads {
+  int64_t bounds[kWide];
+
+  AEROGEL_INLINE int64_t live(int width) const { return bounds[width - 1]; }
+};
+
+// Calls f(Size<l>, first, end) for the keys that need the vectors from l on.
+template <int W, int L = 0, class F>
+AEROGEL_INLINE void for_leads(const Leads& leads, const F& f, int64_t begin = 0) {
+  if constexpr (L < W) {
+    if (leads.bounds[L] > begin) f(Size<L>{}, begin, leads.bounds[L]);
+    for_leads<W, L + 1>(leads, f, leads.bounds[L] > begin ? leads.bounds[L] : begin);
+  }
+}
 
 AEROGEL_INLINE float* take_panel_row(Carver& carver, const AttendPanel& p) {
   return carver.take(p.width * kLanes);
@@ -110,7 +128,7 @@ struct StepRows {
 // Scores of R keys into rows of `to`, as they come out of the product.
 template <int R, int W>
 AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys, int64_t first,
-                                 int64_t dim, float* to) {
+                                 int64_t dim, int64_t width, float* to) {
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = keys[first + r];
   Vec sums[R][W];
@@ -119,33 +137,37 @@ AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys,
 #pragma GCC unroll 4
     for (int v = 0; v < W; ++v) sums[r][v] = zero();
   }
-  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, queries, W * kLanes, dim);
-  to += first * W * kLanes;
+  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, queries, width, dim);
+  to += first * width;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) store(to + (r * W + v) * kLanes, sums[r][v]);
+    for (int v = 0; v < W; ++v) store(to + r * width + v * kLanes, sums[r][v]);
   }
 }
 
 template <int W>
-AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, int64_t count,
+AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, const Leads& leads,
                                  int64_t dim, const Ahead& ahead, float* scores) {
-  for_rows(count, [&](auto size, int64_t first) {
-    constexpr int R = decltype(size)::value;
-    ahead.fetch(first, R, count);
-    score_tile<R, W>(p.queries, rows.keys, first, dim, scores);
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    constexpr int L = decltype(lead)::value;
+    for_rows(end - begin, [&](auto size, int64_t first) {
+      constexpr int R = decltype(size)::value;
+      ahead.fetch(begin + first, R, end);
+      score_tile<R, W - L>(p.queries + L * kLanes, rows.keys, begin + first, dim, W * kLanes,
+                           scores + L * kLanes);
+    });
   });
 }
 
 // What the rule makes of a step's scores. `slopes` gets that of the cap, if it is not null.
 template <int W>
-AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, float* scores,
-                                float* slopes) {
+AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, int64_t count,
+                                float* scores, float* slopes) {
   const Step& s = *rule.step;
   const Vec none = broadcast(-kInfinity);
   if (rule.bias) {
-    for (int64_t j = 0; j < s.count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       const Vec bias = broadcast(rule.bias[s.tiles[j]] * kLog2e);
       float* const row = scores + j * W * kLanes;
       for (int v = 0; v < W; ++v) store(row + v * kLanes, add(load(row + v * kLanes), bias));
@@ -153,7 +175,7 @@ AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, flo
   }
   if (rule.cap != 0.0f) {
     const Vec cap = broadcast(rule.cap);
-    for (int64_t i = 0; i < s.count * W * kLanes; i += kLanes) {
+    for (int64_t i = 0; i < count * W * kLanes; i += kLanes) {
       const Vec bent = tanh(div(load(scores + i), cap));
       store(scores + i, mul(cap, bent));
       if (slopes) store(slopes + i, sub(broadcast(1.0f), mul(bent, bent)));
@@ -162,7 +184,7 @@ AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, flo
   if (s.edge && rule.a->causal) {
     Vec position[W];
     for (int v = 0; v < W; ++v) position[v] = load(p.position + v * kLanes);
-    for (int64_t j = 0; j < s.count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       const Vec key = broadcast(static_cast<float>(s.keys[j] - rule.base));
       float* const row = scores + j * W * kLanes;
 #pragma GCC unroll 4
@@ -175,7 +197,7 @@ AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, flo
   if (s.window) {
     Vec lower[W];
     for (int v = 0; v < W; ++v) lower[v] = load(p.lower + v * kLanes);
-    for (int64_t j = 0; j < s.count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       const Vec key = broadcast(static_cast<float>(s.keys[j] - rule.base));
       float* const row = scores + j * W * kLanes;
 #pragma GCC unroll 4
@@ -223,14 +245,14 @@ AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, float* factor, float* s
 // sums[d] = sums[d] * factor + the sum over keys of rows[key][d] * right[key], for R dimensions.
 template <int R, int W>
 AEROGEL_NOINLINE void sum_tile(float* sums, const float* factor, const float* const* rows,
-                               int64_t first, const float* right, int64_t count) {
-  float* const kept = sums + first * W * kLanes;
+                               int64_t first, const float* right, int64_t width, int64_t count) {
+  float* const kept = sums + first * width;
   Vec tile[R][W];
   for (int v = 0; v < W; ++v) {
     const Vec f = factor ? load(factor + v * kLanes) : broadcast(1.0f);
-    for (int r = 0; r < R; ++r) tile[r][v] = mul(f, load(kept + (r * W + v) * kLanes));
+    for (int r = 0; r < R; ++r) tile[r][v] = mul(f, load(kept + r * width + v * kLanes));
   }
-  for (int64_t j = 0; j < count; ++j, right += W * kLanes) {
+  for (int64_t j = 0; j < count; ++j, right += width) {
     const float* const row = rows[j] + first;
     Vec x[W];
 #pragma GCC unroll 4
@@ -243,8 +265,25 @@ AEROGEL_NOINLINE void sum_tile(float* sums, const float* factor, const float* co
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < W; ++v) store(kept + (r * W + v) * kLanes, tile[r][v]);
+    for (int v = 0; v < W; ++v) store(kept + r * width + v * kLanes, tile[r][v]);
   }
+}
+
+// sums = sums * factor + rows^T right, for all dimensions; vectors that no key needs stay.
+template <int W>
+AEROGEL_NOINLINE void sum_step(float* sums, const float* factor, const float* const* rows,
+                               const Leads& leads, int64_t dim, const Ahead& ahead,
+                               const float* right) {
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    constexpr int L = decltype(lead)::value;
+    for_rows(dim, [&](auto size, int64_t first) {
+      constexpr int R = decltype(size)::value;
+      if (end == leads.live(W)) ahead.fetch(first, R, dim);
+      sum_tile<R, W - L>(sums + L * kLanes, factor ? factor + L * kLanes : nullptr, rows + begin,
+                         first, right + begin * W * kLanes + L * kLanes, W * kLanes, end - begin);
+    });
+    factor = nullptr;  // the vectors that are left have had theirs
+  });
 }
 
 // Scratch of one step: scores [key][width], and the panel's factors.
@@ -252,27 +291,50 @@ struct StepScratch {
   float *scores, *factor;
 };
 
+// Keys in ascending order are cut for each vector; anything else needs all vectors.
+AEROGEL_INLINE Leads leads_of(const AttendPanel& p, const ScoreRule& rule) {
+  const Step& s = *rule.step;
+  Leads leads{};
+  bool cut = s.edge && rule.a->causal && !rule.bias && rule.cap == 0.0f;
+  for (int64_t j = 1; cut && j < s.count; ++j) cut = s.keys[j] > s.keys[j - 1];
+  int64_t end = 0;
+  for (int v = 0; v < p.width; ++v) {
+    if (!cut) end = s.count;
+    while (end < s.count && static_cast<float>(s.keys[end] - rule.base) <= p.reach[v]) ++end;
+    leads.bounds[v] = end;
+  }
+  return leads;
+}
+
 template <int W>
 AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const ScoreRule& rule,
                                 const StepRows& rows, const Ahead& keys, const Ahead& values,
                                 const StepScratch& scratch) {
-  const int64_t count = rule.step->count;
-  score_step<W>(p, rows, count, a.dim, keys, scratch.scores);
-  if (!rule.plain()) rule_step<W>(p, rule, scratch.scores, nullptr);
+  const Leads leads = leads_of(p, rule);
+  const int64_t count = leads.live(W);
+  score_step<W>(p, rows, leads, a.dim, keys, scratch.scores);
+  if (!rule.plain()) rule_step<W>(p, rule, count, scratch.scores, nullptr);
   exponentiate<W>(p, scratch.factor, scratch.scores, count);
-  for_rows(a.value_dim, [&](auto size, int64_t first) {
-    constexpr int R = decltype(size)::value;
-    values.fetch(first, R, a.value_dim);
-    sum_tile<R, W>(p.sums, scratch.factor, rows.values, first, scratch.scores, count);
-  });
+  sum_step<W>(p.sums, scratch.factor, rows.values, leads, a.value_dim, values, scratch.scores);
 }
 
-AEROGEL_INLINE void begin_panel(const AttendTask& t, const Columns& columns, const AttendPanel& p) {
+AEROGEL_INLINE void set_limits(const AttendTask& t, const Columns& columns, AttendPanel& p) {
+  float last = 0.0f;
+  for (int v = 0; v < p.width; ++v) {
+    for (int64_t c = v * kLanes; c < (v + 1) * kLanes; ++c) {
+      columns.limits(t, p.first + least(c, p.count - 1), p.position + c, p.lower + c);
+      last = p.position[c] > last ? p.position[c] : last;
+    }
+    p.reach[v] = last;
+  }
+}
+
+AEROGEL_INLINE void begin_panel(const AttendTask& t, const Columns& columns, AttendPanel& p) {
   const int64_t width = p.width * kLanes;
+  set_limits(t, columns, p);
   for (int64_t c = 0; c < width; ++c) {
     p.maximum[c] = -kInfinity;
     p.total[c] = 0.0f;
-    columns.limits(t, p.first + least(c, p.count - 1), p.position + c, p.lower + c);
   }
   for (int64_t i = 0; i < t.args->value_dim * width; ++i) p.sums[i] = 0.0f;
 }
