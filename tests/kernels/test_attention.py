@@ -210,3 +210,72 @@ def test_tiles_outside_of_the_keys_are_refused(index: int, value: int, message: 
     case.stream[index][0] = value
     with pytest.raises(ValueError, match=message):
         attention_forward(*case.arguments(), **case.options)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("q_len", [1, 130])
+def test_lowered_spans_are_what_they_mean(q_len: int, by_block: bool) -> None:
+    """Sink and window of each head, against torch with a mask."""
+    g = torch.Generator().manual_seed(1)
+    k_len, block, zeros = 300, 16, torch.zeros(2, dtype=torch.int64)
+    sink, window = torch.tensor([3, 0]), torch.tensor([5, 2])
+    dense = torch.tensor([False, False])
+    q = torch.randn(1, 4, q_len, 32, generator=g)
+    k, v = torch.randn(2, 1, 2, k_len, 32, generator=g)
+    sizes = {"block_q": 64, "causal": True}
+    stream = kernels.lower_spans(
+        sink,
+        window,
+        zeros,
+        zeros,
+        dense,
+        block=block,
+        by_block=by_block,
+        q_len=q_len,
+        k_len=k_len,
+        **sizes,
+    )
+    unit = block if by_block else 1
+    o, _ = attention_forward(
+        q, k, v, *stream[:5], Bp=1, Hp=2, window=window, window_block=unit, **sizes
+    )
+    at, key = torch.arange(k_len - q_len, k_len)[:, None], torch.arange(k_len)
+    near = at // unit - key // unit < window[:, None, None]
+    mask = ((key // unit < sink[:, None, None]) | near) & (key <= at)
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.repeat_interleave(2, 0)[None], enable_gqa=True
+    )
+    torch.testing.assert_close(o, expected, rtol=2e-5, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("q_len", [1, 130])
+def test_ranges_and_single_keys_share_one_softmax(q_len: int) -> None:
+    """Slashes that start anywhere, and single keys before and between them."""
+    g = torch.Generator().manual_seed(1)
+    k_len, tiles = 300, -(-q_len // 64)
+    start = torch.tensor([20, 110, 150, 240]).repeat(tiles)
+    token = torch.tensor([0, 7, 25, 100, 199, 290]).repeat(tiles)
+    q, k, v = (torch.randn(1, 2, n, 32, generator=g) for n in (q_len, k_len, k_len))
+    sizes = {"Bp": 1, "Hp": 1, "block_q": 64, "causal": True}
+    stream = kernels.lower_ranges(
+        torch.arange(tiles + 1) * 4,
+        start,
+        48,
+        token_ptr=torch.arange(tiles + 1) * 6,
+        token=token,
+        q_len=q_len,
+        k_len=k_len,
+        **sizes,
+    )
+    o, lse = attention_forward(q, k, v, *stream[:5], **sizes)
+    key = torch.arange(k_len)
+    chosen = ((key >= start[:4, None]) & (key < start[:4, None] + 48)).any(0)
+    chosen[token[:6]] = True
+    mask = chosen & (key <= torch.arange(k_len - q_len, k_len)[:, None])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(o, expected, rtol=2e-5, atol=2e-6)
+    assert lse.isfinite().all()
