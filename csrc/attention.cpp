@@ -59,7 +59,7 @@ void check_tiles(const AttendArgs& a) {
 
 int64_t group_of(const AttendArgs& a) { return a.q_heads / a.kv_heads; }
 
-// Query heads of a key head that one task takes: those that share its keys, if they are not too many.
+// Query heads of a key head that one task takes: those that share its keys, if not too many.
 int64_t heads_together(const AttendArgs& a) {
   if (a.plan_heads == a.q_heads && a.plan_heads != a.kv_heads) return 1;
   const int64_t rows = std::min(a.block_q, a.q_len);
@@ -159,7 +159,8 @@ void run_decode(const AttendArgs& a, const std::vector<AttendTask>& tasks, int t
   });
   Scratch scratch;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    AttendMerge merge{tasks[i], results.data() + first[i] * attend_part(a), first[i + 1] - first[i]};
+    AttendMerge merge{tasks[i], results.data() + first[i] * attend_part(a),
+                      first[i + 1] - first[i]};
     merge.task.scratch = scratch.at_least(floats);
     kernels.decode_merge(merge);
   }
@@ -212,8 +213,8 @@ int64_t attend_bias_copies(const AttendArgs& a) {
   return (a.plan_batches == 1 ? a.batches : 1) * (a.plan_heads == 1 ? a.kv_heads : 1);
 }
 
-// Gradients of keys are summed over queries in ascending order whoever does it, and those of queries
-// over keys: whether one task does both or two do one each changes no bit.
+// Gradients of keys are summed over queries in ascending order whoever does it, and those of
+// queries over keys: whether one task does both or two do one each changes no bit.
 void attend_backward(const AttendArgs& a, int threads) {
   check_tiles(a);
   if (a.batches == 0 || a.q_len == 0) return;

@@ -2,8 +2,8 @@
 // one, and all of them share one softmax. Nothing of size queries x keys is ever stored.
 //
 // Queries lie in the lanes of vectors. A score is then a broadcast element of a key times a vector
-// of queries, an output a broadcast element of a value times a vector of probabilities, and a softmax
-// runs lane by lane. Keys and values are read where they are, row by row, so that scattered keys
+// of queries, an output a broadcast element of a value times a vector of probabilities, and a
+// softmax runs lane by lane. Keys and values are read where they are, row by row, so that scattered keys
 // cost no packing and no transposes. The query heads of a group sit side by side in the lanes.
 //
 // A stream of tiles is tile_ptr [Bp * Hp * query_tiles + 1] and, for each tile, its kind, its start

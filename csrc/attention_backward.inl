@@ -160,8 +160,8 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
       constexpr int R = decltype(size)::value;
       values.fetch(begin + first, R, end);
       grad_tile<R, W - decltype(lead)::value>(
-          g.grads + L, g.delta + L, rule.cap != 0.0f, rows.values, begin + first, a.value_dim, width,
-          {scratch.weights + L, scratch.grads + L, scratch.slopes + L});
+          g.grads + L, g.delta + L, rule.cap != 0.0f, rows.values, begin + first, a.value_dim,
+          width, {scratch.weights + L, scratch.grads + L, scratch.slopes + L});
     });
   });
   if (t.grad_q) {

@@ -205,7 +205,9 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
     more = reader.next(after);
     const Step* const wanted = more ? &after : nullptr;
     // Groups of keys may reach beyond the last, which then counts twice.
-    for (int64_t j = 0; j < s.count + kProducts; ++j) rows[j] = keys.row(s.keys[least(j, s.count - 1)]);
+    for (int64_t j = 0; j < s.count + kProducts; ++j) {
+      rows[j] = keys.row(s.keys[least(j, s.count - 1)]);
+    }
     for_columns(state.columns, [&](auto size, int64_t c) {
       score_columns<Values, decltype(size)::value>(a, state, c, rows, s.count,
                                                     {keys, c == 0 ? wanted : nullptr});

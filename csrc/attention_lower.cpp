@@ -137,8 +137,9 @@ void Lowered::add_span(const LowerShape& shape, const LowerSpans& spans, int64_t
       }
     }
     if (spans.window[head] > 0) {
-      cut.begin = std::clamp<int64_t>(window_begin(row.first, spans.window[head], unit), 0, row.end);
-      cut.end = std::clamp<int64_t>(window_begin(row.last, spans.window[head], unit), 0, row.end);
+      const int64_t window = spans.window[head];
+      cut.begin = std::clamp<int64_t>(window_begin(row.first, window, unit), 0, row.end);
+      cut.end = std::clamp<int64_t>(window_begin(row.last, window, unit), 0, row.end);
       always.push_back({cut.end, row.end});
     }
     std::sort(always.begin(), always.end(),

@@ -32,11 +32,7 @@ AEROGEL_INLINE void for_leads(const Leads& leads, const F& f, int64_t begin = 0)
   }
 }
 
-AEROGEL_INLINE float* take_panel_row(Carver& carver, const AttendPanel& p) {
-  return carver.take(p.width * kLanes);
-}
-
-// Cuts columns into panels; the last may be narrower. The widest has index 0.
+// Cuts columns into panels; the last may be narrower.
 AEROGEL_INLINE int64_t panels_of(int64_t columns) {
   return (columns + kWide * kLanes - 1) / (kWide * kLanes);
 }
@@ -379,9 +375,7 @@ void attend_tile(const AttendTask& t) {
     p.queries = carver.take(p.width * kLanes * a.dim);
     p.sums = carver.take(p.width * kLanes * a.value_dim);
     float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower};
-    for (float** row : own) {
-      *row = take_panel_row(carver, p);
-    }
+    for (float** row : own) *row = carver.take(p.width * kLanes);
     take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, nullptr, row_copy);
     begin_panel(t, columns, p);
   }
@@ -402,7 +396,9 @@ void attend_tile(const AttendTask& t) {
       });
     }
   }
-  for (int64_t i = 0; i < panel_count; ++i) end_panel(t, columns, panels[i], scratch.factor, row_copy);
+  for (int64_t i = 0; i < panel_count; ++i) {
+    end_panel(t, columns, panels[i], scratch.factor, row_copy);
+  }
 }
 
 }  // namespace
