@@ -138,9 +138,10 @@ AEROGEL_INLINE Vec load_values_n(const typename Values::Stored* p, int64_t n) {
 }
 
 // y[i] = act(sums[i] * scales[i] + bias[i] + residual[i]) for i < count; all but sums may be null.
-AEROGEL_NOINLINE void finish_sums(const float* sums, const float* scales, const float* bias,
-                                  const float* residual, Activation activation, float* y,
-                                  int64_t count) {
+[[maybe_unused]] AEROGEL_NOINLINE void finish_sums(const float* sums, const float* scales,
+                                                   const float* bias, const float* residual,
+                                                   Activation activation, float* y,
+                                                   int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = count - i;
     Vec v = load_upto(sums + i, n);
