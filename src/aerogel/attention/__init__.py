@@ -1,0 +1,57 @@
+"""Sparse attention: one engine for every published choice of what to attend to.
+
+plan = BlockPlan.from_topk(scores, 16)
+out = attend(q, k, v, plan=plan, causal=True)
+"""
+
+from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
+from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.engine import Attended, attend, sparse_attention
+from aerogel.attention.group_plan import GroupPlan
+from aerogel.attention.key_list_plan import KeyListPlan
+from aerogel.attention.mix_plan import HeadMixPlan
+from aerogel.attention.plan import DensePlan, Plan, PlanStats
+from aerogel.attention.primitives import (
+    PairList,
+    plan_logsumexp,
+    plan_pairs,
+    plan_softmax,
+    sddmm,
+    spmm,
+)
+from aerogel.attention.shape import AttentionShape
+from aerogel.attention.softmax import merge
+from aerogel.attention.span_plan import SpanPlan
+from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
+from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
+
+__all__ = [
+    "Attended",
+    "AttentionShape",
+    "Bank",
+    "BankPlan",
+    "BlockPlan",
+    "DensePlan",
+    "GroupPlan",
+    "HeadMixPlan",
+    "KeyListPlan",
+    "PairList",
+    "Plan",
+    "PlanStats",
+    "SpanPlan",
+    "TokenPlan",
+    "attend",
+    "gather_tokens",
+    "merge",
+    "past_summaries",
+    "plan_logsumexp",
+    "plan_pairs",
+    "plan_softmax",
+    "scatter_tokens",
+    "sddmm",
+    "share_over_group",
+    "sparse_attention",
+    "spmm",
+    "stable_topk",
+    "topk_mass",
+]

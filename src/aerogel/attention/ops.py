@@ -1,0 +1,237 @@
+"""`torch.ops.aerogel.attention`: the tile kernels as PyTorch operators, with gradients.
+
+q, k, v, o and lse are saved for the backward pass, never probabilities.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.attention.lowering import TileStream
+from aerogel.attention.shape import AttentionShape
+from aerogel.attention.tile_reference import stream_attention
+
+try:
+    _kernels: Any = importlib.import_module("aerogel.kernels.attention")
+except ImportError:
+    _kernels = None
+
+
+def kernels_available() -> bool:
+    """Whether the tile kernels exist; without them `attend` takes its reference."""
+    return _kernels is not None
+
+
+@torch.library.custom_op("aerogel::attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_ptr: Tensor,
+    kind: Tensor,
+    start: Tensor,
+    length: Tensor,
+    gather_idx: Tensor,
+    tile_bias: Tensor | None,
+    key_padding: Tensor | None,
+    plan_batch: int,
+    plan_heads: int,
+    block_q: int,
+    q_offset: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan."""
+    if _kernels is not None:
+        result: tuple[Tensor, Tensor] = _kernels.attention_forward(
+            q,
+            k,
+            v,
+            tile_ptr,
+            kind,
+            start,
+            length,
+            gather_idx,
+            tile_bias,
+            Bp=plan_batch,
+            Hp=plan_heads,
+            block_q=block_q,
+            q_offset=q_offset,
+            scale=scale,
+            causal=causal,
+            window=window,
+            key_padding=key_padding,
+            softcap=softcap,
+            sink_logit=None,
+        )
+        return result
+    stream = TileStream(
+        tile_ptr,
+        kind,
+        start,
+        length,
+        gather_idx,
+        tile_bias,
+        plan_batch,
+        plan_heads,
+        block_q,
+        window,
+    )
+    shape = AttentionShape.of(q, k, causal=causal, offset=q_offset)
+    o, lse = stream_attention(
+        q, k, v, stream, shape, scale=scale, key_padding=key_padding, softcap=softcap
+    )
+    return o.contiguous(), lse.contiguous()
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, _ = q.shape
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, heads, rows, v.shape[3]), q.new_empty(batch, heads, rows, dtype=kind)
+
+
+@torch.library.custom_op("aerogel::attention_backward", mutates_args=())
+def attention_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_ptr: Tensor,
+    kind: Tensor,
+    start: Tensor,
+    length: Tensor,
+    gather_idx: Tensor,
+    tile_bias: Tensor | None,
+    key_padding: Tensor | None,
+    plan_batch: int,
+    plan_heads: int,
+    block_q: int,
+    q_offset: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of `tile_bias` (empty if there is none)."""
+    if _kernels is not None:
+        dq, dk, dv, dbias = _kernels.attention_backward(
+            q,
+            k,
+            v,
+            tile_ptr,
+            kind,
+            start,
+            length,
+            gather_idx,
+            tile_bias,
+            o,
+            lse,
+            do,
+            dlse,
+            Bp=plan_batch,
+            Hp=plan_heads,
+            block_q=block_q,
+            q_offset=q_offset,
+            scale=scale,
+            causal=causal,
+            window=window,
+            key_padding=key_padding,
+            softcap=softcap,
+            sink_logit=None,
+        )
+        return dq, dk, dv, lse.new_empty(0) if dbias is None else dbias
+    tensors = [q, k, v] if tile_bias is None else [q, k, v, tile_bias]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        stream = TileStream(
+            tile_ptr, kind, start, length, gather_idx, leaves[3] if len(leaves) > 3 else None,
+            plan_batch, plan_heads, block_q, window,
+        )  # fmt: skip
+        shape = AttentionShape.of(q, k, causal=causal, offset=q_offset)
+        out = stream_attention(
+            leaves[0],
+            leaves[1],
+            leaves[2],
+            stream,
+            shape,
+            scale=scale,
+            key_padding=key_padding,
+            softcap=softcap,
+        )
+        grads = torch.autograd.grad(out, leaves, [do, dlse], allow_unused=True)
+    full = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+    return full[0], full[1], full[2], full[3] if len(full) > 3 else lse.new_empty(0)
+
+
+@attention_backward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = rest[5]
+    empty = q.new_empty(0, dtype=torch.float32)
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        empty if bias is None else torch.empty_like(bias),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.options = inputs[10:]
+
+
+def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    *inputs, o, lse = ctx.saved_tensors
+    dq, dk, dv, dbias = attention_backward_op(
+        *inputs, *ctx.options, o, lse, do.contiguous(), dlse.contiguous()
+    )
+    bias = None if inputs[8] is None else dbias
+    return (dq, dk, dv, None, None, None, None, None, bias, *([None] * (len(ctx.options) + 1)))
+
+
+attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stream: TileStream,
+    shape: AttentionShape,
+    *,
+    scale: float,
+    key_padding: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a lowered plan: o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), differentiable."""
+    result: tuple[Tensor, Tensor] = attention_op(
+        q,
+        k,
+        v,
+        stream.tile_ptr,
+        stream.kind,
+        stream.start,
+        stream.length,
+        stream.gather_idx,
+        stream.tile_bias,
+        key_padding,
+        stream.batch,
+        stream.heads,
+        stream.block_q,
+        shape.q_offset,
+        scale,
+        shape.causal,
+        stream.window,
+        softcap,
+    )
+    return result
