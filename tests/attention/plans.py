@@ -55,9 +55,7 @@ def random_offsets(shape: AttentionShape, draw: torch.Generator, bp: int, hp: in
     free = ~plan._tile_matrix(shape, None).bool()
     keep = free & coin(draw, 0.3, bp, hp, n_q, shape.k_len)
     lists = KeyListPlan.from_bitmask(keep)
-    return BlockPlan(
-        64, 64, plan.row_ptr, plan.col, True, plan.tile_len, lists.ptr, lists.idx
-    )
+    return BlockPlan(64, 64, plan.row_ptr, plan.col, True, plan.tile_len, lists.ptr, lists.idx)
 
 
 def random_list(shape: AttentionShape, draw: torch.Generator, bp: int, hp: int) -> KeyListPlan:
@@ -66,7 +64,9 @@ def random_list(shape: AttentionShape, draw: torch.Generator, bp: int, hp: int) 
     return KeyListPlan.from_bitmask(mask)
 
 
-def random_span(shape: AttentionShape, draw: torch.Generator, hp: int, granularity: str) -> SpanPlan:
+def random_span(
+    shape: AttentionShape, draw: torch.Generator, hp: int, granularity: str
+) -> SpanPlan:
     high = 60 if granularity == "token" else 4
     sizes = [torch.randint(0, high, (hp,), generator=draw).int() for _ in range(2)]
     stride = torch.randint(0, 4, (hp,), generator=draw).int()

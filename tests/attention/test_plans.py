@@ -23,8 +23,7 @@ from aerogel.attention import (
     stable_topk,
     topk_mass,
 )
-from aerogel.attention.lowering import lower_pass
-from aerogel.attention.ranges import Pass, joint_window
+from aerogel.attention.lowering import lower, lower_pass
 from aerogel.attention.tile_reference import stream_planes
 
 shapes = st.builds(
@@ -48,9 +47,7 @@ def test_lowered_tiles_hold_exactly_the_pairs_of_the_mask(shape, seed, window, p
         plan.validate(shape)
         inner = plan.shaped(shape)
         union = torch.zeros(1, 1, shape.q_len, shape.k_len, dtype=torch.bool)
-        for part in plan.passes(inner):
-            part = Pass(part.ranges, joint_window(part.window, window))
-            stream = lower_pass(part, inner, padding)
+        for stream in lower(plan.passes(inner), inner, window):
             mask, _ = stream_planes(stream, inner, padding)
             assert not (union & mask).any(), f"{name}: a pair in two passes"
             union = union | mask

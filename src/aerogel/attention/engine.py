@@ -18,7 +18,7 @@ from aerogel.attention.call import Call, check_call, check_tensors
 from aerogel.attention.gather import gathered_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
-from aerogel.attention.lowering import lower_pass
+from aerogel.attention.lowering import lower
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.ops import kernels_available, tile_attention
 from aerogel.attention.plan import DensePlan, Plan
@@ -185,8 +185,6 @@ def _choose(q: Tensor, call: Call, need_lse: bool) -> str:
 
 def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Lowered tiles; several passes share one softmax."""
-    from aerogel.attention.ranges import Pass, joint_window
-
     if isinstance(call.plan, (GroupPlan, TokenPlan)):
         raise ValueError(f"backend='native': {type(call.plan).__name__} runs on 'gather'")
     if call.dropout_p:
@@ -200,16 +198,13 @@ def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if k_perm is not None:
         k, v = k.index_select(2, k_perm), v.index_select(2, k_perm)
         padding = None if padding is None else padding.index_select(1, k_perm)
-    parts = []
-    for part in call.plan.passes(call.shape):
-        part = Pass(part.ranges, joint_window(part.window, call.window))
-        stream = lower_pass(part, call.shape, padding)
-        parts.append(
-            tile_attention(
-                q, k, v, stream, call.shape,
-                scale=call.scale, key_padding=padding, softcap=call.softcap,
-            )
-        )  # fmt: skip
+    parts = [
+        tile_attention(
+            q, k, v, stream, call.shape,
+            scale=call.scale, key_padding=padding, softcap=call.softcap,
+        )
+        for stream in lower(call.plan.passes(call.shape), call.shape, call.window)
+    ]  # fmt: skip
     o, lse = parts[0] if len(parts) == 1 else merge(parts)
     if q_perm is not None:
         back = torch.argsort(q_perm)

@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.call import Call
 from aerogel.attention.gather import gathered_attention
 from aerogel.attention.key_list_plan import KeyListPlan
-from aerogel.attention.lowering import TileStream, lower_pass
-from aerogel.attention.plan import Plan
+from aerogel.attention.lowering import NO_WINDOW, TileStream, lower
+from aerogel.attention.plan import Plan, head_pointers
 from aerogel.attention.ragged import row_numbers
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import merge
 
 _BLOCK = 64
+# Before torch 2.9 the log-sum-exp is asked for by `return_lse`.
+_AUX: Any = flex.AuxRequest(lse=True) if hasattr(flex, "AuxRequest") else None
 
 
 def to_block_mask(
@@ -36,6 +38,7 @@ def to_block_mask(
     key_padding: Tensor | None = None,
     window: int | None = None,
     block: int = _BLOCK,
+    device: torch.device | str = "cpu",
 ) -> BlockMask:
     """The plan's key ranges as a BlockMask over `block` x `block` tiles.
 
@@ -49,16 +52,14 @@ def to_block_mask(
         key_padding: (batch, k_len) bool, True at real keys.
         window: tokens.
         block: side of the BlockMask's tiles.
+        device: where attention will run.
 
     Raises:
-        ValueError: the plan has no ranges, or needs several passes.
+        ValueError: the plan has no ranges.
     """
     shape = plan.shaped(shape)
-    passes = plan.passes(shape)
-    if len(passes) != 1:
-        raise ValueError(f"plan: {len(passes)} passes, expected one; call `flex_attend`")
-    part = Pass(passes[0].ranges, window if passes[0].window is None else passes[0].window)
-    return _block_mask(part, shape, key_padding, block)
+    passes = _ranges_only(plan.passes(shape))
+    return _block_mask(passes, shape, key_padding, window, block, torch.device(device))
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -74,16 +75,13 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Te
     parts = []
     if isinstance(plan, KeyListPlan):
         return gathered_attention(q, k, v, call)
-    for part in plan.passes(shape):
-        window = part.window if call.window is None else call.window
-        if part.window is not None and call.window is not None:
-            window = min(part.window, call.window)
-        mask = _block_mask(Pass(part.ranges, window), shape, call.key_padding, _BLOCK)
-        parts.append(_flex(q, k, v, call, mask.to(q.device)))
+    passes = plan.passes(shape)
+    mask = _block_mask(_ranges_only(passes), shape, call.key_padding, call.window, _BLOCK, q.device)
+    parts.append(_flex(q, k, v, call, mask))
+    for part in passes:
         if part.ranges.token.numel():
-            parts.append(
-                gathered_attention(q, k, v, replace(call, plan=_listed(part.ranges, shape)))
-            )
+            listed = replace(call, plan=_listed(part.ranges, shape))
+            parts.append(gathered_attention(q, k, v, listed))
     return parts[0] if len(parts) == 1 else merge(parts)
 
 
@@ -97,26 +95,47 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: BlockMask) -> tuple
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     if cap is not None:
         options["score_mod"] = capped
-    out, lse = _compiled(q.is_cuda)(q, k, v, return_lse=True, **options)
-    return out, lse
+    if _AUX is None:
+        out, lse = _compiled(q.is_cuda)(q, k, v, return_lse=True, **options)
+        return out, lse
+    out, aux = _compiled(q.is_cuda)(q, k, v, return_aux=_AUX, **options)
+    return out, aux.lse
 
 
 @functools.cache
-def _compiled(cuda: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled(cuda: bool) -> Callable[..., Any]:
     """FlexAttention, compiled once where it is fast."""
     return torch.compile(flex_attention, dynamic=None) if cuda else flex_attention  # type: ignore[return-value]
 
 
+def _ranges_only(passes: list[Pass]) -> list[Pass]:
+    """The passes without their single keys."""
+    return [
+        part._replace(
+            ranges=replace(
+                part.ranges, token_row=part.ranges.token[:0], token=part.ranges.token[:0]
+            )
+        )
+        for part in passes
+    ]
+
+
 def _block_mask(
-    part: Pass, shape: AttentionShape, key_padding: Tensor | None, block: int
+    passes: list[Pass],
+    shape: AttentionShape,
+    key_padding: Tensor | None,
+    window: int | None,
+    block: int,
+    device: torch.device,
 ) -> BlockMask:
     """Coverage of every tile from the lowered ranges, and a `mask_mod` that reads the ranges."""
-    only_ranges = replace(part.ranges, token_row=part.ranges.token[:0], token=part.ranges.token[:0])
-    stream = lower_pass(Pass(only_ranges, part.window), shape, key_padding)
+    streams = lower(passes, shape, window)
+    stream = streams[0]
+    if len({(s.batch, s.heads, s.block_q) for s in streams}) > 1:
+        raise ValueError("backend='flex': expected the same query tiles for all heads")
     n_q, n_k = shape.tiles(block), -(-shape.k_len // block)
-    planes = stream.batch * stream.heads
-    covered = torch.zeros(planes * n_q * n_k, dtype=torch.int64)
-    for chunk in stream.chunks():
+    covered = torch.zeros(stream.batch * stream.heads * n_q * n_k, dtype=torch.int64)
+    for chunk in (chunk for s in streams for chunk in s.chunks()):
         row, key, _ = chunk.tile_pairs(shape)
         place = (row // shape.q_len * n_q + row % shape.q_len // block) * n_k + key // block
         covered += torch.bincount(place.cpu(), minlength=covered.numel())
@@ -124,18 +143,18 @@ def _block_mask(
     rows = (torch.arange(n_q) * block + block).clamp(max=shape.q_len) - torch.arange(n_q) * block
     keys = (torch.arange(n_k) * block + block).clamp(max=shape.k_len) - torch.arange(n_k) * block
     whole = covered == rows[:, None] * keys
-    if key_padding is not None and stream.batch == 1:
+    if key_padding is not None:
         some = torch.nn.functional.pad(~key_padding.any(0), (0, n_k * block - shape.k_len))
         whole &= ~some.view(n_k, block).any(-1).to(whole.device)
     counts, index = _lists((covered > 0) & ~whole)
     full_counts, full_index = _lists(whole)
     return BlockMask.from_kv_blocks(
-        counts,
-        index,
-        full_counts,
-        full_index,
+        counts.to(device),
+        index.to(device),
+        full_counts.to(device),
+        full_index.to(device),
         BLOCK_SIZE=(block, block),
-        mask_mod=_mask_mod(stream, shape, key_padding),
+        mask_mod=_mask_mod(streams, shape, key_padding, device),
         seq_lengths=(shape.q_len, shape.k_len),
     )
 
@@ -149,35 +168,41 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(
-    stream: TileStream, shape: AttentionShape, key_padding: Tensor | None
+    streams: list[TileStream],
+    shape: AttentionShape,
+    key_padding: Tensor | None,
+    device: torch.device,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether a pair is in the plan: a bit per (query tile, key)."""
+    """Whether a pair is in the plan: two bits per (query tile, key), held and under the window."""
+    stream = streams[0]
     tiles = shape.tiles(stream.block_q)
-    table = torch.zeros(stream.batch, stream.heads, tiles, shape.k_len, dtype=torch.bool)
-    row = row_numbers(stream.tile_ptr)
-    lane = torch.arange(64)
-    inside = lane < stream.length[:, None]
-    key = (stream.start[:, None] + lane)[inside].long()
-    table.view(-1, shape.k_len)[row[:, None].expand(-1, 64)[inside], key] = True
+    size = (stream.batch, stream.heads, tiles, shape.k_len)
+    table = torch.zeros(size, dtype=torch.uint8)
+    windows = torch.zeros(stream.heads, dtype=torch.int64)
+    for part in streams:
+        row = row_numbers(part.tile_ptr)
+        lane = torch.arange(64)
+        inside = lane < part.length[:, None]
+        key = (part.start[:, None] + lane)[inside].long()
+        limited = part.window is not None
+        bits = 1 + 2 * ((part.kind & NO_WINDOW) == 0) * limited
+        at = (row[:, None].expand(-1, 64)[inside], key)
+        table.view(-1, shape.k_len)[at] = bits[:, None].expand(-1, 64)[inside].to(torch.uint8)
+        if part.window is not None:
+            windows = part.window
     heads_per = max(1, shape.q_heads // stream.heads)
-    offset, window, causal = shape.q_offset, stream.window, shape.causal
-    block_q, many = stream.block_q, stream.batch > 1
-    on_device: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
-
-    def tables(device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if device not in on_device:
-            padding = None if key_padding is None else key_padding.to(device)
-            on_device[device] = (table.to(device), padding)
-        return on_device[device]
+    offset, causal, block_q = shape.q_offset, shape.causal, stream.block_q
+    shared_batch, shared_heads = stream.batch == 1, stream.heads == 1
+    held, window = table.to(device), windows.to(device)
+    padding = None if key_padding is None else key_padding.to(device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
-        held, padding = tables(q.device)
-        keep = held[b if many else b * 0, h // heads_per if stream.heads > 1 else h * 0,
-                    q // block_q, j]  # fmt: skip
+        plan_head = h * 0 if shared_heads else h // heads_per
+        bits = held[b * 0 if shared_batch else b, plan_head, q // block_q, j]
+        limit = window[plan_head]
+        keep = (bits > 0) & ((bits < 2) | (limit == 0) | (q + offset - j < limit))
         if causal:
             keep = keep & (j <= q + offset)
-        if window is not None:
-            keep = keep & (q + offset - j < window)
         if padding is not None:
             keep = keep & padding[b, j]
         return keep
@@ -197,9 +222,4 @@ def _listed(ranges: KeyRanges, shape: AttentionShape) -> KeyListPlan:
     lane = torch.arange(max(1, int(counts.max())))
     inside = lane < rows[..., None]
     at = (first[..., None] + lane)[inside]
-    from aerogel.attention.plan import head_pointers
-
     return KeyListPlan(head_pointers(rows), ranges.token[at].int())
-
-
-__all__ = ["BlockPlan", "flex_attend", "to_block_mask"]

@@ -1,8 +1,9 @@
 """Lowering: key ranges become `TileStream`, the runs of tiles that kernels read.
 
-A tile is at most 64 keys for one query tile. FULL and EDGE tiles are contiguous keys, GATHER tiles
-point into a list of keys. In EDGE tiles every (row, key) is compared with the causal rule, the
-window and the padding; the other tiles need no comparison.
+A tile is at most 64 keys for one query tile: contiguous keys, or with the bit GATHER a part of a
+list of keys. With the bit EDGE, every (row, key) of it is compared with the causal rule and,
+without the bit NO_WINDOW, with the window; other tiles need no comparison. Padding is a matter of
+the kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from aerogel.attention.ragged import count_rows, merge_ranges, pointers, row_num
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
 
-FULL, EDGE, GATHER, GATHER_EDGE = 0, 1, 2, 3
+EDGE, GATHER, NO_WINDOW = 1, 2, 4
 TILE_KEYS = 64
 
 
@@ -26,13 +27,13 @@ class TileStream:
 
     Attributes:
         tile_ptr: (rows + 1,) int64, rows = batch * heads * tiles.
-        kind: (T,) uint8, FULL, EDGE, GATHER or GATHER_EDGE.
+        kind: (T,) uint8, bits EDGE, GATHER, NO_WINDOW.
         start: (T,) int32, first key, or first entry of `gather_idx`.
         length: (T,) int16, 1 to 64 keys.
         gather_idx: int32 keys of the gather tiles.
         tile_bias: (T,) float32 additive logits, or None.
         batch, heads, block_q: as in `KeyRanges`.
-        window: tokens; EDGE rows at position p keep keys j with ``p - j < window``.
+        window: (heads,) int64 tokens, 0 for none: EDGE rows keep keys with ``p - j < window``.
     """
 
     tile_ptr: Tensor
@@ -44,11 +45,9 @@ class TileStream:
     batch: int
     heads: int
     block_q: int
-    window: int | None = None
+    window: Tensor | None = None
 
-    def tile_pairs(
-        self, shape: AttentionShape, key_padding: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def tile_pairs(self, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
         """Every allowed (row, key), once per tile that holds it.
 
         Returns:
@@ -59,23 +58,23 @@ class TileStream:
         tile, number = within(self.length.long())
         first = self.start.long()[tile] + number
         key = first
-        gathered = self.kind[tile] >= GATHER
+        kind = self.kind[tile]
+        gathered = (kind & GATHER) > 0
         if self.gather_idx.numel():
             listed = self.gather_idx.long()[first.clamp(max=self.gather_idx.numel() - 1)]
             key = torch.where(gathered, listed, first)
         lanes = torch.arange(self.block_q, device=key.device)
         row = (tile_row[tile] % tiles * self.block_q)[:, None] + lanes
         keep = row < shape.q_len
-        edge = ((self.kind[tile] & 1) == 1)[:, None]
+        edge = ((kind & EDGE) > 0)[:, None]
         distance = row + shape.q_offset - key[:, None]
+        plane = (tile_row[tile] // tiles)[:, None]
         if shape.causal:
             keep &= ~edge | (distance >= 0)
         if self.window is not None:
-            keep &= ~edge | (distance < self.window)
-        plane = (tile_row[tile] // tiles)[:, None]
-        if key_padding is not None:
-            batch = (plane // self.heads).expand(-1, 1)
-            keep &= ~edge | key_padding[batch, key[:, None]]
+            window = self.window[plane % self.heads]
+            free = ~edge | ((kind & NO_WINDOW) > 0)[:, None] | (window == 0)
+            keep &= free | (distance < window)
         where = keep.nonzero(as_tuple=True)
         rows = (plane * shape.q_len + row)[where]
         return rows, key[where[0]], tile[where[0]]
@@ -108,48 +107,68 @@ class TileStream:
         return parts
 
 
+def lower(passes: list[Pass], shape: AttentionShape, window: int | None = None) -> list[TileStream]:
+    """Passes as streams; a pass without and one with a window run as one stream where they can.
+
+    Args:
+        passes: of a plan; together they share one softmax.
+        shape: sizes and causal rule of the call.
+        window: tokens, a further window for every pass.
+    """
+    streams = [lower_pass(part.narrowed(window), shape) for part in passes]
+    if len(streams) != 2 or streams[0].window is not None or streams[1].window is None:
+        return streams
+    far, near = streams
+    alike = (far.batch, far.heads, far.block_q) == (near.batch, near.heads, near.block_q)
+    if not alike or far.tile_bias is not None or near.tile_bias is not None:
+        return streams
+    return [_fused(far, near)]
+
+
+def _fused(far: TileStream, near: TileStream) -> TileStream:
+    row = torch.cat([row_numbers(far.tile_ptr), row_numbers(near.tile_ptr)])
+    order = torch.argsort(row, stable=True)
+    moved = torch.where((near.kind & GATHER) > 0, near.start + far.gather_idx.numel(), near.start)
+    return replace(
+        near,
+        tile_ptr=far.tile_ptr + near.tile_ptr,
+        kind=torch.cat([far.kind | NO_WINDOW, near.kind])[order],
+        start=torch.cat([far.start, moved])[order],
+        length=torch.cat([far.length, near.length])[order],
+        gather_idx=torch.cat([far.gather_idx, near.gather_idx]),
+    )
+
+
 def count_pairs(passes: list[Pass], shape: AttentionShape) -> Tensor:
     """Keys that each query row reads, over all passes: (Bp, Hp, q_len) int64."""
     batch = max(part.ranges.batch for part in passes)
     heads = max(part.ranges.heads for part in passes)
     total = torch.zeros(batch, heads, shape.q_len, dtype=torch.int64)
-    for part in passes:
-        total += lower_pass(part, shape).row_counts(shape)
+    for stream in lower(passes, shape):
+        total += stream.row_counts(shape)
     return total
 
 
-def lower_pass(part: Pass, shape: AttentionShape, key_padding: Tensor | None = None) -> TileStream:
-    """Cuts ranges and tokens into tiles.
+def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
+    """Cuts the ranges and tokens of one pass into tiles.
 
-    Args:
-        part: ranges and window.
-        shape: sizes and causal rule of the call.
-        key_padding: (batch, k_len) bool, True where the key is real.
-
-    Returns:
-        The stream; tiles that no row of theirs can read are left out.
+    Tiles that no row of theirs can read are left out.
     """
     ranges, window = part
-    padding = None if key_padding is None else _Padding.of(key_padding, ranges.batch)
     row, start, length, source = _range_tiles(ranges, shape, window)
-    bad, void = _padded(padding, ranges, row, start, length)
-    kind = _cut(ranges, shape, window, row, start, start + length - 1) | bad
-    kept = ~void
-    row, start, length, kind = row[kept], start[kept], length[kept], kind[kept]
-    tokens = _token_tiles(ranges, shape, window, padding)
-    gather_idx = tokens[4]
+    kind = _cut(ranges, shape, window, row, start, start + length - 1)
+    tokens = _token_tiles(ranges, shape, window)
     if tokens[0].numel():
-        row = torch.cat([row, tokens[0]])
-        start = torch.cat([start, tokens[1]])
-        length = torch.cat([length, tokens[2]])
-        kind = torch.cat([kind, tokens[3]])
-        order = torch.argsort(row, stable=True)
-        row, start, length, kind = row[order], start[order], length[order], kind[order]
+        order = torch.argsort(torch.cat([row, tokens[0]]), stable=True)
+        row, start, length, kind = (
+            torch.cat([a, b])[order]
+            for a, b in zip((row, start, length, kind), tokens[:4], strict=True)
+        )
     bias = None
     if ranges.bias is not None:
         if source is None:
             raise ValueError("bias: expected `source` with it")
-        bias = ranges.bias[source[kept]].float()
+        bias = ranges.bias[source].float()
         if tokens[0].numel():
             bias = torch.cat([bias, bias.new_zeros(tokens[0].numel())])[order]
     return TileStream(
@@ -157,7 +176,7 @@ def lower_pass(part: Pass, shape: AttentionShape, key_padding: Tensor | None = N
         kind.to(torch.uint8),
         start.int(),
         length.to(torch.int16),
-        gather_idx.int(),
+        tokens[4].int(),
         bias,
         ranges.batch,
         ranges.heads,
@@ -166,8 +185,14 @@ def lower_pass(part: Pass, shape: AttentionShape, key_padding: Tensor | None = N
     )
 
 
+def _window_start(ranges: KeyRanges, shape: AttentionShape, window: Tensor, row: Tensor) -> Tensor:
+    """First key that the first query of each tile reads under its head's window."""
+    own = window[row // ranges.tiles % ranges.heads]
+    return torch.where(own > 0, ranges.first_positions(row, shape) - own + 1, 0)
+
+
 def _range_tiles(
-    ranges: KeyRanges, shape: AttentionShape, window: int | None
+    ranges: KeyRanges, shape: AttentionShape, window: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Row, start, length and source of range tiles, cut to what some row of the tile may read."""
     row = ranges.row
@@ -176,7 +201,7 @@ def _range_tiles(
     if shape.causal:
         end = torch.minimum(end, ranges.last_positions(row, shape) + 1)
     if window is not None:
-        start = torch.maximum(start, ranges.first_positions(row, shape) - window + 1)
+        start = torch.maximum(start, _window_start(ranges, shape, window, row))
     keep = end > start
     row, start, end = row[keep], start[keep], end[keep]
     source = None
@@ -193,54 +218,23 @@ def _range_tiles(
 def _cut(
     ranges: KeyRanges,
     shape: AttentionShape,
-    window: int | None,
+    window: Tensor | None,
     row: Tensor,
     lowest: Tensor,
     highest: Tensor,
 ) -> Tensor:
-    """Whether the causal rule or the window cuts tiles with these keys: bool."""
+    """EDGE where the causal rule or the window cuts tiles with these keys, else 0."""
     cut = torch.zeros_like(row, dtype=torch.bool)
     if shape.causal:
         cut |= highest > ranges.first_positions(row, shape)
     if window is not None:
-        cut |= lowest <= ranges.last_positions(row, shape) - window
-    return cut
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """Prefix counts of keys that are padding for some, and for every, batch element of a row."""
-
-    some: Tensor  # (Bp, k_len + 1)
-    every: Tensor
-
-    @classmethod
-    def of(cls, key_padding: Tensor, batch: int) -> _Padding:
-        absent = ~key_padding
-        if batch == 1:
-            absent = torch.stack([absent.any(0), absent.all(0)])
-        else:
-            absent = torch.stack([absent, absent])
-        counts = absent.view(2, batch, -1).long().cumsum(-1)
-        both = torch.nn.functional.pad(counts, (1, 0))
-        return cls(both[0], both[1])
-
-
-def _padded(
-    padding: _Padding | None, ranges: KeyRanges, row: Tensor, start: Tensor, length: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Whether padding cuts a range, and whether it leaves nothing of it."""
-    if padding is None:
-        nothing = torch.zeros_like(row, dtype=torch.bool)
-        return nothing, nothing
-    batch = row // (ranges.heads * ranges.tiles)
-    some = padding.some[batch, start + length] - padding.some[batch, start]
-    every = padding.every[batch, start + length] - padding.every[batch, start]
-    return some > 0, every == length
+        own = window[row // ranges.tiles % ranges.heads]
+        cut |= (own > 0) & (lowest <= ranges.last_positions(row, shape) - own)
+    return torch.where(cut, EDGE, 0)
 
 
 def _token_tiles(
-    ranges: KeyRanges, shape: AttentionShape, window: int | None, padding: _Padding | None
+    ranges: KeyRanges, shape: AttentionShape, window: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row, start, length, kind of gather tiles, and the list of keys they point into."""
     row, token = ranges.token_row, ranges.token
@@ -248,20 +242,14 @@ def _token_tiles(
     if shape.causal:
         keep &= token <= ranges.last_positions(row, shape)
     if window is not None:
-        keep &= token > ranges.first_positions(row, shape) - window
-    bad, void = _padded(
-        padding, ranges, row, token.clamp(max=shape.k_len - 1), torch.ones_like(token)
-    )
-    keep &= ~void
-    row, token, bad = row[keep], token[keep], bad[keep]
+        keep &= token >= _window_start(ranges, shape, window, row)
+    row, token = row[keep], token[keep]
     counts = count_rows(row, ranges.rows)
     tile_row, number = within((counts + TILE_KEYS - 1) // TILE_KEYS)
     start = pointers(counts)[:-1][tile_row] + number * TILE_KEYS
     length = (counts[tile_row] - number * TILE_KEYS).clamp(max=TILE_KEYS)
-    cut = tile_row.new_zeros(tile_row.shape, dtype=torch.bool)
-    if tile_row.numel():
-        cut = _cut(ranges, shape, window, tile_row, token[start], token[start + length - 1])
-        padded = torch.nn.functional.pad(bad.long().cumsum(0), (1, 0))
-        cut |= padded[start + length] > padded[start]
-    kind = torch.where(cut, GATHER_EDGE, GATHER)
+    if not tile_row.numel():
+        return tile_row, start, length, tile_row, token
+    lowest, highest = token[start], token[start + length - 1]
+    kind = _cut(ranges, shape, window, tile_row, lowest, highest) | GATHER
     return tile_row, start, length, kind, token

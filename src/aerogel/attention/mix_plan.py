@@ -59,7 +59,7 @@ class HeadMixPlan(Plan):
     def passes(self, shape: AttentionShape) -> list[Pass]:
         batch, heads = self.dims[0], shape.q_heads
         placed = [
-            Pass(_placed(part.ranges, numbers, batch, heads), part.window)
+            _placed(part, numbers, batch, heads)
             for numbers, plan in self.parts
             for part in plan.passes(self.part_shape(numbers, shape))
         ]
@@ -100,14 +100,19 @@ class HeadMixPlan(Plan):
         return HeadMixPlan(tuple((heads, plan.to(device)) for heads, plan in self.parts))
 
 
-def _placed(r: KeyRanges, numbers: tuple[int, ...], batch: int, heads: int) -> KeyRanges:
-    """A part's ranges in the rows of all batch elements and heads; the other rows are empty."""
+def _placed(part: Pass, numbers: tuple[int, ...], batch: int, heads: int) -> Pass:
+    """A part's pass in the rows of all batch elements and heads; the other rows are empty."""
+    r, window = part
+    if window is not None:
+        own = window.new_zeros(heads)
+        own[list(numbers)] = window
+        window = own
     row, index = _copies(r, r.row, numbers, batch, heads)
     token_row, token_index = _copies(r, r.token_row, numbers, batch, heads)
     order = torch.argsort(row, stable=True)
     token_order = torch.argsort(token_row, stable=True)
     index, token_index = index[order], token_index[token_order]
-    return KeyRanges.of(
+    ranges = KeyRanges.of(
         batch,
         heads,
         r.block_q,
@@ -119,6 +124,7 @@ def _placed(r: KeyRanges, numbers: tuple[int, ...], batch: int, heads: int) -> K
         None if r.source is None else r.source[index],
         r.bias,
     )
+    return Pass(ranges, window)
 
 
 def _copies(
@@ -143,18 +149,22 @@ def _copies(
 
 
 def _joined(passes: list[Pass]) -> list[Pass]:
-    """Passes that differ only in which heads they serve become one."""
-    kept: dict[tuple[int, int | None], Pass] = {}
+    """Passes of different heads become one; those with windows come last."""
+    kept: dict[tuple[int, bool], Pass] = {}
     alone: list[Pass] = []
     for part in passes:
-        key = (part.ranges.block_q, part.window)
+        key = (part.ranges.block_q, part.window is not None)
         if part.ranges.bias is not None:
             alone.append(part)
         elif key in kept:
-            kept[key] = Pass(_union(kept[key].ranges, part.ranges), part.window)
+            other = kept[key]
+            window = None
+            if part.window is not None and other.window is not None:
+                window = part.window + other.window
+            kept[key] = Pass(_union(other.ranges, part.ranges), window)
         else:
             kept[key] = part
-    return [*kept.values(), *alone]
+    return [*sorted(kept.values(), key=lambda part: part.window is not None), *alone]
 
 
 def _union(a: KeyRanges, b: KeyRanges) -> KeyRanges:

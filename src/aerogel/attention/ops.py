@@ -38,56 +38,37 @@ def attention_op(
     gather_idx: Tensor,
     tile_bias: Tensor | None,
     key_padding: Tensor | None,
+    window: Tensor | None,
     plan_batch: int,
     plan_heads: int,
     block_q: int,
     q_offset: int,
     scale: float,
     causal: bool,
-    window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan."""
-    if _kernels is not None:
-        result: tuple[Tensor, Tensor] = _kernels.attention_forward(
-            q,
-            k,
-            v,
-            tile_ptr,
-            kind,
-            start,
-            length,
-            gather_idx,
-            tile_bias,
-            Bp=plan_batch,
-            Hp=plan_heads,
-            block_q=block_q,
-            q_offset=q_offset,
-            scale=scale,
-            causal=causal,
-            window=window,
-            key_padding=key_padding,
-            softcap=softcap,
-            sink_logit=None,
-        )
-        return result
-    stream = TileStream(
+    result: tuple[Tensor, Tensor] = _kernels.attention_forward(
+        q,
+        k,
+        v,
         tile_ptr,
         kind,
         start,
         length,
         gather_idx,
         tile_bias,
-        plan_batch,
-        plan_heads,
-        block_q,
-        window,
+        Bp=plan_batch,
+        Hp=plan_heads,
+        block_q=block_q,
+        q_offset=q_offset,
+        scale=scale,
+        causal=causal,
+        window=window,
+        key_padding=key_padding,
+        softcap=softcap,
     )
-    shape = AttentionShape.of(q, k, causal=causal, offset=q_offset)
-    o, lse = stream_attention(
-        q, k, v, stream, shape, scale=scale, key_padding=key_padding, softcap=softcap
-    )
-    return o.contiguous(), lse.contiguous()
+    return result
 
 
 @attention_op.register_fake
@@ -109,13 +90,13 @@ def attention_backward_op(
     gather_idx: Tensor,
     tile_bias: Tensor | None,
     key_padding: Tensor | None,
+    window: Tensor | None,
     plan_batch: int,
     plan_heads: int,
     block_q: int,
     q_offset: int,
     scale: float,
     causal: bool,
-    window: int | None,
     softcap: float | None,
     o: Tensor,
     lse: Tensor,
@@ -123,54 +104,31 @@ def attention_backward_op(
     dlse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of `tile_bias` (empty if there is none)."""
-    if _kernels is not None:
-        dq, dk, dv, dbias = _kernels.attention_backward(
-            q,
-            k,
-            v,
-            tile_ptr,
-            kind,
-            start,
-            length,
-            gather_idx,
-            tile_bias,
-            o,
-            lse,
-            do,
-            dlse,
-            Bp=plan_batch,
-            Hp=plan_heads,
-            block_q=block_q,
-            q_offset=q_offset,
-            scale=scale,
-            causal=causal,
-            window=window,
-            key_padding=key_padding,
-            softcap=softcap,
-            sink_logit=None,
-        )
-        return dq, dk, dv, lse.new_empty(0) if dbias is None else dbias
-    tensors = [q, k, v] if tile_bias is None else [q, k, v, tile_bias]
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad():
-        stream = TileStream(
-            tile_ptr, kind, start, length, gather_idx, leaves[3] if len(leaves) > 3 else None,
-            plan_batch, plan_heads, block_q, window,
-        )  # fmt: skip
-        shape = AttentionShape.of(q, k, causal=causal, offset=q_offset)
-        out = stream_attention(
-            leaves[0],
-            leaves[1],
-            leaves[2],
-            stream,
-            shape,
-            scale=scale,
-            key_padding=key_padding,
-            softcap=softcap,
-        )
-        grads = torch.autograd.grad(out, leaves, [do, dlse], allow_unused=True)
-    full = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
-    return full[0], full[1], full[2], full[3] if len(full) > 3 else lse.new_empty(0)
+    dq, dk, dv, dbias = _kernels.attention_backward(
+        q,
+        k,
+        v,
+        tile_ptr,
+        kind,
+        start,
+        length,
+        gather_idx,
+        tile_bias,
+        o,
+        lse,
+        do,
+        dlse,
+        Bp=plan_batch,
+        Hp=plan_heads,
+        block_q=block_q,
+        q_offset=q_offset,
+        scale=scale,
+        causal=causal,
+        window=window,
+        key_padding=key_padding,
+        softcap=softcap,
+    )
+    return dq, dk, dv, lse.new_empty(0) if dbias is None else dbias
 
 
 @attention_backward_op.register_fake
@@ -186,8 +144,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:10], *output)
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:11], *output)
+    ctx.options = inputs[11:]
 
 
 def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
@@ -196,7 +154,7 @@ def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         *inputs, *ctx.options, o, lse, do.contiguous(), dlse.contiguous()
     )
     bias = None if inputs[8] is None else dbias
-    return (dq, dk, dv, None, None, None, None, None, bias, *([None] * (len(ctx.options) + 1)))
+    return (dq, dk, dv, None, None, None, None, None, bias, *([None] * (len(ctx.options) + 2)))
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
@@ -214,6 +172,10 @@ def tile_attention(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a lowered plan: o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), differentiable."""
+    if _kernels is None:
+        return stream_attention(
+            q, k, v, stream, shape, scale=scale, key_padding=key_padding, softcap=softcap
+        )
     result: tuple[Tensor, Tensor] = attention_op(
         q,
         k,
@@ -225,13 +187,13 @@ def tile_attention(
         stream.gather_idx,
         stream.tile_bias,
         key_padding,
+        stream.window,
         stream.batch,
         stream.heads,
         stream.block_q,
         shape.q_offset,
         scale,
         shape.causal,
-        stream.window,
         softcap,
     )
     return result

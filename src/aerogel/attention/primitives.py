@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.attention.group_plan import GroupPlan
-from aerogel.attention.lowering import lower_pass
+from aerogel.attention.lowering import lower
 from aerogel.attention.plan import Plan
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import accumulator
@@ -56,8 +56,8 @@ def plan_pairs(plan: Plan, shape: AttentionShape, key_padding: Tensor | None = N
     else:
         shape = plan.shaped(shape)
         rows, keys = [], []
-        for part in plan.passes(shape):
-            r, j, _ = lower_pass(part, shape).tile_pairs(shape)
+        for stream in lower(plan.passes(shape), shape):
+            r, j, _ = stream.tile_pairs(shape)
             rows.append(r)
             keys.append(j)
         joined, key = torch.cat(rows), torch.cat(keys)

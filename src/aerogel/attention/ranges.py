@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from aerogel.attention.ragged import within
@@ -75,15 +76,25 @@ class KeyRanges:
 
 
 class Pass(NamedTuple):
-    """One run of the kernel: ranges, and a window in tokens that it applies to every row."""
+    """Ranges under one window per head: a query at p reads keys j with ``p - j < window``.
+
+    Attributes:
+        ranges: what the query tiles read.
+        window: (heads,) int64 tokens, 0 for no window; None for none in any head.
+    """
 
     ranges: KeyRanges
-    window: int | None = None
+    window: Tensor | None = None
 
-
-def joint_window(a: int | None, b: int | None) -> int | None:
-    """The narrower of two windows; None is no window."""
-    return b if a is None else a if b is None else min(a, b)
+    def narrowed(self, window: int | None) -> Pass:
+        """With a further window for all heads."""
+        if window is None:
+            return self
+        if self.window is None:
+            heads = self.ranges.heads
+            return Pass(self.ranges, torch.full((heads,), window, device=self.ranges.row.device))
+        own = torch.where(self.window > 0, self.window, window)
+        return Pass(self.ranges, own.clamp(max=window))
 
 
 def expand_tiles(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,7 +152,7 @@ class SpanPlan(Plan):
         return row, first[head, 0] + number * stride[head, 0]
 
     def _token_passes(self, shape: AttentionShape) -> list[Pass]:
-        """Sinks and strides in one pass; then one pass for every window, without those keys."""
+        """Sinks and strides in one pass; in another the windows, without those keys."""
         tiles = shape.tiles(_TILE)
         first = shape.q_offset + torch.arange(tiles, device=self.device) * _TILE
         last = torch.minimum(first + _TILE, first.new_tensor(shape.q_offset + shape.q_len)) - 1
@@ -164,20 +164,18 @@ class SpanPlan(Plan):
         start = torch.cat([torch.zeros_like(rows), column * self.block])
         end = torch.cat([far.expand(heads, tiles).flatten(), (column + 1) * self.block])
         passes = [Pass(_sorted_ranges(heads, _TILE, tiles, row, start, end))]
-        if not bool((end > start).any()):
-            passes = []
-        for window in sorted(set(self.window.tolist())):
-            wanted = (self.window == window) & ~self.dense
-            if window and bool(wanted.any()):
-                ranges = self._window_ranges(window, wanted, first, last)
-                passes.append(Pass(ranges, window))
-        return passes or [Pass(_sorted_ranges(heads, _TILE, tiles, row, start, end))]
+        windowed = (self.window > 0) & ~self.dense
+        if bool(windowed.any()):
+            window = torch.where(windowed, self.window.long(), 0)
+            passes.append(Pass(self._window_ranges(windowed, first, last), window))
+        return passes if bool((end > start).any()) else passes[-1:]
 
-    def _window_ranges(self, window: int, wanted: Tensor, first: Tensor, last: Tensor) -> KeyRanges:
+    def _window_ranges(self, wanted: Tensor, first: Tensor, last: Tensor) -> KeyRanges:
         """The window of the wanted heads without their sink and their stride's blocks."""
         heads, tiles = wanted.numel(), first.numel()
         sink = self.sink.long()[:, None]
-        low = torch.maximum(sink, (first - window + 1).clamp(min=0)[None])
+        window = self.window.long()[:, None]
+        low = torch.maximum(sink, (first - window + 1).clamp(min=0))
         high = torch.where(wanted[:, None], (last + 1)[None], 0).expand(heads, tiles)
         period = self.stride.long()[:, None] * self.block
         plain = period == 0
