@@ -31,7 +31,8 @@ from aerogel.attention import (
     spmm,
 )
 from aerogel.attention.lowering import lower_pass
-from aerogel.attention.ops import attention_op, kernels_available
+from aerogel.attention.native import kernels_available
+from aerogel.attention.ops import attention_op
 from aerogel.attention.softmax import dropout_factors
 
 SHAPES = [

@@ -20,7 +20,8 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.lowering import lower
 from aerogel.attention.mix_plan import HeadMixPlan
-from aerogel.attention.ops import kernels_available, tile_attention
+from aerogel.attention.native import kernels_available
+from aerogel.attention.ops import tile_attention
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs, sddmm, spmm
 from aerogel.attention.reference import pooled_probabilities, reference_attention
@@ -162,11 +163,10 @@ def _run(
 def _choose(q: Tensor, call: Call, need_lse: bool) -> str:
     """The fastest backend that gives this call's result."""
     plan, shape = call.plan, call.shape
+    if isinstance(plan, (GroupPlan, TokenPlan)) and not call.dropout_p:
+        return "gather"  # a group may read a pair twice, which no mask can say
     if call.dropout_p or reference_mode():
         return "reference"
-    if isinstance(plan, (GroupPlan, TokenPlan)):
-        # A "lse" group may read a pair twice, which no mask can say.
-        return "gather"
     native = q.is_cpu and kernels_available() and q.dtype != torch.float64
     if isinstance(plan, DensePlan) and not need_lse and call.softcap is None:
         plain = call.window is None and call.key_padding is None

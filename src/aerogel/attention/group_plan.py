@@ -102,6 +102,8 @@ class GroupPlan(Plan):
     def row_counts(self, shape: AttentionShape) -> Tensor:
         flat = self.q_idx.flatten(2).long()
         slots = self.group_mask(shape).sum(-1).flatten(2)
+        if flat.shape[2] == 0:
+            return slots.new_zeros(*self.dims, shape.q_len)
         if self.reduce == "scatter":
             owner = self.owners(shape)
             return torch.where(owner >= 0, slots.gather(2, owner.clamp(min=0)), 0)

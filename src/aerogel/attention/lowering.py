@@ -9,13 +9,18 @@ the kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aerogel.attention.native import lowering as _lowering
 from aerogel.attention.ragged import count_rows, merge_ranges, pointers, row_numbers, within
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
+from aerogel.kernels import reference_mode
+
+native_lowering: Any = _lowering
 
 EDGE, GATHER, NO_WINDOW = 1, 2, 4
 TILE_KEYS = 64
@@ -155,6 +160,8 @@ def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
     Tiles that no row of theirs can read are left out.
     """
     ranges, window = part
+    if native_lowering is not None and ranges.row.is_cpu and not reference_mode():
+        return _lower_natively(part, shape)
     row, start, length, source = _range_tiles(ranges, shape, window)
     kind = _cut(ranges, shape, window, row, start, start + length - 1)
     tokens = _token_tiles(ranges, shape, window)
@@ -183,6 +190,33 @@ def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
         ranges.block_q,
         window,
     )
+
+
+def _lower_natively(part: Pass, shape: AttentionShape) -> TileStream:
+    ranges, window = part
+    tokens = ranges.token.numel() > 0
+    tile_ptr, kind, start, length, gather_idx, source = native_lowering.lower_ranges(
+        pointers(count_rows(ranges.row, ranges.rows)),
+        ranges.start,
+        ranges.length,
+        Bp=ranges.batch,
+        Hp=ranges.heads,
+        block_q=ranges.block_q,
+        q_len=shape.q_len,
+        k_len=shape.k_len,
+        q_offset=shape.q_offset,
+        causal=shape.causal,
+        window=window,
+        token_ptr=pointers(count_rows(ranges.token_row, ranges.rows)) if tokens else None,
+        token=ranges.token if tokens else None,
+        separate=ranges.bias is not None,
+    )
+    bias = None
+    if ranges.bias is not None and ranges.source is not None:
+        known = ranges.bias[ranges.source[source.clamp(min=0).long()]].float()
+        bias = torch.where(source >= 0, known, 0)
+    sizes = (ranges.batch, ranges.heads, ranges.block_q)
+    return TileStream(tile_ptr, kind, start, length, gather_idx, bias, *sizes, window)
 
 
 def _window_start(ranges: KeyRanges, shape: AttentionShape, window: Tensor, row: Tensor) -> Tensor:

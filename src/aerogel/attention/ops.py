@@ -5,25 +5,17 @@ q, k, v, o and lse are saved for the backward pass, never probabilities.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aerogel.attention.lowering import TileStream
+from aerogel.attention.native import kernels
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.tile_reference import stream_attention
 
-try:
-    _kernels: Any = importlib.import_module("aerogel.kernels.attention")
-except ImportError:
-    _kernels = None
-
-
-def kernels_available() -> bool:
-    """Whether the tile kernels exist; without them `attend` takes its reference."""
-    return _kernels is not None
+_kernels: Any = kernels
 
 
 @torch.library.custom_op("aerogel::attention", mutates_args=())

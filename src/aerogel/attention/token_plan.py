@@ -36,7 +36,7 @@ class TokenPlan(Plan):
     ) -> TokenPlan:
         """The tokens where `mask` (B, L) bool is true."""
         count = mask.sum(-1)
-        most = int(count.max()) if mask.shape[0] else 0
+        most = max(1, int(count.max())) if mask.shape[0] else 0
         order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[:, :most]
         return cls(order.int(), count, side)
 
