@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -118,6 +120,10 @@ def masked_plans(shape: AttentionShape, seed: int = 0) -> dict[str, Plan]:
     if shape.causal:
         plans["token span"] = random_span(shape, draw, shape.q_heads, "token")
         plans["block span"] = random_span(shape, draw, shape.kv_heads, "block")
+        plans["shifted span"] = replace(
+            random_span(shape, draw, shape.q_heads, "token"),
+            first=torch.randint(0, shape.k_len, (shape.batch,), generator=draw).int(),
+        )
         plans["mix"] = random_mix(shape, draw)
     else:
         plan = random_block(shape, draw, 1, shape.q_heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class SpanPlan(Plan):
         block: keys per block.
         dense: (Hp,) bool, heads that read all keys.
         granularity: "token" or "block".
+        first: (B,) int32, first real key of each batch element; sinks count from there, and keys
+            before it are not read. Default 0.
     """
 
     sink: Tensor
@@ -40,6 +42,7 @@ class SpanPlan(Plan):
     dense: Tensor
     block: int = 64
     granularity: Literal["token", "block"] = "token"
+    first: Tensor | None = None
 
     @classmethod
     def uniform(
@@ -60,7 +63,7 @@ class SpanPlan(Plan):
 
     @property
     def dims(self) -> tuple[int, int]:
-        return 1, self.sink.numel()
+        return 1 if self.first is None else self.first.numel(), self.sink.numel()
 
     @property
     def is_causal(self) -> bool:
@@ -78,6 +81,8 @@ class SpanPlan(Plan):
                 )
             if name not in ("phase", "dense") and bool((value < 0).any()):
                 raise ValueError(f"{name}: {value.tolist()}, expected no negative entry")
+        if self.first is not None and self.first.dtype != torch.int32:
+            raise ValueError(f"first: {self.first.dtype}, expected int32")
         if self.block < 1 or self.granularity not in ("token", "block"):
             raise ValueError(f"block={self.block}, granularity={self.granularity!r}: out of range")
 
@@ -94,111 +99,128 @@ class SpanPlan(Plan):
     def _mask(self, shape: AttentionShape) -> Tensor:
         p = shape.positions(self.device)[:, None]
         j = torch.arange(shape.k_len, device=self.device)
-        sink, window, stride, phase = (
-            t.long().view(-1, 1, 1) for t in (self.sink, self.window, self.stride, self.phase)
-        )
+        rows = self._rows()
+        window, stride, phase = (t.view(-1, 1, 1) for t in (rows.window, rows.stride, rows.phase))
         unit = 1 if self.granularity == "token" else self.block
-        keep = (j // unit < sink) | (p // unit - j // unit < window)
+        keep = (j < rows.sink_end.view(-1, 1, 1)) | (p // unit - j // unit < window)
         keep |= (stride > 0) & ((j // self.block + phase) % stride.clamp(min=1) == 0)
-        keep |= self.dense.view(-1, 1, 1)
-        return (keep & (j <= p))[None]
+        keep |= rows.dense.view(-1, 1, 1)
+        keep &= (j >= rows.begin.view(-1, 1, 1)) & (j <= p)
+        return keep.view(*self.dims, shape.q_len, shape.k_len)
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
-        if self.granularity == "block":
-            return [Pass(self._block_ranges(shape))]
-        return self._token_passes(shape)
+        return self._block_pass(shape) if self.granularity == "block" else self._token_passes(shape)
+
+    def _rows(self) -> _Rows:
+        """The spans of all batch elements and heads."""
+        batch, heads = self.dims
+        unit = 1 if self.granularity == "token" else self.block
+        begin = torch.zeros(heads, dtype=torch.int64, device=self.device)
+        if self.first is not None:
+            begin = self.first.long().repeat_interleave(heads)
+        sink, window, stride, phase = (
+            t.long().repeat(batch) for t in (self.sink, self.window, self.stride, self.phase)
+        )
+        return _Rows(begin, begin + sink * unit, window, stride, phase, self.dense.repeat(batch))
 
     def _tile(self, shape: AttentionShape) -> int:
         """Query rows per tile, such that no tile crosses the edge of a block."""
         size = math.gcd(self.block, shape.q_offset)
         return size if size <= _LARGEST_TILE else math.gcd(size, _LARGEST_TILE)
 
-    def _block_ranges(self, shape: AttentionShape) -> KeyRanges:
+    def _block_pass(self, shape: AttentionShape) -> list[Pass]:
         tile = self._tile(shape)
         tiles = shape.tiles(tile)
         at = (shape.q_offset + torch.arange(tiles, device=self.device) * tile) // self.block
-        reach = (at + 1)[None]  # blocks up to the tile's own
-        lowest = torch.where(self.dense[:, None], 0, reach - self.window[:, None].long())
-        sink = torch.minimum(self.sink[:, None].long(), reach)
-        spans = [
-            (torch.zeros_like(sink), sink),
-            (lowest.clamp(min=0), reach.expand_as(lowest)),
-        ]
-        return self._joined(tile, tiles, spans, reach)
+        rows = self._rows()
+        reach = (at + 1).expand(rows.begin.numel(), tiles)  # blocks up to the tile's own
+        lowest = torch.where(rows.dense[:, None], 0, reach - rows.window[:, None]).clamp(min=0)
+        local = (lowest * self.block, reach * self.block)
+        return [Pass(self._ranges(rows, tile, tiles, reach, local))]
 
-    def _joined(
-        self, tile: int, tiles: int, spans: list[tuple[Tensor, Tensor]], reach: Tensor
+    def _ranges(
+        self,
+        rows: _Rows,
+        tile: int,
+        tiles: int,
+        reach: Tensor,
+        local: tuple[Tensor, Tensor],
     ) -> KeyRanges:
-        """Ranges of (heads, tiles) block spans and of the stride's blocks below `reach`."""
-        heads = self.sink.numel()
-        rows = torch.arange(heads * tiles, device=self.device)
-        row = rows.repeat(len(spans))
-        start = torch.cat([begin.flatten() for begin, _ in spans]) * self.block
-        end = torch.cat([finish.flatten() for _, finish in spans]) * self.block
-        stride_row, column = self._stride_blocks(reach.expand(heads, tiles))
-        row = torch.cat([row, stride_row])
-        start = torch.cat([start, column * self.block])
-        end = torch.cat([end, (column + 1) * self.block])
-        return _sorted_ranges(heads, tile, tiles, row, start, end)
-
-    def _stride_blocks(self, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """Tile and number of each stride block below `reach` (heads, tiles)."""
-        stride = self.stride.long()[:, None]
-        first = (-self.phase.long()[:, None]) % stride.clamp(min=1)
-        counts = (reach - first + stride - 1) // stride.clamp(min=1)
-        counts = torch.where(stride > 0, counts.clamp(min=0), 0)
-        head, tile, number = expand_tiles(counts)
-        row = head * reach.shape[1] + tile
-        return row, first[head, 0] + number * stride[head, 0]
+        """Sinks, the stride's blocks below `reach`, and `local` ranges; (planes, tiles) each."""
+        row = torch.arange(reach.numel(), device=self.device)
+        begin = rows.begin[:, None].expand_as(reach).flatten()
+        sink_end = rows.sink_end[:, None].expand_as(reach).flatten()
+        stride_row, column = _stride_blocks(rows, reach)
+        return self._sorted(
+            tile,
+            tiles,
+            torch.cat([row, row, stride_row]),
+            torch.cat([begin, local[0].flatten(), column * self.block]),
+            torch.cat([sink_end, local[1].flatten(), (column + 1) * self.block]),
+        )
 
     def _token_passes(self, shape: AttentionShape) -> list[Pass]:
         """Sinks and strides in one pass; in another the windows, without those keys."""
         tiles = shape.tiles(_TILE)
         first = shape.q_offset + torch.arange(tiles, device=self.device) * _TILE
         last = torch.minimum(first + _TILE, first.new_tensor(shape.q_offset + shape.q_len)) - 1
-        heads = self.sink.numel()
-        rows = torch.arange(heads * tiles, device=self.device)
-        far = torch.where(self.dense[:, None], shape.k_len, self.sink[:, None].long())
-        stride_row, column = self._stride_blocks((last // self.block + 1).expand(heads, -1))
-        row = torch.cat([rows, stride_row])
-        start = torch.cat([torch.zeros_like(rows), column * self.block])
-        end = torch.cat([far.expand(heads, tiles).flatten(), (column + 1) * self.block])
-        passes = [Pass(_sorted_ranges(heads, _TILE, tiles, row, start, end))]
+        rows = self._rows()
+        reach = (last // self.block + 1).expand(rows.begin.numel(), tiles)
+        whole = torch.where(rows.dense[:, None], shape.k_len, 0).expand_as(reach)
+        far = self._ranges(rows, _TILE, tiles, reach, (torch.zeros_like(whole), whole))
         windowed = (self.window > 0) & ~self.dense
-        if bool(windowed.any()):
-            window = torch.where(windowed, self.window.long(), 0)
-            passes.append(Pass(self._window_ranges(windowed, first, last), window))
-        return passes if bool((end > start).any()) else passes[-1:]
+        if not bool(windowed.any()):
+            return [Pass(far)]
+        window = torch.where(windowed, self.window.long(), 0)
+        near = Pass(self._window_ranges(rows, first, last), window)
+        return [Pass(far), near] if far.row.numel() else [near]
 
-    def _window_ranges(self, wanted: Tensor, first: Tensor, last: Tensor) -> KeyRanges:
-        """The window of the wanted heads without their sink and their stride's blocks."""
-        heads, tiles = wanted.numel(), first.numel()
-        sink = self.sink.long()[:, None]
-        window = self.window.long()[:, None]
-        low = torch.maximum(sink, (first - window + 1).clamp(min=0))
-        high = torch.where(wanted[:, None], (last + 1)[None], 0).expand(heads, tiles)
-        period = self.stride.long()[:, None] * self.block
-        plain = period == 0
-        period = torch.where(plain, 1 << 40, period)
-        shift = (self.phase.long() * self.block)[:, None]
+    def _window_ranges(self, rows: _Rows, first: Tensor, last: Tensor) -> KeyRanges:
+        """The window of every head that is not dense, without its sink and stride's blocks."""
+        planes, tiles = rows.begin.numel(), first.numel()
+        wanted = (~rows.dense & (rows.window > 0))[:, None]
+        low = torch.maximum(rows.sink_end[:, None], first - rows.window[:, None] + 1)
+        high = torch.where(wanted, (last + 1)[None], 0).expand(planes, tiles)
+        plain = rows.stride == 0
+        period = torch.where(plain, 1 << 40, rows.stride * self.block)[:, None]
+        shift = (rows.phase * self.block)[:, None]
         # Gap n between stride blocks: n * period - shift + block up to (n + 1) * period - shift.
         lowest = torch.div(low + shift, period, rounding_mode="floor")
         counts = torch.div(high - 1 + shift, period, rounding_mode="floor") - lowest + 1
         counts = torch.where(high > low, counts, 0)
-        head, tile, number = expand_tiles(counts)
-        step = period[head, 0]
-        begin = (lowest[head, tile] + number) * step - shift[head, 0]
-        gap = torch.where(plain[head, 0], 0, self.block)
-        start = torch.maximum(begin + gap, low[head, tile])
-        end = torch.minimum(begin + step, high[head, tile])
-        return _sorted_ranges(heads, _TILE, tiles, head * tiles + tile, start, end)
+        plane, tile, number = expand_tiles(counts)
+        step = period[plane, 0]
+        begin = (lowest[plane, tile] + number) * step - shift[plane, 0]
+        gap = torch.where(plain[plane], 0, self.block)
+        start = torch.maximum(begin + gap, low[plane, tile])
+        end = torch.minimum(begin + step, high[plane, tile])
+        return self._sorted(_TILE, tiles, plane * tiles + tile, start, end)
+
+    def _sorted(self, tile: int, tiles: int, row: Tensor, start: Tensor, end: Tensor) -> KeyRanges:
+        start = torch.maximum(start, self._rows().begin[row // max(1, tiles)])
+        keep = end > start
+        row, start, end = row[keep], start[keep], end[keep]
+        order = sorted_by(row, start, int(start.max()) if start.numel() else 0)
+        row, start, end = row[order], start[order], end[order]
+        return KeyRanges.of(*self.dims, tile, tiles, row, start, end - start)
 
 
-def _sorted_ranges(
-    heads: int, tile: int, tiles: int, row: Tensor, start: Tensor, end: Tensor
-) -> KeyRanges:
-    keep = end > start
-    row, start, end = row[keep], start[keep], end[keep]
-    order = sorted_by(row, start, int(start.max()) if start.numel() else 0)
-    row, start, end = row[order], start[order], end[order]
-    return KeyRanges.of(1, heads, tile, tiles, row, start, end - start)
+class _Rows(NamedTuple):
+    """One span per batch element and head: (Bp * Hp,) each; `sink_end` in tokens."""
+
+    begin: Tensor
+    sink_end: Tensor
+    window: Tensor
+    stride: Tensor
+    phase: Tensor
+    dense: Tensor
+
+
+def _stride_blocks(rows: _Rows, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Tile and number of each stride block below `reach` (planes, tiles)."""
+    stride = rows.stride[:, None]
+    first = (-rows.phase[:, None]) % stride.clamp(min=1)
+    counts = (reach - first + stride - 1) // stride.clamp(min=1)
+    counts = torch.where(stride > 0, counts.clamp(min=0), 0)
+    plane, tile, number = expand_tiles(counts)
+    return plane * reach.shape[1] + tile, first[plane, 0] + number * stride[plane, 0]
