@@ -8,7 +8,7 @@ softmax is exact.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +134,14 @@ def attend(
 
 
 sparse_attention = attend
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`attend` with the log-sum-exp, as a pair that `merge` takes."""
+    result = attend(q, k, v, return_lse=True, **options)
+    assert isinstance(result, Attended)
+    assert result.lse is not None
+    return result.output, result.lse
 
 
 def _run(
