@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aerogel.attention import (
     AttentionContext,
     AttentionShape,
+    DensePlan,
     KeyListPlan,
     Plan,
     Selector,
@@ -160,7 +161,11 @@ def check_counts_batches_and_threads(case: Case, shape: AttentionShape) -> None:
     turned = (q[order], k[order], v[order])
     assert torch.equal(attend(*turned, plan=choose(case.make(), *turned), causal=True), out[order])
     torch.set_num_threads(2)
-    assert torch.equal(attend(q, k, v, plan=plan, causal=True), out)
+    again = attend(q, k, v, plan=plan, causal=True)
+    if isinstance(plan, DensePlan):  # torch's kernel, which splits by threads
+        close(again, out)
+    else:
+        assert torch.equal(again, out)
 
 
 def check_splits_merge(case: Case, shape: AttentionShape) -> None:

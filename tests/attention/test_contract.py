@@ -7,7 +7,35 @@ import pytest
 import small_selectors as small
 from contract import Case
 
-from aerogel.attention import AttentionShape
+from aerogel.attention import AttentionShape, MInferenceSelector
+from aerogel.attention.pattern_file import HeadPattern, PatternConfig
+from aerogel.attention.prompt_patterns import (
+    AShapeSelector,
+    PooledBlockSelector,
+    TriShapeSelector,
+    VerticalSlashSelector,
+)
+
+
+def minference() -> MInferenceSelector:
+    """Every head another pattern."""
+    patterns = [
+        HeadPattern("stream_llm", 4, 30),
+        HeadPattern("vertical_and_slash", 8, 20),
+        HeadPattern("block_sparse", 2, 0),
+        HeadPattern("vertical_and_slash", 30, 8),
+    ]
+    layer = {head: patterns[head % 4] for head in range(8)}
+    layers = ({head: layer[head] for head in range(4)}, layer)
+    return _ByHeads(PatternConfig(layers), last_q=16, force_first=4, force_local=8)
+
+
+class _ByHeads(MInferenceSelector):
+    """Takes the configuration's layer for as many heads as there are."""
+
+    def patterns(self, layer: int, heads: int) -> list[HeadPattern]:
+        return super().patterns(0 if heads <= 4 else 1, heads)
+
 
 CASES = {
     "test-dense": Case(small.Dense, small.Dense),
@@ -16,6 +44,22 @@ CASES = {
     "test-spans": Case(small.Spans, lambda: small.Spans(0, 1000)),
     "test-block-spans": Case(
         lambda: small.Spans(1, 2, "block"), lambda: small.Spans(0, 1000, "block")
+    ),
+    "minference": Case(minference, MInferenceSelector, looks_ahead=True, chunk_invariant=False),
+    "minference, columns and diagonals": Case(
+        lambda: VerticalSlashSelector(12, 20, 16, 4, 8, 16),
+        VerticalSlashSelector,
+        looks_ahead=True,
+        chunk_invariant=False,
+    ),
+    "minference, A-shape": Case(lambda: AShapeSelector(3, 40), AShapeSelector),
+    "minference, tri-shape": Case(
+        lambda: TriShapeSelector(3, 40, 20), TriShapeSelector, chunk_invariant=False
+    ),
+    "minference, blocks": Case(
+        lambda: PooledBlockSelector(3, 16),
+        PooledBlockSelector,
+        looks_ahead=True,  # a block's mean query knows its last rows
     ),
 }
 SHAPES = {

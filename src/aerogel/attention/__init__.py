@@ -11,6 +11,7 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
+from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
 from aerogel.attention.primitives import (
@@ -51,6 +52,7 @@ __all__ = [
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
+    "MInferenceSelector",
     "PairList",
     "Plan",
     "PlanStats",

@@ -120,14 +120,19 @@ def lower(passes: list[Pass], shape: AttentionShape, window: int | None = None) 
         shape: sizes and causal rule of the call.
         window: tokens, a further window for every pass.
     """
-    streams = [lower_pass(part.narrowed(window), shape) for part in passes]
-    if len(streams) != 2 or streams[0].window is not None or streams[1].window is None:
-        return streams
-    far, near = streams
-    alike = (far.batch, far.heads, far.block_q) == (near.batch, near.heads, near.block_q)
-    if not alike or far.tile_bias is not None or near.tile_bias is not None:
-        return streams
-    return [_fused(far, near)]
+    streams: list[TileStream] = []
+    for part in passes:
+        stream = lower_pass(part.narrowed(window), shape)
+        if streams and _fusible(streams[-1], stream):
+            stream = _fused(streams.pop(), stream)
+        streams.append(stream)
+    return streams
+
+
+def _fusible(far: TileStream, near: TileStream) -> bool:
+    sizes = [(s.batch, s.heads, s.block_q) for s in (far, near)]
+    windows = far.window is None and near.window is not None
+    return windows and sizes[0] == sizes[1] and far.tile_bias is None and near.tile_bias is None
 
 
 def _fused(far: TileStream, near: TileStream) -> TileStream:
