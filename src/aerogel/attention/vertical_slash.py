@@ -121,7 +121,7 @@ def _with_columns(plan: BlockPlan, columns: Tensor, k_len: int) -> BlockPlan:
     for begin in range(0, batch * heads, step):
         plane = torch.arange(begin, min(begin + step, batch * heads), device=row.device)
         tile = plane[:, None] * tiles + torch.arange(tiles, device=row.device)
-        key = columns.view(-1, 1, most)[plane]
+        key = columns.reshape(batch * heads, 1, most)[plane]
         before = torch.searchsorted(starts, tile[..., None] * span + key, right=True) - 1
         at = before.clamp(min=0)
         held = (before >= 0) & (row[at] == tile[..., None]) & (end[at] > key)
