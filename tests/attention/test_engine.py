@@ -175,7 +175,7 @@ def test_gradcheck_of_the_reference_in_float64():
     assert torch.autograd.gradcheck(run, (q, k, v, sink))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 4))
 def test_merging_a_split_of_any_plan_gives_the_whole(seed, parts):
     shape = AttentionShape(2, 4, 2, 33, 80, causal=True)
@@ -317,7 +317,7 @@ def test_pooled_probabilities_are_tile_maxima():
 
 
 def test_primitives_compose_to_attention_and_pass_gradcheck():
-    shape = AttentionShape(2, 4, 2, 20, 30, causal=True)
+    shape = AttentionShape(1, 4, 2, 10, 14, causal=True)
     q, k, v = (t.double().requires_grad_() for t in make.tensors(shape, 4))
     plan = make.random_block(shape, torch.Generator().manual_seed(0), 1, 2)
     pairs = plan_pairs(plan, shape)

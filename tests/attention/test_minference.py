@@ -65,7 +65,7 @@ def bands_one_by_one(columns, offsets, tiles, first_end, block):
         yield ranges, [c for c in inside if c < ranges[-1][0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 500), st.data())
 def test_bands_join_by_the_published_rule(length, data):
     rows = data.draw(st.integers(1, length))
