@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import small_selectors as small
 import torch
 from tiny_models import FAMILIES, prompts, tiny
 
-from aerogel.attention import attach, detach, load_selector, save_selector
+from aerogel.attention import attach, detach, load_selector, register, save_selector
 from aerogel.attention.cache import AerogelCache
 from aerogel.attention.hf import attached_layers, padding_mask
 
@@ -229,3 +231,8 @@ def test_models_train_through_sparse_attention():
     model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
     grads = [p.grad for p in model.parameters()]
     assert all(g is not None and torch.isfinite(g).all() for g in grads)
+
+
+def test_without_transformers_there_is_nothing_to_register(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert register() is False

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.plan import head_pointers
+from aerogel.attention.ragged import count_rows
 
 _COLUMN_CHUNK = 1 << 22  # (tile, column) pairs tested at a time
 
@@ -103,23 +104,27 @@ def _joined_bands(offsets: Tensor, ends: Tensor, k_len: int, block: int) -> Bloc
     ``min(x - block, the largest offset below x)``, whatever the tile: one table serves all.
     """
     batch, heads, _ = offsets.shape
-    top = int(ends[-1]) + block
-    marks = torch.full((batch, heads, top + 1), -1, device=offsets.device)
-    marks.scatter_(2, offsets + 1, offsets)
-    below = torch.cummax(marks, 2).values  # below[x]: the largest offset < x
-    x = below.gather(2, ends.clamp(max=top).expand(batch, heads, -1))
-    x = torch.minimum(x, ends - block)
-    steps = []
-    while bool((x > -block).any()):
-        steps.append(x)
-        following = below.gather(2, x.clamp(min=0))
-        following = torch.minimum(following, x - block)
-        done = (x <= 0) | (below.gather(2, x.clamp(min=0)) < 0)
-        x = torch.where(done, -block, following)
-    pieces = torch.stack(steps, -1)  # (B, H, tiles, most)
-    kept = (pieces > -block) & (ends[:, None] - pieces - block < k_len)
-    start = (ends[:, None] - pieces - block).clamp(min=0)
-    return BlockPlan(block, block, head_pointers(kept.sum(-1)), start[kept].int(), True)
+    planes, tiles = batch * heads, ends.numel()
+    top = int(ends[-1])
+    marks = torch.full((planes, top + 2), -1, device=offsets.device)
+    marks.scatter_(1, offsets.flatten(0, 1).clamp(max=top) + 1, offsets.flatten(0, 1))
+    below = torch.cummax(marks, 1).values.flatten()  # of a head, at x: the largest offset < x
+    lane = torch.arange(planes * tiles, device=offsets.device)
+    table, end = lane // tiles * (top + 2), ends[lane % tiles]
+    x = torch.minimum(below[table + end], end - block)
+    found = []
+    while lane.numel():
+        found.append((lane, end - x - block))
+        following = below[table + x.clamp(min=0)]
+        more = (x > 0) & (following >= 0)
+        lane, table, end = lane[more], table[more], end[more]
+        x = torch.minimum(following[more], x[more] - block)
+    row, start = (torch.cat(column) for column in zip(*found, strict=True))
+    inside = start < k_len
+    row, start = row[inside], start[inside]
+    order = torch.argsort(row, stable=True)
+    counts = count_rows(row, planes * tiles).view(batch, heads, tiles)
+    return BlockPlan(block, block, head_pointers(counts), start[order].int(), True)
 
 
 def _tight_bands(offsets: Tensor, ends: Tensor, block: int) -> BlockPlan:
