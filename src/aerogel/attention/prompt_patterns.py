@@ -255,30 +255,42 @@ def last_attention(ctx: AttentionContext, heads: Tensor, last_q: int) -> tuple[T
     """
     shape = ctx.shape
     n = min(last_q, shape.q_len)
-    device = ctx.q.device
-    real = torch.ones(shape.batch, shape.q_len, dtype=torch.bool, device=device)
-    if ctx.key_padding is not None:
-        real = ctx.key_padding[:, shape.q_offset : shape.q_offset + shape.q_len]
-    row = torch.arange(shape.q_len, device=device)
-    rows = torch.where(real, row, -1).topk(n, -1).values.flip(-1)  # -1 where there are no more
+    rows = _last_rows(ctx, n)
     taken = rows.clamp(min=0)[..., None].expand(-1, -1, ctx.q.shape[-1])
     group = shape.q_heads // shape.kv_heads
     strips = [
-        ctx.q[:, head].gather(1, taken).float() @ ctx.k[:, head // group].float().transpose(-1, -2)
+        (ctx.q[:, head].gather(1, taken).float() * ctx.scale)
+        @ ctx.k[:, head // group].float().transpose(-1, -2)
         for head in heads.tolist()
     ]
     logits = torch.stack(strips, 1)
     positions = rows + shape.q_offset
-    j = torch.arange(shape.k_len, device=device)
+    j = torch.arange(shape.k_len, device=ctx.q.device)
+    if ctx.key_padding is None and ctx.window is None:
+        begin = max(0, shape.q_offset + shape.q_len - n + 1)  # keys that the first row cannot see
+        late = j[begin:] > positions[:, :, None]
+        logits[..., begin:].masked_fill_(late[:, None], -torch.inf)
+        return torch.softmax(logits, -1), positions
     allowed = (j <= positions[..., None]) & (rows >= 0)[..., None]
     if ctx.key_padding is not None:
         allowed &= ctx.key_padding[:, None]
     if ctx.window is not None:
         allowed &= positions[..., None] - j < ctx.window
-    logits = (logits * ctx.scale).masked_fill(~allowed[:, None], -torch.inf)
+    logits.masked_fill_(~allowed[:, None], -torch.inf)
     # Rows that are missing have no weight: as neighbours of the others they do no harm.
-    around = positions[:, -1:] - torch.arange(n - 1, -1, -1, device=device)
+    around = positions[:, -1:] - torch.arange(n - 1, -1, -1, device=j.device)
     return torch.softmax(logits, -1).nan_to_num(), torch.where(rows < 0, around, positions)
+
+
+def _last_rows(ctx: AttentionContext, n: int) -> Tensor:
+    """The last n real query rows of each batch element, ascending: (B, n); -1 is no row."""
+    shape, device = ctx.shape, ctx.q.device
+    if ctx.key_padding is None:
+        last = torch.arange(shape.q_len - n, shape.q_len, device=device)
+        return last.expand(shape.batch, n)
+    real = ctx.key_padding[:, shape.q_offset : shape.q_offset + shape.q_len]
+    row = torch.arange(shape.q_len, device=device)
+    return torch.where(real, row, -1).topk(n, -1).values.flip(-1)
 
 
 def _block_means(x: Tensor, block: int, real: Tensor | None) -> Tensor:
