@@ -59,7 +59,7 @@ def run(seed: int) -> Result:
         metrics.update(_times())
     notes = (
         f"Nats per token, means over {PROMPTS} prompts of {LENGTH} tokens a seed. Plain: tokens "
-        "256 to 896. Kept: share of the causal pairs, without the first layers' exception.",
+        "256 to 896. Kept: share of the causal pairs that the first layer reads.",
         "Speed: torch's causal attention divided by estimate, index and sparse attention together; "
         "random queries and keys, so the lines of the plan that is timed are drawn, not estimated.",
     )
