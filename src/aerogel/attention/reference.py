@@ -1,0 +1,90 @@
+"""The oracle: attention with a dense mask, on any device and type, differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aerogel.attention.bank_plan import BankPlan
+from aerogel.attention.call import Call
+from aerogel.attention.lowering import lower
+from aerogel.attention.softmax import accumulator, dropout_factors, masked_attention
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention by the plan's dense mask.
+
+    Returns:
+        o (B, Hq, Lq, Dv) in q's type, lse (B, Hq, Lq), probabilities (B, Hq, Lq, Lk).
+
+    Raises:
+        ValueError: the plan has no mask (banks: they run one by one).
+    """
+    if isinstance(call.plan, BankPlan):
+        raise ValueError("BankPlan has no dense mask; `attend` runs its banks one by one")
+    shape = call.shape
+    mask = by_group(call.mask().to(q.device), shape.q_heads, shape.kv_heads)
+    bias = call.plan.bias(shape)
+    keep = None
+    if call.dropout_p:
+        sizes = (shape.batch, shape.q_heads, shape.q_len, shape.k_len)
+        keep = dropout_factors(call.dropout_p, call.seed, sizes).to(q.device)
+    o, lse, p = masked_attention(
+        q.unflatten(1, (shape.kv_heads, -1)),
+        k[:, :, None],
+        v[:, :, None],
+        mask,
+        scale=call.scale,
+        softcap=call.softcap,
+        bias=None if bias is None else by_group(bias, shape.q_heads, shape.kv_heads).to(q.device),
+        keep=None if keep is None else keep.unflatten(1, (shape.kv_heads, -1)),
+    )
+    return o.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), p.flatten(1, 2)
+
+
+def by_group(x: Tensor, q_heads: int, kv_heads: int) -> Tensor:
+    """(b, h, ...) with h of 1, kv_heads or q_heads to (b, 1 or kv_heads, 1 or G, ...)."""
+    if x.shape[1] == 1:
+        return x[:, :, None]
+    if x.shape[1] == kv_heads:
+        return x[:, :, None]
+    return x.unflatten(1, (kv_heads, q_heads // kv_heads))
+
+
+def pooled_probabilities(q: Tensor, k: Tensor, call: Call, lse: Tensor, block: int) -> Tensor:
+    """Largest probability of every block x block tile: (B, Hq, nQ, nK), row strip by row strip.
+
+    Args:
+        q: (B, Hq, Lq, D).
+        k: (B, Hkv, Lk, D).
+        call: of a plan with key ranges and without a bias.
+        lse: (B, Hq, Lq) of the same call.
+        block: rows and keys of a tile.
+    """
+    shape, kind = call.shape, accumulator(q.dtype)
+    streams = lower(call.plan.passes(shape), shape, call.window)
+    if any(stream.tile_bias is not None for stream in streams):
+        raise ValueError("pool_blocks: expected a plan without tile_bias")
+    n_k = -(-shape.k_len // block)
+    strips = []
+    for begin in range(0, shape.q_len, block):
+        rows = slice(begin, min(begin + block, shape.q_len))
+        strip = q[:, :, rows].unflatten(1, (shape.kv_heads, -1)).to(kind)
+        s = torch.matmul(strip, k[:, :, None].to(kind).transpose(-1, -2)) * call.scale
+        s = s.flatten(1, 2)
+        if call.softcap is not None:
+            s = call.softcap * torch.tanh(s / call.softcap)
+        p = torch.exp(s - torch.where(torch.isinf(lse), 0, lse)[:, :, rows, None])
+        kept = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        for stream in streams:
+            mask = stream.strip_mask(shape, rows)
+            kept = kept | mask.repeat_interleave(shape.q_heads // mask.shape[1], 1)
+        kept = kept.to(p.device)
+        if call.key_padding is not None:
+            kept = kept & call.key_padding[:, None, None]
+        p = p.masked_fill(~kept, 0)
+        padded = torch.nn.functional.pad(p, (0, n_k * block - shape.k_len))
+        strips.append(padded.unflatten(-1, (n_k, block)).amax((2, 4)))
+    return torch.stack(strips, 2)
