@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SKIPPED = 4  # first tokens of a repetition, from which it is recognised
+_LOGITS = 1 << 24  # at a time: 64 MB in float32
+# Fields of a config that say that logits are more than the output layer's result.
+_ADJUSTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class PassageNats(NamedTuple):
@@ -24,8 +28,13 @@ class PassageNats(NamedTuple):
 
 
 @torch.no_grad()
-def token_nats(model: nn.Module, ids: Tensor, *, batch_size: int = 4) -> Tensor:
-    """Loss of every token given all before it, in evaluation mode.
+def token_nats(model: nn.Module, ids: Tensor, *, batch_size: int = 1) -> Tensor:
+    """Loss of every token given all before it in its sequence, in evaluation mode.
+
+    All tokens of a sequence go through the model in one call without a KV cache, so that this
+    scores what a model's attention does in prefill. Where transformers' model has a plain output
+    layer, logits exist for a part of the tokens at a time: 128k tokens of a vocabulary of 50k would
+    be 26 GB.
 
     Args:
         model: token ids (batch, length) to an output with `logits`, or to the logits; its mode is
@@ -45,23 +54,18 @@ def token_nats(model: nn.Module, ids: Tensor, *, batch_size: int = 4) -> Tensor:
         )
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    parts = []
     try:
-        for part in ids.split(batch_size):
-            part = part.to(device)
-            output = model(part)
-            logits = getattr(output, "logits", output)[:, :-1]
-            nats = F.cross_entropy(
-                logits.float().transpose(1, 2), part[:, 1:].long(), reduction="none"
-            )
-            parts.append(nats.cpu())
+        rows = [
+            torch.cat(list(_nats(model, part.to(device).long())), 1)
+            for part in ids.split(batch_size)
+        ]
     finally:
         model.train(was_training)
-    return torch.cat(parts)
+    return torch.cat(rows)
 
 
 def passage_nats(
-    model: nn.Module, ids: Tensor, repeated: Tensor, *, skip: int = SKIPPED, batch_size: int = 4
+    model: nn.Module, ids: Tensor, repeated: Tensor, *, skip: int = SKIPPED, batch_size: int = 1
 ) -> PassageNats:
     """Nats on the plain part of sequences and on their repeated end.
 
@@ -79,10 +83,39 @@ def passage_nats(
         raise ValueError(
             f"repeated has shape {tuple(repeated.shape)}, expected {tuple(ids.shape)} as ids"
         )
-    nats = token_nats(model, ids, batch_size=batch_size)
     repeated = repeated.to("cpu", torch.bool)
     copied = (repeated & (repeated.cumsum(1) > skip))[:, 1:]
     plain = ~repeated[:, 1:]
     if not copied.any() or not plain.any():
         raise ValueError(f"skip={skip}: expected plain and repeated tokens to score")
+    nats = token_nats(model, ids, batch_size=batch_size)
     return PassageNats(float(nats[plain].mean()), float(nats[copied].mean()))
+
+
+def _nats(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """Losses (batch, n) of successive tokens."""
+    head = _output_layer(model)
+    if head is None:
+        output = model(ids)
+        yield _losses(getattr(output, "logits", output)[:, :-1], ids[:, 1:])
+        return
+    base: Any = model.base_model
+    hidden = base(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    step = max(1, _LOGITS // (len(ids) * head.weight.shape[0]))
+    for start in range(0, hidden.shape[1], step):
+        part = slice(start, start + step)
+        yield _losses(head(hidden[:, part]), ids[:, 1:][:, part])
+
+
+def _output_layer(model: Any) -> Any:
+    """The layer from hidden states to logits, or None where that is not all there is to it."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    if model.base_model is model or any(getattr(config, name, None) for name in _ADJUSTED):
+        return None
+    return model.get_output_embeddings()
+
+
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none").cpu()
