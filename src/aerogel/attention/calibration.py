@@ -90,10 +90,10 @@ def calibrate(
     if slug not in CALIBRATIONS:
         if slug in SELECTORS and "calibration" in SELECTORS[slug].needs:
             raise ValueError(f"selector={slug!r}: its calibration is not registered")
-        _check_options(slug, SELECTORS[slug].factory if slug in SELECTORS else None, options)
+        check_options(slug, options)
         return make_selector(slug, **options)
     function = CALIBRATIONS[slug]
-    _check_options(slug, function, options)
+    check_options(slug, options, function)
     was_training = model.training
     model.eval()
     try:
@@ -102,14 +102,23 @@ def calibrate(
         model.train(was_training)
 
 
-def _check_options(slug: str, function: Any, options: dict[str, Any]) -> None:
-    if function is None:
-        return
-    known = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
-    names = [name for name in known if name not in ("self", "model", "windows", "on_progress")]
+def check_options(slug: str, options: dict[str, Any], calibration: Any = None) -> None:
+    """Raises ValueError if a selector, or its calibration, has no option of a given name.
+
+    A calibration that takes any keywords hands them to its selector.
+    """
+    names: list[str] = []
+    passes_on = calibration is None
+    if calibration is not None:
+        known = inspect.signature(calibration).parameters
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        names += [
+            n for n, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    if passes_on and slug in SELECTORS:
+        names += inspect.signature(SELECTORS[slug].factory).parameters
+    names = [n for n in dict.fromkeys(names) if n not in ("model", "windows", "on_progress")]
     if unknown := sorted(options.keys() - set(names)):
         raise ValueError(
-            f"options of {slug!r}: {', '.join(unknown)}; expected some of {', '.join(names)}"
+            f"{slug}: has no option {', '.join(unknown)}; expected some of {', '.join(names)}"
         )

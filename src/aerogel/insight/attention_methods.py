@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from aerogel.attention import SELECTORS, attach, detach, load_selector, make_selector
+from aerogel.attention.calibration import check_options
 
 DENSE = "dense"
 
@@ -52,7 +53,12 @@ class Method:
         if name != DENSE and name not in SELECTORS and not Path(name).is_file():
             known = ", ".join([DENSE, *sorted(SELECTORS)])
             raise ValueError(f"method {name!r}: expected {known}, or a selector file")
-        return cls(name, parse_options(pairs))
+        options = parse_options(pairs)
+        if name in SELECTORS:
+            check_options(name, options)
+        elif options:
+            raise ValueError(f"method {text!r}: only named selectors take options")
+        return cls(name, options)
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

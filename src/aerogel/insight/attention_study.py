@@ -25,7 +25,7 @@ from aerogel.atomic import write_atomic
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.data import recall
 from aerogel.insight import retrieval
-from aerogel.insight.attention_cost import counted, generate_timed
+from aerogel.insight.attention_cost import Generation, counted, generate_timed
 from aerogel.insight.attention_methods import Method, attending, empty_cache
 from aerogel.insight.language import passage_nats
 from aerogel.insight.language_source import LanguageModel
@@ -260,7 +260,7 @@ def _costs(study: Study, subject: LanguageModel, text: Tensor, length: int) -> d
     """Every method's times in turns, after one prompt that is not timed but counted."""
     prompt = text[:length]
     facts: dict[str, Facts] = {}
-    taken: dict[str, list[Any]] = {}
+    taken: dict[str, list[Generation]] = {}
     for method in study.methods:
         facts[method.label] = _tried(partial(_densities, subject, method, prompt))
     for number in range(study.rounds):
@@ -269,10 +269,7 @@ def _costs(study: Study, subject: LanguageModel, text: Tensor, length: int) -> d
             slow = bool(times) and times[0].prefill_seconds > SLOW_SECONDS
             if "missing" in known or (number and slow):
                 continue
-            with attending(subject.model, method):
-                times.append(
-                    generate_timed(subject.model, prompt, cache=empty_cache(subject.model))
-                )
+            known |= _tried(partial(_timed, subject, method, prompt, times))
     for label, times in taken.items():
         if times:
             facts[label] |= {
@@ -282,6 +279,15 @@ def _costs(study: Study, subject: LanguageModel, text: Tensor, length: int) -> d
                 "cache_bytes": times[0].cache_bytes,
             }
     return facts
+
+
+def _timed(
+    subject: LanguageModel, method: Method, prompt: Tensor, times: list[Generation]
+) -> Facts:
+    with attending(subject.model, method):
+        cache = empty_cache(subject.model)
+        times.append(generate_timed(subject.model, prompt, cache=cache))
+    return {}
 
 
 def _densities(subject: LanguageModel, method: Method, prompt: Tensor) -> Facts:
