@@ -100,8 +100,8 @@ def evaluate(
             seed,
         )
         console = terminal.Terminal()
-        wanted = _TEXTS * max(study.lengths) + 1
-        subject, ids = _opened(console, model, data, wanted, threads, enough=wanted // _TEXTS)
+        longest = max(study.lengths)
+        subject, ids = _opened(console, model, data, _TEXTS * longest, threads, enough=longest + 1)
         with console.task("attention", "parts") as task:
             rows = attention_study.run(study, subject, ids, out, on_job=task.update)
         title = f"Attention of {model} on {data}"
