@@ -150,6 +150,19 @@ def test_ring_caches_generate_as_the_full_cache_does():
         detach(model)
 
 
+@pytest.mark.parametrize("slug", ["test-spans", "test-blocks"])
+def test_beams_reorder_our_caches(slug):
+    model = tiny("Llama")
+    ids, mask = prompts()
+    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6, "num_beams": 3}
+    attach(model, slug)
+    want = model.generate(ids, attention_mask=mask, **options)
+    cache = AerogelCache(model)
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(got, want)
+    detach(model)
+
+
 def test_four_dimensional_masks_warn_once_or_are_refused():
     model = tiny("Llama")
     ids, mask = prompts()

@@ -36,7 +36,7 @@ shapes = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes, st.integers(0, 10**6), st.sampled_from([None, 1, 20, 100]), st.booleans())
 def test_lowered_tiles_hold_exactly_the_pairs_of_the_mask(shape, seed, window, padded):
     padding = None
@@ -60,7 +60,7 @@ def test_lowered_tiles_hold_exactly_the_pairs_of_the_mask(shape, seed, window, p
         assert torch.equal(*torch.broadcast_tensors(union, expected)), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(shapes, st.integers(0, 10**6))
 def test_density_counts_the_pairs_of_the_mask(shape, seed):
     plans = make.masked_plans(shape, seed)

@@ -97,18 +97,21 @@ class VerticalSlashSelector(PromptSelector):
     def estimate(self, ctx: AttentionContext, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (B, H, v) and diagonals (B, H, s) of some heads, ascending."""
         length = ctx.shape.k_len
-        weights, positions = last_attention(ctx, heads, self.last_q)
         v = min(length, max(self.vertical, self.force_first))
         s = min(length, max(self.slash, min(_FEWEST_DIAGONALS, self.force_local), 1))
-        columns = weights.sum(2)
         first = ctx.first_keys()
-        begin = torch.zeros(1, 1) if first is None else first[:, None]
-        j = torch.arange(length, device=columns.device)
+        begin = 0 if first is None else first[:, None]
+        j = torch.arange(length, device=ctx.q.device)
         forced = (j >= begin) & (j < begin + self.force_first)
-        columns = columns.masked_fill(forced[:, None], torch.inf)
-        slashes = diagonal_sums(weights, positions)
-        slashes[..., : max(1, min(self.force_local, s))] = torch.inf
-        return stable_topk(columns, v), stable_topk(slashes, s)
+        columns, slashes = [], []
+        for head in heads.split(1):  # one strip of rows at a time
+            weights, positions = last_attention(ctx, head, self.last_q)
+            strength = weights.sum(2).masked_fill(forced.view(-1, 1, length), torch.inf)
+            columns.append(stable_topk(strength, v))
+            diagonals = diagonal_sums(weights, positions)
+            diagonals[..., : max(1, min(self.force_local, s))] = torch.inf
+            slashes.append(stable_topk(diagonals, s))
+        return torch.cat(columns, 1), torch.cat(slashes, 1)
 
 
 class AShapeSelector(PromptSelector):
@@ -257,14 +260,14 @@ def last_attention(ctx: AttentionContext, heads: Tensor, last_q: int) -> tuple[T
     if ctx.key_padding is not None:
         real = ctx.key_padding[:, shape.q_offset : shape.q_offset + shape.q_len]
     row = torch.arange(shape.q_len, device=device)
-    rows = torch.where(real, row, -1).topk(n, -1).values  # (B, n), -1 where there are no more
-    taken = rows.clamp(min=0)[:, None, :, None].expand(-1, heads.numel(), -1, ctx.q.shape[-1])
-    q = ctx.q[:, heads].gather(2, taken).float()
-    shared = heads * shape.kv_heads // shape.q_heads
-    logits = torch.stack(
-        [q[:, i] @ ctx.k[:, int(head)].float().transpose(-1, -2) for i, head in enumerate(shared)],
-        1,
-    )
+    rows = torch.where(real, row, -1).topk(n, -1).values.flip(-1)  # -1 where there are no more
+    taken = rows.clamp(min=0)[..., None].expand(-1, -1, ctx.q.shape[-1])
+    group = shape.q_heads // shape.kv_heads
+    strips = [
+        ctx.q[:, head].gather(1, taken).float() @ ctx.k[:, head // group].float().transpose(-1, -2)
+        for head in heads.tolist()
+    ]
+    logits = torch.stack(strips, 1)
     positions = rows + shape.q_offset
     j = torch.arange(shape.k_len, device=device)
     allowed = (j <= positions[..., None]) & (rows >= 0)[..., None]
@@ -273,7 +276,9 @@ def last_attention(ctx: AttentionContext, heads: Tensor, last_q: int) -> tuple[T
     if ctx.window is not None:
         allowed &= positions[..., None] - j < ctx.window
     logits = (logits * ctx.scale).masked_fill(~allowed[:, None], -torch.inf)
-    return torch.softmax(logits, -1).nan_to_num(), positions.clamp(min=shape.q_offset)
+    # Rows that are missing have no weight: as neighbours of the others they do no harm.
+    around = positions[:, -1:] - torch.arange(n - 1, -1, -1, device=device)
+    return torch.softmax(logits, -1).nan_to_num(), torch.where(rows < 0, around, positions)
 
 
 def _block_means(x: Tensor, block: int, real: Tensor | None) -> Tensor:

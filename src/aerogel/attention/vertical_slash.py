@@ -10,7 +10,7 @@ from torch import Tensor
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.plan import head_pointers
 
-_COLUMN_CHUNK = 1 << 24  # (tile, column) pairs tested at a time
+_COLUMN_CHUNK = 1 << 22  # (tile, column) pairs tested at a time
 
 
 def diagonal_sums(weights: Tensor, positions: Tensor) -> Tensor:
@@ -26,11 +26,31 @@ def diagonal_sums(weights: Tensor, positions: Tensor) -> Tensor:
     """
     batch, heads, rows, length = weights.shape
     positions = positions.expand(batch, rows)
+    if rows and bool((positions.diff(dim=-1) == 1).all()):
+        return _skewed_sums(weights, positions[:, -1])
     offset = positions[:, :, None] - torch.arange(length, device=weights.device)
     place = torch.where((offset < 0) | (offset >= length), length, offset)
     sums = weights.new_zeros(batch, heads, length + 1)
     flat = place[:, None].expand_as(weights).flatten(2)
     return sums.scatter_add(2, flat, weights.flatten(2))[..., :length]
+
+
+def _skewed_sums(weights: Tensor, last: Tensor) -> Tensor:
+    """`diagonal_sums` of neighbouring rows: each is laid one place left of the one before.
+
+    In that layout diagonals are columns: column c holds offset ``last - c``.
+    """
+    batch, heads, rows, length = weights.shape
+    width = length + rows
+    skewed = weights.new_zeros(batch, heads, rows * width)
+    outer = skewed.stride()[:2]
+    view = skewed.as_strided((batch, heads, rows, length), (*outer, width - 1, 1), rows - 1)
+    view.copy_(weights)
+    columns = skewed.view(batch, heads, rows, width).sum(2)
+    column = last[:, None] - torch.arange(length, device=weights.device)
+    inside = (column >= 0) & (column < width)
+    found = columns.gather(2, column.clamp(0, width - 1)[:, None].expand(-1, heads, -1))
+    return found * inside[:, None]
 
 
 def vertical_slash_plan(
@@ -121,7 +141,7 @@ def _with_columns(plan: BlockPlan, columns: Tensor, k_len: int) -> BlockPlan:
     for begin in range(0, batch * heads, step):
         plane = torch.arange(begin, min(begin + step, batch * heads), device=row.device)
         tile = plane[:, None] * tiles + torch.arange(tiles, device=row.device)
-        key = columns.view(-1, 1, most)[plane]
+        key = columns.reshape(batch * heads, 1, most)[plane]
         before = torch.searchsorted(starts, tile[..., None] * span + key, right=True) - 1
         at = before.clamp(min=0)
         held = (before >= 0) & (row[at] == tile[..., None]) & (end[at] > key)
