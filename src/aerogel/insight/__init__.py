@@ -1,11 +1,8 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
 from aerogel.insight.calibration import expected_calibration_error, ood_auroc
-<<<<<<< HEAD
 from aerogel.insight.image_quality import psnr, ssim
-=======
 from aerogel.insight.language import PassageNats, passage_nats, token_nats
->>>>>>> h/lm
 from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
 from aerogel.insight.robustness import fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
@@ -19,15 +16,10 @@ __all__ = [
     "fgsm_accuracy",
     "ndcg_at_k",
     "ood_auroc",
-<<<<<<< HEAD
+    "passage_nats",
     "psnr",
     "rank_correlation",
     "recall_at_k",
     "ssim",
-=======
-    "passage_nats",
-    "rank_correlation",
-    "recall_at_k",
     "token_nats",
->>>>>>> h/lm
 ]

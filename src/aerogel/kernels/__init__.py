@@ -73,12 +73,9 @@ __all__ = [
     "gemv_op",
     "gemv_reference",
     "isa",
-<<<<<<< HEAD
     "largest_level",
-=======
     "lower_ranges",
     "lower_spans",
->>>>>>> h/attnk
     "native_available",
     "native_gemv_weight",
     "native_nm_weight",
