@@ -172,6 +172,10 @@ void correlate_channel(const FftCorrelateArgs& a, int64_t c, int64_t segments, f
       std::swap(dy, next);
     }
   }
+  for (int64_t q = 0; a.mask && q < t.blocks; ++q) {
+    const float* const mask = a.mask + q * 2 * t.block;
+    for (int64_t i = 0; i < 2 * t.block; ++i) sum[q * stride + i] *= mask[i];
+  }
   kernels.invert(t, sum, stride);
   kernels.synthesise(t, sum, stride,
                      {nullptr, nullptr, a.dk + c * a.filter_length, a.filter_length, true});
@@ -225,8 +229,7 @@ std::vector<int64_t> FftConvPlan::bins() const {
               for (double each : phases) {
                 const double turns = (each / 4 + first) / 4 + second;
                 const auto bin = std::llround(turns * static_cast<double>(shape_.n) - own);
-                // Torch evaluates at e^(-2 pi i bin / n).
-                out.push_back(((-bin % shape_.n) + shape_.n) % shape_.n);
+                out.push_back(((bin % shape_.n) + shape_.n) % shape_.n);
               }
             }
           }

@@ -75,7 +75,8 @@ class FftConvPlan {
 
   const FftConvTables& tables() const { return tables_; }
   const FftConvShape& shape() const { return shape_; }
-  // The frequency of each complex value of a spectrum, in units of 1 / n, without f.
+  // The frequency of each complex value of a spectrum, in units of 1 / n, without f: at m stands the
+  // value at e^(2 pi i (m + f) / n), the conjugate of what is usual for a real sequence.
   std::vector<int64_t> bins() const;
 
  private:
@@ -114,6 +115,7 @@ struct FftConvArgs {
 struct FftCorrelateArgs {
   const FftConvPlan* plan = nullptr;
   FftRows x, x_gate, dy, dy_gate;
+  const float* mask = nullptr;  // [spectrum_floats], multiplies the result's spectrum; or null
   float* dk = nullptr;  // [channels][filter_length]
   int64_t batch = 0, channels = 0, length = 0, filter_length = 0;
 };

@@ -11,6 +11,9 @@ from aerogel.kernels._library import (
     reference_mode,
     set_isa,
 )
+from aerogel.kernels.fft_conv import PreparedFilter, fft_conv, fft_conv_reference
+from aerogel.kernels.fft_conv_ops import fft_conv_trainable
+from aerogel.kernels.fft_conv_plan import FrequencyMask
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
@@ -44,10 +47,12 @@ __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
     "ConvGeometry",
+    "FrequencyMask",
     "HeadRows",
     "OpInfo",
     "Plan",
     "PlanBuilder",
+    "PreparedFilter",
     "Roofline",
     "SpmmVariant",
     "TrainedPattern",
@@ -55,6 +60,9 @@ __all__ = [
     "Way",
     "available_isas",
     "default_variant",
+    "fft_conv",
+    "fft_conv_reference",
+    "fft_conv_trainable",
     "gemv",
     "gemv_op",
     "gemv_reference",
