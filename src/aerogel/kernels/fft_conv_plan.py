@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
 from typing import Any, NamedTuple
@@ -166,3 +167,6 @@ def native_plan(route: Route) -> tuple[Any, Tensor | None]:
     weights = route.mask.weights(route.n) if route.mirrored else route.mask.kept(route.n)
     spread = weights.float()[bins].view(route.blocks, -1, 1, GROUP)
     return plan, spread.expand(-1, -1, 2, -1).contiguous()
+
+
+atexit.register(native_plan.cache_clear)  # before the native module goes
