@@ -22,20 +22,27 @@ FftConvPlan* make_plan(int64_t n, int64_t outer, int64_t blocks, int64_t inputs,
   return new FftConvPlan({n, outer, blocks, inputs, right_angle, circular, mirrored});
 }
 
-void spectra(const FftConvPlan& plan, const nb::tuple& filters, int64_t channels, int64_t length,
-             uintptr_t out, int threads) {
-  const FftRows from = rows(filters);
+// Rows as above, taps, address of the mask.
+FftFilters filters(const nb::tuple& t) {
+  return {rows(nb::cast<nb::tuple>(t[0])), nb::cast<int64_t>(t[1]),
+          floats(nb::cast<uintptr_t>(t[2]))};
+}
+
+void spectra(const FftConvPlan& plan, const nb::tuple& from, int64_t channels, uintptr_t out,
+             int threads) {
+  const FftFilters all = filters(from);
   nb::gil_scoped_release release;
-  fft_spectra(plan, from, channels, length, reinterpret_cast<float*>(out), threads);
+  fft_spectra(plan, all, channels, reinterpret_cast<float*>(out), threads);
 }
 
 void convolve(const FftConvPlan& plan, const nb::tuple& x, const nb::tuple& gate,
-              const nb::tuple& out_gate, uintptr_t spectra, uintptr_t y, int64_t batch,
-              int64_t channels, int64_t length, bool adjoint, int threads) {
+              const nb::tuple& out_gate, const nb::tuple& from, uintptr_t spectra, uintptr_t y,
+              int64_t batch, int64_t channels, int64_t length, bool adjoint, int threads) {
   const FftConvArgs args{&plan,
                          rows(x),
                          rows(gate),
                          rows(out_gate),
+                         filters(from),
                          floats(spectra),
                          reinterpret_cast<float*>(y),
                          batch,

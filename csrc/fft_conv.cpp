@@ -19,6 +19,7 @@ constexpr double kQuarters[4] = {0.0, 0.5, 0.25, 0.75};
 constexpr int64_t kTaskPoints = 1 << 14;  // values that are worth handing out
 // Blocks lie this much further apart than they are long, so that they do not meet in a cache's sets.
 constexpr int64_t kPadding = 2 * kFftGroup;
+constexpr int64_t kLineFloats = 16;
 
 void push_turn(std::vector<float>& out, double turns) {
   out.push_back(static_cast<float>(std::cos(kTau * turns)));
@@ -116,6 +117,13 @@ void check_rows(const char* name, const FftRows& rows, int64_t channels, int64_t
   }
 }
 
+void check_taps(const FftConvTables& t, int64_t taps) {
+  if (taps > t.inputs * t.block) {
+    throw std::invalid_argument("taps=" + text(taps) + ": expected at most " +
+                                text(t.inputs * t.block));
+  }
+}
+
 // A segment of a row and all after it; past the end it is empty.
 FftSignal segment(const FftRows& rows, const FftRows& gates, int64_t b, int64_t c, int64_t begin,
                   int64_t length) {
@@ -136,7 +144,21 @@ int64_t segments_of(const FftConvPlan& plan, int64_t length) {
 
 int64_t stride_of(const FftConvTables& t) { return 2 * t.block + kPadding; }
 
-void convolve_row(const FftConvArgs& a, int64_t b, int64_t c, int64_t segments, float* scratch) {
+void apply_mask(const FftConvTables& t, const float* mask, float* spectrum, int64_t stride) {
+  for (int64_t q = 0; mask && q < t.blocks; ++q) {
+    for (int64_t i = 0; i < 2 * t.block; ++i) spectrum[q * stride + i] *= mask[q * 2 * t.block + i];
+  }
+}
+
+void transform_filter(const FftConvTables& t, const FftFilters& filters, int64_t c,
+                      float* spectrum) {
+  const FftSignal signal{filters.rows.row(0, c), nullptr, filters.taps};
+  active_table().fft_conv->analyse(t, signal, spectrum, 2 * t.block);
+  apply_mask(t, filters.mask, spectrum, 2 * t.block);
+}
+
+void convolve_row(const FftConvArgs& a, int64_t b, int64_t c, int64_t segments,
+                  const float* spectrum, float* scratch) {
   const FftConvTables& t = a.plan->tables();
   const FftConvKernels& kernels = *active_table().fft_conv;
   const int64_t stride = stride_of(t), span = t.inputs * t.block;
@@ -148,7 +170,7 @@ void convolve_row(const FftConvArgs& a, int64_t b, int64_t c, int64_t segments, 
   for (int64_t i = 0; i < segments; ++i) {
     const int64_t begin = (a.adjoint ? segments - 1 - i : i) * span;
     kernels.convolve(t, segment(a.x, a.gate, b, c, begin, a.length),
-                     a.spectra + c * t.spectrum_floats(), a.adjoint, work, stride);
+                     spectrum, a.adjoint, work, stride);
     kernels.synthesise(
         t, work, stride,
         {carry, gate ? gate + begin : nullptr, y + begin, a.length - begin, a.adjoint});
@@ -172,10 +194,7 @@ void correlate_channel(const FftCorrelateArgs& a, int64_t c, int64_t segments, f
       std::swap(dy, next);
     }
   }
-  for (int64_t q = 0; a.mask && q < t.blocks; ++q) {
-    const float* const mask = a.mask + q * 2 * t.block;
-    for (int64_t i = 0; i < 2 * t.block; ++i) sum[q * stride + i] *= mask[i];
-  }
+  apply_mask(t, a.mask, sum, stride);
   kernels.invert(t, sum, stride);
   kernels.synthesise(t, sum, stride,
                      {nullptr, nullptr, a.dk + c * a.filter_length, a.filter_length, true});
@@ -238,18 +257,13 @@ std::vector<int64_t> FftConvPlan::bins() const {
   return out;
 }
 
-void fft_spectra(const FftConvPlan& plan, const FftRows& filters, int64_t channels, int64_t length,
+void fft_spectra(const FftConvPlan& plan, const FftFilters& filters, int64_t channels,
                  float* spectra, int threads) {
   const FftConvTables& t = plan.tables();
-  check_rows("filters", filters, channels, length);
-  if (length > t.inputs * t.block) {
-    throw std::invalid_argument("filter length=" + text(length) + ": expected at most " +
-                                text(t.inputs * t.block));
-  }
-  const FftConvKernels& kernels = *active_table().fft_conv;
+  check_rows("filters", filters.rows, channels, filters.taps);
+  check_taps(t, filters.taps);
   parallel_tasks(channels, threads, [&](int64_t c) {
-    kernels.analyse(t, {filters.row(0, c), nullptr, length}, spectra + c * t.spectrum_floats(),
-                    2 * t.block);
+    transform_filter(t, filters, c, spectra + c * t.spectrum_floats());
   });
 }
 
@@ -259,6 +273,26 @@ void fft_convolve(const FftConvArgs& a, int threads) {
   const int64_t segments = segments_of(*a.plan, a.length), rows = a.batch * a.channels;
   if (segments == 0 || rows == 0) return;
   const int64_t floats = t.blocks * stride_of(t) + (segments > 1 ? t.inputs * t.block : 0);
+  if (!a.spectra && threads > 1 && a.channels < threads) {  // too few to share out by channel
+    std::vector<float> spectra(a.channels * t.spectrum_floats());
+    fft_spectra(*a.plan, a.filters, a.channels, spectra.data(), threads);
+    FftConvArgs prepared = a;
+    prepared.spectra = spectra.data();
+    return fft_convolve(prepared, threads);
+  }
+  if (!a.spectra) {
+    check_rows("filters", a.filters.rows, a.channels, a.filters.taps);
+    check_taps(t, a.filters.taps);
+    parallel_tasks(a.channels, threads, [&](int64_t c) {
+      thread_local Scratch scratch;
+      float* const work = scratch.at_least(floats + t.spectrum_floats() + kLineFloats);
+      // The spectrum is read while it is still in a cache.
+      float* const spectrum = work + (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+      transform_filter(t, a.filters, c, spectrum);
+      for (int64_t b = 0; b < a.batch; ++b) convolve_row(a, b, c, segments, spectrum, work);
+    });
+    return;
+  }
   const int64_t each = std::max<int64_t>(1, kTaskPoints / a.length);  // rows of a task
   parallel_tasks((rows + each - 1) / each, threads, [&](int64_t task) {
     thread_local Scratch scratch;
@@ -266,7 +300,8 @@ void fft_convolve(const FftConvArgs& a, int threads) {
     const int64_t end = std::min(rows, (task + 1) * each);
     // A channel's images follow each other: they share its spectrum.
     for (int64_t i = task * each; i < end; ++i) {
-      convolve_row(a, i % a.batch, i / a.batch, segments, work);
+      const int64_t c = i / a.batch;
+      convolve_row(a, i % a.batch, c, segments, a.spectra + c * t.spectrum_floats(), work);
     }
   });
 }
@@ -276,10 +311,7 @@ void fft_correlate(const FftCorrelateArgs& a, int threads) {
   check_rows("dy", a.dy, a.batch * a.channels, a.length);
   const FftConvTables& t = a.plan->tables();
   const int64_t segments = segments_of(*a.plan, a.length);
-  if (a.filter_length > t.inputs * t.block) {
-    throw std::invalid_argument("filter length=" + text(a.filter_length) + ": expected at most " +
-                                text(t.inputs * t.block));
-  }
+  check_taps(t, a.filter_length);
   const int64_t floats = 4 * t.blocks * stride_of(t);
   parallel_tasks(a.channels, threads, [&](int64_t c) {
     thread_local Scratch scratch;

@@ -103,10 +103,18 @@ struct FftSignal {
   int64_t length;
 };
 
+// Filters as they are, to be transformed on the way.
+struct FftFilters {
+  FftRows rows;  // of no image
+  int64_t taps = 0;
+  const float* mask = nullptr;  // [spectrum_floats], multiplies spectra; or null
+};
+
 struct FftConvArgs {
   const FftConvPlan* plan = nullptr;
   FftRows x, gate, out_gate;
-  const float* spectra = nullptr;  // [channels][spectrum_floats]
+  FftFilters filters;
+  const float* spectra = nullptr;  // [channels][spectrum_floats], instead of filters; or null
   float* y = nullptr;              // [batch][channels][length]
   int64_t batch = 0, channels = 0, length = 0;
   bool adjoint = false;  // correlation instead: the gradient of the input
@@ -120,8 +128,8 @@ struct FftCorrelateArgs {
   int64_t batch = 0, channels = 0, length = 0, filter_length = 0;
 };
 
-// Filters, [channels][length], to spectra, [channels][spectrum_floats].
-void fft_spectra(const FftConvPlan& plan, const FftRows& filters, int64_t channels, int64_t length,
+// Filters to spectra, [channels][spectrum_floats].
+void fft_spectra(const FftConvPlan& plan, const FftFilters& filters, int64_t channels,
                  float* spectra, int threads);
 // y = out_gate * conv(gate * x). Results do not depend on `threads`.
 void fft_convolve(const FftConvArgs& args, int threads);

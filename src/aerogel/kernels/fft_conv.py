@@ -131,40 +131,54 @@ def _rows(t: Tensor | None) -> Rows:
     return NO_ROWS if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
 
 
-def native_spectra(k: Tensor, route: Route, taps: int, threads: int) -> Tensor:
-    """The filters' first `taps` values as the native kernels multiply by them, masked."""
-    plan, weights = native_plan(route)
-    filters = _floats(k)
-    spectra = filters.new_empty(k.shape[0], plan.spectrum_floats)
-    rows = (filters.data_ptr(), 0, filters.stride(0))
-    native().fft_spectra(plan, rows, k.shape[0], taps, spectra.data_ptr(), threads)
-    if weights is not None:
-        spectra *= weights.view(-1)
-    return spectra
+class Filters:
+    """Filters as the native kernels take them, transformed on the way, or (`prepare`) once.
 
+    Args:
+        k: (channels, taps or more).
+        route: of the convolution.
+        taps: how many values of each are used.
+    """
 
-def native_convolve(
-    x: Tensor,
-    spectra: Tensor,
-    route: Route,
-    gate: Tensor | None,
-    out_gate: Tensor | None,
-    adjoint: bool,
-    threads: int,
-) -> Tensor:
-    """out_gate * conv(gate * x), or the correlation with the same filters; of x's dtype."""
-    rows = [None if t is None else _floats(t) for t in (x, gate, out_gate)]
-    y = torch.empty(x.shape)
-    native().fft_convolve(
-        native_plan(route)[0],
-        *map(_rows, rows),
-        spectra.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-        adjoint,
-        threads,
-    )
-    return y.to(x.dtype)
+    def __init__(self, k: Tensor, route: Route, taps: int) -> None:
+        self.route = route
+        self.plan, self.mask = native_plan(route)
+        self.k = _floats(k)
+        address = 0 if self.mask is None else self.mask.data_ptr()
+        self.arguments = ((self.k.data_ptr(), 0, self.k.stride(0)), taps, address)
+        self.spectra: Tensor | None = None
+
+    def prepare(self, threads: int) -> None:
+        """Transforms the filters for all calls to come."""
+        spectra = self.k.new_empty(self.k.shape[0], self.plan.spectrum_floats)
+        native().fft_spectra(
+            self.plan, self.arguments, self.k.shape[0], spectra.data_ptr(), threads
+        )
+        self.spectra = spectra
+
+    def convolve(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        out_gate: Tensor | None,
+        threads: int,
+        *,
+        adjoint: bool = False,
+    ) -> Tensor:
+        """out_gate * conv(gate * x), or the correlation with the filters; of x's dtype."""
+        rows = [None if t is None else _floats(t) for t in (x, gate, out_gate)]
+        y = torch.empty(x.shape)
+        native().fft_convolve(
+            self.plan,
+            *map(_rows, rows),
+            self.arguments,
+            0 if self.spectra is None else self.spectra.data_ptr(),
+            y.data_ptr(),
+            *x.shape,
+            adjoint,
+            threads,
+        )
+        return y.to(x.dtype)
 
 
 def native_correlate(
@@ -233,8 +247,8 @@ def fft_conv(
         return fft_conv_reference(
             u, k, pre_gate, post_gate, n=spec.n, causal=causal, mask=mask
         ).detach()
-    spectra = native_spectra(k, route, used_taps(u, k, spec), threads)
-    return native_convolve(u, spectra, route, pre_gate, post_gate, False, threads)
+    filters = Filters(k, route, used_taps(u, k, spec))
+    return filters.convolve(u, pre_gate, post_gate, threads)
 
 
 def used_taps(u: Tensor, k: Tensor, spec: ConvSpec) -> int:
@@ -269,10 +283,11 @@ class PreparedFilter:
         like = k.new_empty(1, k.shape[0], length)
         self.k, self.length = k.detach(), length
         self.spec = check_conv(like, k, None, None, n, causal, mask)
-        self.route = native_route(like, k, self.spec)
-        if self.route is not None:
-            taps, threads = used_taps(like, k, self.spec), torch.get_num_threads()
-            self.spectra = native_spectra(k, self.route, taps, threads)
+        self.filters: Filters | None = None
+        route = native_route(like, k, self.spec)
+        if route is not None:
+            self.filters = Filters(k, route, used_taps(like, k, self.spec))
+            self.filters.prepare(torch.get_num_threads())
 
     def __call__(
         self, u: Tensor, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
@@ -282,8 +297,6 @@ class PreparedFilter:
         check_conv(u, self.k, pre_gate, post_gate, n, causal, mask)
         if u.shape[2] != self.length:
             raise ValueError(f"u: length {u.shape[2]}, expected {self.length}")
-        if self.route is None or native_route(u, self.k, self.spec) != self.route:
+        if self.filters is None or native_route(u, self.k, self.spec) != self.filters.route:
             return fft_conv(u, self.k, pre_gate, post_gate, n=n, causal=causal, mask=mask)
-        return native_convolve(
-            u, self.spectra, self.route, pre_gate, post_gate, False, torch.get_num_threads()
-        )
+        return self.filters.convolve(u, pre_gate, post_gate, torch.get_num_threads())

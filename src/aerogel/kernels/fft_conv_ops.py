@@ -10,13 +10,12 @@ from torch import Tensor
 from aerogel.kernels._calls import needs_grad
 from aerogel.kernels.fft_conv import (
     ConvSpec,
+    Filters,
     check_conv,
     fft_conv,
     fft_conv_reference,
-    native_convolve,
     native_correlate,
     native_route,
-    native_spectra,
     used_taps,
 )
 from aerogel.kernels.fft_conv_plan import FrequencyMask
@@ -132,20 +131,19 @@ def _native_gradients(
     assert route is not None
     taps, threads = used_taps(u, k, spec), torch.get_num_threads()
     of_u, of_k, of_pre, of_post = (dy.new_empty(0) for _ in range(4))
-    if wanted[0] or wanted[2] or wanted[3]:
-        spectra = native_spectra(k, route, taps, threads)
+    filters = Filters(k, route, taps)
     if wanted[0] and not wanted[2]:
-        of_u = native_convolve(dy, spectra, route, post_gate, pre_gate, True, threads)
+        of_u = filters.convolve(dy, post_gate, pre_gate, threads, adjoint=True)
     elif wanted[2]:
         assert pre_gate is not None
-        product = native_convolve(dy, spectra, route, post_gate, None, True, threads)
+        product = filters.convolve(dy, post_gate, None, threads, adjoint=True)
         of_pre = product * u
         of_u = product * pre_gate if wanted[0] else of_u
     if wanted[1]:
         of_k = native_correlate(u, pre_gate, dy, post_gate, route, taps, threads).to(k.dtype)
         of_k = torch.nn.functional.pad(of_k, (0, k.shape[1] - taps)) if taps < k.shape[1] else of_k
     if wanted[3]:  # the convolution is computed again rather than kept
-        of_post = native_convolve(u, spectra, route, pre_gate, dy, False, threads)
+        of_post = filters.convolve(u, pre_gate, dy, threads)
     return [of_u, of_k, of_pre, of_post]
 
 

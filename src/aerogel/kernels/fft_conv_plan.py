@@ -15,7 +15,7 @@ from aerogel.kernels._library import native
 TILE = 256  # complex values of the smallest native block
 GROUP = 16  # complex values whose real parts, then imaginary parts, lie together
 _INPUTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # segments that the outer step is compiled for
-_SEGMENT = 2048  # fastest length of a segment where the filter allows any (measured)
+_SEGMENT = 2048  # fastest length of a segment for filters above one tile (measured)
 
 
 class FrequencyMask(NamedTuple):
@@ -98,7 +98,8 @@ def find_route(
         return Route(n, outer, outer, outer, True, True, False, None)
     size = grid_size(length)
     if 2 * taps <= length:
-        size = min(size, grid_size(max(1 << (taps - 1).bit_length(), _SEGMENT)))
+        least = TILE if taps <= TILE else max(1 << (taps - 1).bit_length(), _SEGMENT)
+        size = min(size, least)
     outer = _outer(size)
     assert outer is not None
     return Route(size, outer, outer, outer, True, False, False, None)

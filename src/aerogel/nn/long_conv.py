@@ -4,15 +4,15 @@ Paper: Fu, Kumbong, Nguyen, Ré, "FlashFFTConv: Efficient Convolutions for Long 
 Cores", ICLR 2024, arXiv 2311.05908.
 
 Idea: a depthwise convolution with a filter as long as the sequence mixes tokens in N log N. The
-paper writes the Fourier transform as small matrix products, fuses gates and filter into it, and then
-skips blocks of it: filters shorter than the sequence (partial convolutions), and filters whose
+paper writes the Fourier transform as small matrix products, fuses gates and filter into it, and
+then skips blocks of it: filters shorter than the sequence (partial convolutions), and filters whose
 spectrum is zero in blocks (frequency-sparse ones) are to convolutions what sparse attention is to
 attention.
 
-When: models like Hyena, H3 or M2-BERT, from about a thousand steps on. On CPUs the matrix form loses
-to plain transforms, so the layer runs on a native right-angle convolution instead, several times
-faster than torch.fft, with gates and both kinds of skipping; the matrix form (`algorithm="monarch"`)
-stays for devices with matrix units and as a reference.
+When: models like Hyena, H3 or M2-BERT, from about a thousand steps on. On CPUs the matrix form
+loses to plain transforms, so the layer runs on a native right-angle convolution instead, several
+times faster than torch.fft, with gates and both kinds of skipping; the matrix form
+(`algorithm="monarch"`) stays for devices with matrix units and as a reference.
 
 Claim measured here: the claim of this system in `aerogel systems`.
 """
