@@ -137,9 +137,9 @@ AEROGEL_INLINE void tile_rows(float* z, const float* twiddles) {
 enum class Middle { kSpectrum, kProduct, kConjugate, kInvert };
 
 // Rows 0..15 of a transposed tile are the coefficients of 16 blocks in the lanes. Two splits, the
-// product, and back.
+// product, and back; a spectrum goes to `out`, everything else stays in t.
 template <Middle kMiddle>
-AEROGEL_INLINE void tile_lanes(float* t, const float* twiddles, const float* filter) {
+AEROGEL_INLINE void tile_lanes(float* t, const float* twiddles, const float* filter, float* out) {
   for (int64_t v = 0; v < kFftGroup; v += kLanes) {
     float* const column = t + v;
     if (kMiddle != Middle::kInvert) {
@@ -169,7 +169,8 @@ AEROGEL_INLINE void tile_lanes(float* t, const float* twiddles, const float* fil
         }
       }
       if (kMiddle != Middle::kSpectrum) join4(x[0], x[1], x[2], x[3], b);
-      for (int i = 0; i < 4; ++i) store_complex(p + i * kPair, x[i]);
+      float* const to = kMiddle == Middle::kSpectrum ? out + v + q * 4 * kPair : p;
+      for (int i = 0; i < 4; ++i) store_complex(to + i * kPair, x[i]);
     }
     if (kMiddle != Middle::kSpectrum) {
       const Powers b = load_powers(twiddles + v);
@@ -193,20 +194,14 @@ AEROGEL_NOINLINE void tile(float* z, const float* twiddles, const float* filter)
   alignas(64) float t[2 * kFftTile];
   const float* const lanes = twiddles + kFftTileRowFloats;
   if (kMiddle == Middle::kInvert) {
-    tile_lanes<kMiddle>(z, lanes, filter);
-    transpose_tile(z, t);
-    for (int64_t i = 0; i < 2 * kFftTile; i += kLanes) store(z + i, load(t + i));
+    for (int64_t i = 0; i < 2 * kFftTile; i += kLanes) store(t + i, load(z + i));
   } else {
     tile_rows<kForward>(z, twiddles);
     transpose_tile(z, t);
-    if (kMiddle == Middle::kSpectrum) {
-      tile_lanes<kMiddle>(t, lanes, filter);
-      for (int64_t i = 0; i < 2 * kFftTile; i += kLanes) store(z + i, load(t + i));
-      return;
-    }
-    tile_lanes<kMiddle>(t, lanes, filter);
-    transpose_tile(t, z);
   }
+  tile_lanes<kMiddle>(t, lanes, filter, z);
+  if (kMiddle == Middle::kSpectrum) return;
+  transpose_tile(t, z);
   tile_rows<kInverse>(z, twiddles);
 }
 
