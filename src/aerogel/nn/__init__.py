@@ -16,7 +16,7 @@ their sparsity, cost the same; `aerogel.pruning.sparse_ift` puts them into a net
 """
 
 from aerogel.nn.a_priori_compression import Folded, FoldedLayer, compress_a_priori, fold
-from aerogel.nn.long_conv import (
+from aerogel.nn.flashfftconv import (
     FlashFFTConv,
     FrequencySparseConv,
     PartialConv,

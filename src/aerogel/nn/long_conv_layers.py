@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel.nn.long_conv import FlashFFTConv, depthwise_conv1d, mask_of
+from aerogel.nn.flashfftconv import FlashFFTConv, depthwise_conv1d, mask_of
 
 _KERNEL_SCALE = 0.002  # of the initial filters (Fu et al., arXiv 2302.06646)
 _SHORT_TAPS = 3
