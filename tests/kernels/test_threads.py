@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from aerogel import kernels
-from aerogel.kernels import BlockRowWeight, PlanBuilder, gemv, sddmm, sparse_conv2d, spmm
+from aerogel.kernels import (
+    BlockRowWeight,
+    PlanBuilder,
+    fft_conv,
+    gemv,
+    sddmm,
+    sparse_conv2d,
+    spmm,
+)
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="native kernels not built")
 
@@ -51,6 +59,12 @@ def weight_gradient(layout: str, block: int) -> Call:
     shapes = ((2, 130, 70), (2, 161, 70))
     grad, x = (torch.randn(s if layout == "channels" else (s[0], s[2], s[1])) for s in shapes)
     return lambda threads: sddmm(grad, x, weight, layout=layout, threads=threads)
+
+
+def long_convolution(batch: int, channels: int, taps: int) -> Call:
+    """Shared out by channels, or, if there are fewer of them than threads, by sequences."""
+    u, k = torch.randn(batch, channels, 3000), torch.randn(channels, taps)
+    return lambda threads: fft_conv(u, k, threads=threads)
 
 
 def image_plan(batch: int) -> Call:
@@ -100,6 +114,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "gemv, bfloat16": lambda: few_vectors(2, torch.bfloat16),
     "sddmm, channels": lambda: weight_gradient("channels", 1),
     "sddmm, tokens": lambda: weight_gradient("tokens", 4),
+    "long convolution": lambda: long_convolution(2, 5, 3000),
+    "long convolution, one channel": lambda: long_convolution(9, 1, 3000),
+    "long convolution, in segments": lambda: long_convolution(2, 3, 200),
     "images one by one": lambda: image_plan(1),
     "images together": lambda: image_plan(3),
     "tokens": lambda: token_plan(1),
