@@ -118,6 +118,21 @@ def test_trained_models_are_made_sparse_and_dense_again() -> None:
         assert_close(model(x), cut(x))
 
 
+def test_compiled_layer_is_one_graph_and_learns_the_same() -> None:
+    layer, u = LongConv(4, 300), torch.randn(2, 4, 300)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (layer, compiled):
+        layer.zero_grad()
+        y = call(u)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(u), layer(u))
+
+
 def test_state_is_plain_and_loads() -> None:
     model = HyenaOperator(4, 64)
     other = HyenaOperator(4, 64)

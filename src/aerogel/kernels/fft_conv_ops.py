@@ -176,10 +176,11 @@ def fft_conv_trainable(
 
     Only inputs, gates and filters are kept for the backward pass.
     """
-    if not needs_grad((u, k, pre_gate, post_gate)):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not needs_grad((u, k, pre_gate, post_gate)):
         return fft_conv(u, k, pre_gate, post_gate, n=n, causal=causal, mask=mask)
     spec = check_conv(u, k, pre_gate, post_gate, n, causal, mask)
-    if native_route(u, k, spec) is None:  # differentiable any number of times
+    if not compiling and native_route(u, k, spec) is None:  # differentiable any number of times
         return fft_conv_reference(u, k, pre_gate, post_gate, n=n, causal=causal, mask=mask)
     parts = mask or FrequencyMask()
     settings = (spec.n, causal, list(parts.factors), list(parts.zeros), parts.lowpass)
