@@ -54,8 +54,9 @@ void convolve(const FftConvPlan& plan, const nb::tuple& x, const nb::tuple& gate
 }
 
 void correlate(const FftConvPlan& plan, const nb::tuple& x, const nb::tuple& x_gate,
-               const nb::tuple& dy, const nb::tuple& dy_gate, uintptr_t mask, uintptr_t dk, int64_t batch,
-               int64_t channels, int64_t length, int64_t filter_length, int threads) {
+               const nb::tuple& dy, const nb::tuple& dy_gate, uintptr_t mask, uintptr_t dk,
+               int64_t batch, int64_t channels, int64_t length, int64_t filter_length,
+               int threads) {
   const FftCorrelateArgs args{&plan,
                               rows(x),
                               rows(x_gate),

@@ -17,7 +17,7 @@ constexpr double kTau = 6.283185307179586476925286766559;
 // What the four parts of a split add to a quarter of the phase: b, -b, ib, -ib.
 constexpr double kQuarters[4] = {0.0, 0.5, 0.25, 0.75};
 constexpr int64_t kTaskPoints = 1 << 14;  // values that are worth handing out
-// Blocks lie this much further apart than they are long, so that they do not meet in a cache's sets.
+// Blocks lie this much further apart than they are long: they do not meet in a cache's sets.
 constexpr int64_t kPadding = 2 * kFftGroup;
 constexpr int64_t kLineFloats = 16;
 

@@ -1,16 +1,17 @@
-// Long convolutions of real float32 sequences through polynomial products modulo z^n - e^(2 pi i f).
+// Long convolutions of real float32 sequences: polynomial products modulo z^n - e^(2 pi i f).
 //
 // With f = 1/4 the modulus is z^n - i: the product of two real sequences of n values each is then
 // y[j] + i y[j + n], the whole linear convolution without any zero padding (the right-angle
-// convolution); its real part is the causal half. A sequence longer than n goes through in segments,
-// and the imaginary part of one segment is what the next has to add. With f = 0 it is the circular
-// convolution.
+// convolution); its real part is the causal half. A sequence longer than n goes through in
+// segments, and the imaginary part of one segment is what the next has to add. With f = 0 it is the
+// circular convolution.
 //
 // A modulus z^(2h) - a splits into z^h - b and z^h + b with b = sqrt(a), and so on down to single
-// points, where the product is one multiplication. Every split has one factor for all of its values,
-// so values lie in the lanes and factors are broadcast; only the last 16 values of a block meet
-// across lanes. Blocks are independent of each other from their split on, so a block that fits into a
-// cache goes down, is multiplied and comes back up there; nothing is ever put into bit-reversed order.
+// points, where the product is one multiplication. Every split has one factor for all of its
+// values, so values lie in the lanes and factors are broadcast; only the last 16 values of a block
+// meet across lanes. Blocks are independent of each other from their split on, so a block that fits
+// into a cache goes down, is multiplied and comes back up there; nothing is ever put into
+// bit-reversed order.
 //
 // The first split, the outer one, is a small matrix: from `inputs` segments of real values to
 // `blocks` complex blocks. It may have any number of parts, and leave blocks out: they are then
@@ -75,8 +76,8 @@ class FftConvPlan {
 
   const FftConvTables& tables() const { return tables_; }
   const FftConvShape& shape() const { return shape_; }
-  // The frequency of each complex value of a spectrum, in units of 1 / n, without f: at m stands the
-  // value at e^(2 pi i (m + f) / n), the conjugate of what is usual for a real sequence.
+  // The frequency of each complex value of a spectrum, in units of 1 / n, without f: at m stands
+  // the value at e^(2 pi i (m + f) / n), the conjugate of what is usual for a real sequence.
   std::vector<int64_t> bins() const;
 
  private:
@@ -136,7 +137,7 @@ void fft_convolve(const FftConvArgs& args, int threads);
 // The gradient of the filters: the sum over images of the correlation of gate * x and gate * dy.
 void fft_correlate(const FftCorrelateArgs& args, int threads);
 
-// Where real values go: y[0 .. length) = gate * (values + carry), or values - carry for correlations.
+// Where real values go: y[0 .. length) = gate * (values + carry); - carry for correlations.
 struct FftEnd {
   float* carry;       // n floats, replaced by the tail; or null
   const float* gate;  // or null

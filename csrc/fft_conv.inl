@@ -1,7 +1,8 @@
 // Polynomial products modulo z^n - e^(2 pi i f); see fft_conv.h for the idea.
 //
 // Reading order: complex numbers and splits -> the tile of 16 x 16 values, where the last splits go
-// across lanes -> blocks of any size, recursively -> the outer step between real segments and blocks.
+// across lanes -> blocks of any size, recursively -> the outer step, between real segments and
+// blocks.
 #include "fft_conv.h"
 #include "kernels.h"
 #include "simd.h"
@@ -23,9 +24,15 @@ AEROGEL_INLINE void store_complex(float* p, Complex v) {
   store(p, v.re);
   store(p + kFftGroup, v.im);
 }
-AEROGEL_INLINE Complex broadcast_complex(const float* p) { return {broadcast(p[0]), broadcast(p[1])}; }
-AEROGEL_INLINE Complex operator+(Complex a, Complex b) { return {add(a.re, b.re), add(a.im, b.im)}; }
-AEROGEL_INLINE Complex operator-(Complex a, Complex b) { return {sub(a.re, b.re), sub(a.im, b.im)}; }
+AEROGEL_INLINE Complex broadcast_complex(const float* p) {
+  return {broadcast(p[0]), broadcast(p[1])};
+}
+AEROGEL_INLINE Complex operator+(Complex a, Complex b) {
+  return {add(a.re, b.re), add(a.im, b.im)};
+}
+AEROGEL_INLINE Complex operator-(Complex a, Complex b) {
+  return {sub(a.re, b.re), sub(a.im, b.im)};
+}
 AEROGEL_INLINE Complex operator*(Complex a, Complex b) {
   return {fnma(a.im, b.im, mul(a.re, b.re)), fma(a.im, b.re, mul(a.re, b.im))};
 }
