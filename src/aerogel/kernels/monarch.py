@@ -94,9 +94,11 @@ class FFTConvPlan:
 
     def _down(self, x: Tensor, kept: tuple[int, ...], level: int, size: int) -> Tensor:
         if level == len(self.factors):
-            return x.squeeze(-1) if size == 1 else torch.fft.fft(x, n=size)
+            return torch.fft.fft(x, n=size)
         rest = size // self.factors[level]
         rows = -(-x.shape[-1] // rest)  # the others are zero
+        if rest == 1:
+            return x.to(self.matrices[0].dtype) @ self.matrices[level][: kept[level], :rows].t()
         x = torch.nn.functional.pad(x, (0, rows * rest - x.shape[-1]))
         x = x.unflatten(-1, (rows, rest)).to(self.matrices[0].dtype)
         x = self.matrices[level][: kept[level], :rows] @ x
@@ -108,9 +110,11 @@ class FFTConvPlan:
 
     def _up(self, y: Tensor, level: int, size: int, length: int) -> Tensor:
         if level == len(self.factors):
-            return y.unsqueeze(-1) if size == 1 else torch.fft.ifft(y)[..., :length]
+            return torch.fft.ifft(y)[..., :length]
         rest = size // self.factors[level]
         rows = -(-length // rest)
+        if rest == 1:
+            return y @ self.matrices[level][: y.shape[-1], :rows].conj()
         inner = self._up(y, level + 1, rest, rest)
         kept = inner.shape[-2]
         x = inner * self.twiddles[level][:kept].conj()
