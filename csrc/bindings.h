@@ -9,6 +9,7 @@ void bind_spmm(nanobind::module_& m);
 void bind_sddmm(nanobind::module_& m);
 void bind_gemv(nanobind::module_& m);
 void bind_sparse_conv(nanobind::module_& m);
+void bind_fft_conv(nanobind::module_& m);
 void bind_roofline(nanobind::module_& m);
 void bind_plan(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);

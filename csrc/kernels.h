@@ -11,6 +11,7 @@ struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct NmKernels;        // nm.h: the same for N:M weights
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
+struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 struct TokenKernels;     // tokens.h: what transformers need besides
@@ -30,6 +31,7 @@ struct KernelTable {
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;
+  const FftConvKernels* fft_conv;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

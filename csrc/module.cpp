@@ -16,6 +16,7 @@ NB_MODULE(_native, m) {
   aerogel::bind_sddmm(m);
   aerogel::bind_gemv(m);
   aerogel::bind_sparse_conv(m);
+  aerogel::bind_fft_conv(m);
   aerogel::bind_roofline(m);
   aerogel::bind_plan(m);
   aerogel::bind_attention(m);

@@ -43,7 +43,9 @@ AEROGEL_INLINE void store_n(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, lane_mask(n), v);
 }
 AEROGEL_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
+// fma: a b + c; fnma: c - a b.
 AEROGEL_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+AEROGEL_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 AEROGEL_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 AEROGEL_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 AEROGEL_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -94,6 +96,7 @@ AEROGEL_INLINE Vec load_n(const float* p, int64_t n) {
 AEROGEL_INLINE void store_n(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, lane_mask(n), v); }
 AEROGEL_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
 AEROGEL_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+AEROGEL_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 AEROGEL_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 AEROGEL_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 AEROGEL_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -145,6 +148,7 @@ AEROGEL_INLINE void store_n(float* p, Vec v, int64_t n) {
 }
 AEROGEL_INLINE Vec broadcast(float x) { return vdupq_n_f32(x); }
 AEROGEL_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+AEROGEL_INLINE Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
 AEROGEL_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 AEROGEL_INLINE Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 AEROGEL_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
@@ -206,6 +210,9 @@ AEROGEL_INLINE Vec broadcast(float x) {
 }
 AEROGEL_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return lanewise([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+AEROGEL_INLINE Vec fnma(Vec a, Vec b, Vec c) {
+  return lanewise([&](int i) { return c.lane[i] - a.lane[i] * b.lane[i]; });
 }
 AEROGEL_INLINE Vec add(Vec a, Vec b) {
   return lanewise([&](int i) { return a.lane[i] + b.lane[i]; });

@@ -13,11 +13,12 @@ extern const NmKernels kNmKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
+extern const FftConvKernels kFftConvKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
                             &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
-                            &kTokenKernels,      &kAttendKernels};
+                            &kTokenKernels,      &kAttendKernels,   &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -47,7 +47,7 @@ AEROGEL_INLINE void transpose_block(const float* from, int64_t from_stride, floa
 #endif
 
 // to[j][i] = from[i][j] for rows x cols floats.
-AEROGEL_NOINLINE void transpose(const float* from, int64_t from_stride, float* to,
+[[maybe_unused]] AEROGEL_NOINLINE void transpose(const float* from, int64_t from_stride, float* to,
                                 int64_t to_stride, int64_t rows, int64_t cols) {
   const int64_t whole_rows = rows / kBlock * kBlock, whole_cols = cols / kBlock * kBlock;
   for (int64_t i = 0; i < whole_rows; i += kBlock) {

@@ -20,6 +20,7 @@ from aerogel.kernels import (
     PlanBuilder,
     attention_backward,
     attention_forward,
+    fft_conv,
     gemv,
     sddmm,
     sparse_conv2d,
@@ -84,6 +85,12 @@ def attention_gradients(heads: tuple[int, int], plan_heads: str) -> Call:
     return call
 
 
+def long_convolution(batch: int, channels: int, taps: int) -> Call:
+    """Shared out by channels, or, if there are fewer of them than threads, by sequences."""
+    u, k = torch.randn(batch, channels, 3000), torch.randn(channels, taps)
+    return lambda threads: fft_conv(u, k, threads=threads)
+
+
 def image_plan(batch: int) -> Call:
     """What MobileNets and ResNets are made of; batch 3 on two threads has two images and a rest."""
     b = PlanBuilder(batch, 1)
@@ -135,6 +142,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "attention, decoding": lambda: attention(2, 5000, (4, 2)),
     "attention, gradients": lambda: attention_gradients((4, 2), "one"),
     "attention, gradients of one head": lambda: attention_gradients((2, 1), "q"),
+    "long convolution": lambda: long_convolution(2, 5, 3000),
+    "long convolution, one channel": lambda: long_convolution(9, 1, 3000),
+    "long convolution, in segments": lambda: long_convolution(2, 3, 200),
     "images one by one": lambda: image_plan(1),
     "images together": lambda: image_plan(3),
     "tokens": lambda: token_plan(1),

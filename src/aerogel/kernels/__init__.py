@@ -17,6 +17,9 @@ from aerogel.kernels.attention_reference import (
     attention_backward_reference,
     attention_forward_reference,
 )
+from aerogel.kernels.fft_conv import PreparedFilter, fft_conv, fft_conv_reference
+from aerogel.kernels.fft_conv_ops import fft_conv_trainable
+from aerogel.kernels.fft_conv_plan import FrequencyMask
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
@@ -51,12 +54,14 @@ __all__ = [
     "ACTIVATIONS",
     "BlockRowWeight",
     "ConvGeometry",
+    "FrequencyMask",
     "HeadRows",
     "NM24Weight",
     "NMForm",
     "OpInfo",
     "Plan",
     "PlanBuilder",
+    "PreparedFilter",
     "Roofline",
     "SpmmVariant",
     "TileStream",
@@ -69,6 +74,9 @@ __all__ = [
     "attention_forward_reference",
     "available_isas",
     "default_variant",
+    "fft_conv",
+    "fft_conv_reference",
+    "fft_conv_trainable",
     "gemv",
     "gemv_op",
     "gemv_reference",
