@@ -29,9 +29,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from aerogel import data, models
 from aerogel.attention import AttentionContext, AttentionShape, Plan, attach, attend
 from aerogel.attention import detach as detach_model
-from aerogel.attention.native import kernels_available
 from aerogel.attention.prompt_patterns import AShapeSelector, VerticalSlashSelector
 from aerogel.attention.vertical_slash import vertical_slash_plan
+from aerogel.kernels import native_available
 from aerogel.report.evidence import Claim, Result, mean
 
 SLUG = "minference"
@@ -55,7 +55,7 @@ def run(seed: int) -> Result:
     """Score the repeated passage under every choice of keys; time prompts."""
     started = time.perf_counter()
     metrics = _quality(seed)
-    if kernels_available():
+    if native_available():
         metrics.update(_times())
     notes = (
         f"Nats per token, means over {PROMPTS} prompts of {LENGTH} tokens a seed. Plain: tokens "

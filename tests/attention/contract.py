@@ -22,7 +22,7 @@ from aerogel.attention import (
     select,
 )
 from aerogel.attention.engine import attend_lse
-from aerogel.attention.native import kernels_available
+from aerogel.kernels import native_available
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
 
 def check_native_is_the_reference(case: Case, shape: AttentionShape, dim: int) -> None:
     """Forward, log-sum-exp and gradients; every padding; float32 and bfloat16."""
-    backend = "native" if kernels_available() else "auto"
+    backend = "native" if native_available() else "auto"
     for name, padding in paddings(shape).items():
         q, k, v = make.tensors(shape, dim)
         plan = choose(case.make(), q, k, v, padding)

@@ -31,9 +31,9 @@ from aerogel.attention import (
     spmm,
 )
 from aerogel.attention.lowering import lower_pass
-from aerogel.attention.native import kernels_available
 from aerogel.attention.ops import attention_op
 from aerogel.attention.softmax import dropout_factors
+from aerogel.kernels import native_available
 
 SHAPES = [
     AttentionShape(1, 4, 4, 64, 64, causal=True),
@@ -393,7 +393,7 @@ def test_batch_permutation_permutes_the_result_and_threads_change_nothing():
     assert torch.equal(attend(q[order], k[order], v[order], plan=plan, causal=True), out[order])
 
 
-@pytest.mark.skipif(not kernels_available(), reason="needs the tile kernels")
+@pytest.mark.skipif(not native_available(), reason="needs the tile kernels")
 def test_the_operator_is_well_formed():
     shape = AttentionShape(1, 2, 1, 20, 30, causal=True)
     q, k, v = make.tensors(shape)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tile_reference import stream_planes
 
 from aerogel.attention import (
     AttentionShape,
@@ -24,7 +25,6 @@ from aerogel.attention import (
     topk_mass,
 )
 from aerogel.attention.lowering import lower, lower_pass
-from aerogel.attention.tile_reference import stream_planes
 
 shapes = st.builds(
     lambda b, heads, lq, more, causal: AttentionShape(b, *heads, lq, lq + more, causal=causal),

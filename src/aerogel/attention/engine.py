@@ -20,7 +20,6 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.lowering import lower
 from aerogel.attention.mix_plan import HeadMixPlan
-from aerogel.attention.native import kernels_available
 from aerogel.attention.ops import tile_attention
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs, sddmm, spmm
@@ -28,7 +27,7 @@ from aerogel.attention.reference import pooled_probabilities, reference_attentio
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import accumulator, apply_sink, merge
 from aerogel.attention.token_plan import TokenPlan
-from aerogel.kernels import reference_mode
+from aerogel.kernels import native_available, reference_mode
 
 Backend = Literal["auto", "native", "reference", "sdpa", "gather", "flex"]
 BACKENDS = ("auto", "native", "reference", "sdpa", "gather", "flex")
@@ -176,7 +175,7 @@ def _choose(q: Tensor, call: Call, need_lse: bool) -> str:
         return "gather"  # a group may read a pair twice, which no mask can say
     if call.dropout_p or reference_mode():
         return "reference"
-    native = q.is_cpu and kernels_available() and q.dtype != torch.float64
+    native = q.is_cpu and native_available() and q.dtype != torch.float64
     if isinstance(plan, DensePlan) and not need_lse and call.softcap is None:
         plain = call.window is None and call.key_padding is None
         if plain and (not shape.causal or shape.q_len == shape.k_len or shape.q_len == 1):

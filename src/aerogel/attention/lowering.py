@@ -9,18 +9,14 @@ the kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from aerogel.attention.native import lowering as _lowering
 from aerogel.attention.ragged import count_rows, merge_ranges, pointers, row_numbers, within
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
-from aerogel.kernels import reference_mode
-
-native_lowering: Any = _lowering
+from aerogel.kernels import lower_ranges, native_available, reference_mode
 
 EDGE, GATHER, NO_WINDOW = 1, 2, 4
 TILE_KEYS = 64
@@ -187,7 +183,7 @@ def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
     Tiles that no row of theirs can read are left out.
     """
     ranges, window = part
-    if native_lowering is not None and ranges.row.is_cpu and not reference_mode():
+    if native_available() and ranges.row.is_cpu and not reference_mode():
         return _lower_natively(part, shape)
     row, start, length, source = _range_tiles(ranges, shape, window)
     kind = _cut(ranges, shape, window, row, start, start + length - 1)
@@ -222,7 +218,7 @@ def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
 def _lower_natively(part: Pass, shape: AttentionShape) -> TileStream:
     ranges, window = part
     tokens = ranges.token.numel() > 0
-    tile_ptr, kind, start, length, gather_idx, source = native_lowering.lower_ranges(
+    tile_ptr, kind, start, length, gather_idx, source = lower_ranges(
         pointers(count_rows(ranges.row, ranges.rows)),
         ranges.start,
         ranges.length,
@@ -239,7 +235,7 @@ def _lower_natively(part: Pass, shape: AttentionShape) -> TileStream:
         separate=ranges.bias is not None,
     )
     bias = None
-    if ranges.bias is not None and ranges.source is not None:
+    if ranges.bias is not None and ranges.source is not None and source is not None:
         known = ranges.bias[ranges.source[source.clamp(min=0).long()]].float()
         bias = torch.where(source >= 0, known, 0)
     sizes = (ranges.batch, ranges.heads, ranges.block_q)

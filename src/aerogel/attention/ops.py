@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from aerogel.attention.lowering import TileStream
-from aerogel.attention.native import kernels
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.tile_reference import stream_attention
-
-_kernels: Any = kernels
+from aerogel.kernels import attention_backward, attention_forward
 
 
 def attention_now(
@@ -39,7 +36,7 @@ def attention_now(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan, without gradients."""
-    result: tuple[Tensor, Tensor] = _kernels.attention_forward(
+    return attention_forward(
         q,
         k,
         v,
@@ -59,7 +56,6 @@ def attention_now(
         key_padding=key_padding,
         softcap=softcap,
     )
-    return result
 
 
 attention_op = torch.library.custom_op("aerogel::attention", attention_now, mutates_args=())
@@ -98,7 +94,7 @@ def attention_backward_op(
     dlse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of `tile_bias` (empty if there is none)."""
-    dq, dk, dv, dbias = _kernels.attention_backward(
+    dq, dk, dv, dbias = attention_backward(
         q,
         k,
         v,
@@ -166,10 +162,6 @@ def tile_attention(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a lowered plan: o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), differentiable."""
-    if _kernels is None:
-        return stream_attention(
-            q, k, v, stream, shape, scale=scale, key_padding=key_padding, softcap=softcap
-        )
     tensors = (q, k, v, stream.tile_bias)
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors
