@@ -14,6 +14,7 @@ struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 struct TokenKernels;     // tokens.h: what transformers need besides
+struct AttendKernels;    // attention.h: attention over lists of keys
 
 // Constant-initialised (table.inl): loading the library runs no code of an instruction set that the
 // CPU may lack.
@@ -28,6 +29,7 @@ struct KernelTable {
   const NmKernels* nm;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
+  const AttendKernels* attention;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

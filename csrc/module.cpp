@@ -18,6 +18,7 @@ NB_MODULE(_native, m) {
   aerogel::bind_sparse_conv(m);
   aerogel::bind_roofline(m);
   aerogel::bind_plan(m);
+  aerogel::bind_attention(m);
 #ifdef AEROGEL_STD_THREADS
   aerogel::bind_race(m);
 #endif

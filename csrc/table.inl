@@ -12,11 +12,12 @@ extern const GemvKernels kGemvKernels;
 extern const NmKernels kNmKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
+extern const AttendKernels kAttendKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
                             &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
-                            &kTokenKernels};
+                            &kTokenKernels,      &kAttendKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

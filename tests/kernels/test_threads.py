@@ -11,10 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from attention_cases import random_case
 from torch import Tensor
 
 from aerogel import kernels
-from aerogel.kernels import BlockRowWeight, PlanBuilder, gemv, sddmm, sparse_conv2d, spmm
+from aerogel.kernels import (
+    BlockRowWeight,
+    PlanBuilder,
+    attention_backward,
+    attention_forward,
+    gemv,
+    sddmm,
+    sparse_conv2d,
+    spmm,
+)
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="native kernels not built")
 
@@ -51,6 +61,27 @@ def weight_gradient(layout: str, block: int) -> Call:
     shapes = ((2, 130, 70), (2, 161, 70))
     grad, x = (torch.randn(s if layout == "channels" else (s[0], s[2], s[1])) for s in shapes)
     return lambda threads: sddmm(grad, x, weight, layout=layout, threads=threads)
+
+
+def attention(q_len: int, k_len: int, heads: tuple[int, int]) -> Call:
+    case = random_case(q_len=q_len, k_len=k_len, heads=heads, window="one", batch=2)
+    return lambda threads: torch.cat(
+        [t.flatten() for t in attention_forward(*case.arguments(), **case.options, threads=threads)]
+    )
+
+
+def attention_gradients(heads: tuple[int, int], plan_heads: str) -> Call:
+    case = random_case(heads=heads, k_len=200, bias=True, plan_heads=plan_heads)
+    o, lse = attention_forward(*case.arguments(), **case.options)
+    do = torch.randn_like(o)
+
+    def call(threads: int) -> Tensor:
+        gradients = attention_backward(
+            *case.arguments(), o, lse, do, **case.options, threads=threads
+        )
+        return torch.cat([t.flatten() for t in gradients if t is not None])
+
+    return call
 
 
 def image_plan(batch: int) -> Call:
@@ -100,6 +131,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "gemv, bfloat16": lambda: few_vectors(2, torch.bfloat16),
     "sddmm, channels": lambda: weight_gradient("channels", 1),
     "sddmm, tokens": lambda: weight_gradient("tokens", 4),
+    "attention": lambda: attention(90, 130, (4, 2)),
+    "attention, decoding": lambda: attention(2, 5000, (4, 2)),
+    "attention, gradients": lambda: attention_gradients((4, 2), "one"),
+    "attention, gradients of one head": lambda: attention_gradients((2, 1), "q"),
     "images one by one": lambda: image_plan(1),
     "images together": lambda: image_plan(3),
     "tokens": lambda: token_plan(1),

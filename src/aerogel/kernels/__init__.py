@@ -11,6 +11,12 @@ from aerogel.kernels._library import (
     reference_mode,
     set_isa,
 )
+from aerogel.kernels.attention import attention_backward, attention_forward
+from aerogel.kernels.attention_lower import TileStream, lower_ranges, lower_spans
+from aerogel.kernels.attention_reference import (
+    attention_backward_reference,
+    attention_forward_reference,
+)
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
@@ -50,15 +56,22 @@ __all__ = [
     "PlanBuilder",
     "Roofline",
     "SpmmVariant",
+    "TileStream",
     "TrainedPattern",
     "Value",
     "Way",
+    "attention_backward",
+    "attention_backward_reference",
+    "attention_forward",
+    "attention_forward_reference",
     "available_isas",
     "default_variant",
     "gemv",
     "gemv_op",
     "gemv_reference",
     "isa",
+    "lower_ranges",
+    "lower_spans",
     "native_available",
     "native_gemv_weight",
     "native_nm_weight",

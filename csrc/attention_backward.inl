@@ -1,0 +1,232 @@
+// Backward: probabilities are computed again from lse, step by step. With p the probabilities, g the
+// gradient of the outputs and delta = rowsum(g o) - grad_lse,
+//     dv += p^T g,  ds = p (g v^T - delta),  dq += scale ds k,  dk += scale ds^T q
+// (Dao et al., arXiv 2205.14135). Sums for keys go to rows in memory, one query panel after the
+// other: whoever calls sees to it that no two tasks at once have keys in common.
+//
+// Reading order: probabilities -> gradients of scores -> sums for keys -> one task.
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+// An AttendPanel and what backward needs besides: gradients of the outputs, and both operands as
+// rows [column][padded dim].
+struct GradPanel {
+  AttendPanel base;  // `sums` holds the gradient of the queries, `total` lse in base 2
+  float *grads, *query_rows, *grad_rows, *delta;
+};
+
+// Scratch of one step, [key][width] each; slopes only where scores are capped.
+struct GradScratch {
+  float *weights, *grads, *slopes;
+};
+
+AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns, GradPanel& g,
+                                     float* scratch) {
+  const AttendArgs& a = *t.args;
+  AttendPanel& p = g.base;
+  const int64_t width = p.width * kLanes, stride = padded_dim(a.value_dim);
+  take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, g.query_rows, scratch);
+  take_columns(t, columns, p, a.grad_o, a.value_dim, 1.0f, g.grads, g.grad_rows, scratch);
+  for (int64_t c = 0; c < width; ++c) {
+    columns.limits(t, p.first + least(c, p.count - 1), p.position + c, p.lower + c);
+    g.delta[c] = 0.0f;
+    p.total[c] = kInfinity;
+    if (c >= p.count) continue;
+    const int64_t column = p.first + c, head = columns.head(t, column);
+    const int64_t query = columns.query(column);
+    const int64_t at = (t.batch * a.q_heads + head) * a.q_len + query;
+    const float lse = a.lse[at];
+    // A query without keys: every probability is 2^-inf = 0.
+    p.total[c] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+    float* const out = scratch;
+    widen_row(a.type, row_of(a, a.o, t.batch, head, query), out, a.value_dim);
+    const float* const grad = g.grad_rows + c * stride;
+    Vec sum = zero();
+    int64_t d = 0;
+    for (; d + kLanes <= a.value_dim; d += kLanes) sum = fma(load(out + d), load(grad + d), sum);
+    float lanes[kLanes], delta = 0.0f;
+    store(lanes, sum);
+    for (int i = 0; i < kLanes; ++i) delta += lanes[i];
+    for (; d < a.value_dim; ++d) delta += out[d] * grad[d];
+    g.delta[c] = delta - (a.grad_lse ? a.grad_lse[at] : 0.0f);
+  }
+  for (int64_t i = 0; i < a.dim * width; ++i) p.sums[i] = 0.0f;
+  for (int64_t i = 0; i < padded_dim(a.dim) * width; ++i) g.query_rows[i] *= a.scale;
+}
+
+// Scores become probabilities.
+template <int W>
+AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, float* scores, int64_t count) {
+  Vec lse[W];
+#pragma GCC unroll 4
+  for (int v = 0; v < W; ++v) lse[v] = load(p.total + v * kLanes);
+  for (int64_t j = 0; j < count; ++j, scores += W * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) {
+      const Vec score = sub(load(scores + v * kLanes), lse[v]);
+      store(scores + v * kLanes, exp2_or_zero(min(broadcast(126.0f), score)));
+    }
+  }
+}
+
+// Gradients of the scores of R keys.
+template <int R, int W>
+AEROGEL_NOINLINE void grad_tile(const GradPanel& g, bool capped, const float* const* values,
+                                int64_t first, int64_t dim, const GradScratch& scratch) {
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = values[first + r];
+  Vec sums[R][W];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < W; ++v) sums[r][v] = zero();
+  }
+  multiply<R, W>(sums, [&rows](int64_t d, int r) { return rows[r][d]; }, g.grads, W * kLanes, dim);
+  const int64_t at = first * W * kLanes;
+  for (int v = 0; v < W; ++v) {
+    const Vec delta = load(g.delta + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const int64_t own = at + (r * W + v) * kLanes;
+      Vec grad = mul(load(scratch.weights + own), sub(sums[r][v], delta));
+      if (capped) grad = mul(grad, load(scratch.slopes + own));
+      store(scratch.grads + own, grad);
+    }
+  }
+}
+
+// Adds sum over columns of left[key][column] * rows[column] to W vectors of R keys' sums.
+template <int R, int W>
+AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* rows, int64_t stride,
+                               int64_t columns, float* const* to, int64_t first) {
+  Vec sums[R][W];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < W; ++v) sums[r][v] = load(to[r] + first + v * kLanes);
+  }
+  multiply<R, W>(sums, [left, width](int64_t c, int r) { return left[r * width + c]; },
+                 rows + first, stride, columns);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < W; ++v) store(to[r] + first + v * kLanes, sums[r][v]);
+  }
+}
+
+// to[key] += sum over columns of left[key][column] * rows[column].
+AEROGEL_NOINLINE void sum_for_keys(const Step& s, const float* left, int64_t width,
+                                   const float* rows, int64_t dim, int64_t columns, float* to) {
+  const int64_t stride = padded_dim(dim);
+  for_rows(s.count, [&](auto size, int64_t first) {
+    constexpr int R = decltype(size)::value;
+    float* targets[R];
+    for (int r = 0; r < R; ++r) targets[r] = to + s.keys[first + r] * stride;
+    const float* const own = left + first * width;
+    int64_t d = 0;
+    for (; d + kWide * kLanes <= stride; d += kWide * kLanes) {
+      key_tile<R, kWide>(own, width, rows, stride, columns, targets, d);
+    }
+    for (; d < stride; d += kLanes) {
+      key_tile<R, 1>(own, width, rows, stride, columns, targets, d);
+    }
+  });
+}
+
+AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const float* grads,
+                                   int64_t width, int64_t columns) {
+  float* const to = t.args->grad_bias + t.bias_copy * t.args->tiles + t.tile_begin;
+  for (int64_t j = 0; j < s.count; ++j) {
+    const float* const row = grads + j * width;
+    float sum = 0.0f;
+    for (int64_t c = 0; c < columns; ++c) sum += row[c];
+    to[s.tiles[j]] += sum;
+  }
+}
+
+template <int W>
+AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const ScoreRule& rule,
+                                  const StepRows& rows, const Ahead& keys, const Ahead& values,
+                                  const GradScratch& scratch) {
+  const AttendArgs& a = *t.args;
+  const Step& s = *rule.step;
+  score_step<W>(g.base, rows, s.count, a.dim, keys, scratch.weights);
+  if (!rule.plain()) rule_step<W>(g.base, rule, scratch.weights, scratch.slopes);
+  weigh_step<W>(g.base, scratch.weights, s.count);
+  for_rows(s.count, [&](auto size, int64_t first) {
+    values.fetch(first, decltype(size)::value, s.count);
+    grad_tile<decltype(size)::value, W>(g, rule.cap != 0.0f, rows.values, first, a.value_dim,
+                                        scratch);
+  });
+  const int64_t width = W * kLanes;
+  if (t.grad_q) {
+    for_rows(a.dim, [&](auto size, int64_t first) {
+      sum_tile<decltype(size)::value, W>(g.base.sums, nullptr, rows.keys, first, scratch.grads,
+                                         s.count);
+    });
+    if (a.grad_bias) sum_for_bias(t, s, scratch.grads, width, g.base.count);
+  }
+  if (t.grad_kv) {
+    const int64_t at = (t.batch * a.kv_heads + t.head / group_of(a)) * a.k_len;
+    sum_for_keys(s, scratch.weights, width, g.grad_rows, a.value_dim, g.base.count,
+                 a.grad_v + at * padded_dim(a.value_dim));
+    sum_for_keys(s, scratch.grads, width, g.query_rows, a.dim, g.base.count,
+                 a.grad_k + at * padded_dim(a.dim));
+  }
+}
+
+void attend_tile_backward(const AttendTask& t) {
+  const AttendArgs& a = *t.args;
+  const Columns columns(t);
+  const int64_t kv_head = t.head / group_of(a);
+  StepReader reader(t);
+  Step steps[2];
+  const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
+  const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
+  bool more = reader.next(steps[0]);
+  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
+  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  Carver carver{t.scratch};
+  const int64_t widest = kWide * kLanes;
+  GradScratch scratch{};
+  float** const arrays[] = {&scratch.weights, &scratch.grads, &scratch.slopes};
+  for (float** array : arrays) *array = carver.take(kStepKeys * widest);
+  float* const key_copy = carver.take(kStepKeys * padded_dim(a.dim));
+  float* const value_copy = carver.take(kStepKeys * padded_dim(a.value_dim));
+  float* const row_copy = carver.take(widest * (padded_dim(a.dim) + padded_dim(a.value_dim)));
+  GradPanel panels[kMostPanels];
+  const int64_t panel_count = panels_of(columns.count);
+  for (int64_t i = 0; i < panel_count; ++i) {
+    GradPanel& g = panels[i];
+    AttendPanel& p = g.base;
+    cut_panel(columns.count, i, p);
+    const int64_t width = p.width * kLanes;
+    p.queries = carver.take(width * a.dim);
+    p.sums = carver.take(width * a.dim);
+    g.query_rows = carver.take(width * padded_dim(a.dim));
+    g.grads = carver.take(width * a.value_dim);
+    g.grad_rows = carver.take(width * padded_dim(a.value_dim));
+    float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &g.delta};
+    for (float** row : own) *row = carver.take(width);
+    begin_grad_panel(t, columns, g, row_copy);
+  }
+  StepRows rows;
+  int now = 0;
+  for (; more; now ^= 1) {
+    const Step& step = steps[now];
+    more = reader.next(steps[now ^ 1]);
+    const Step* const after = more ? &steps[now ^ 1] : nullptr;
+    find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
+    find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
+    const ScoreRule rule(t, step, columns);
+    for (int64_t i = 0; i < panel_count; ++i) {
+      const Step* const wanted = i == 0 ? after : nullptr;
+      for_width(panels[i].base.width, [&](auto width) {
+        backward_step<decltype(width)::value>(t, panels[i], rule, rows, {keys, wanted},
+                                              {values, wanted}, scratch);
+      });
+    }
+  }
+  for (int64_t i = 0; t.grad_q && i < panel_count; ++i) {
+    AttendPanel& p = panels[i].base;
+    for (int64_t c = 0; c < p.width * kLanes; ++c) p.maximum[c] = a.scale;
+    put_columns(t, columns, p, p.sums, p.maximum, a.dim, a.grad_q, row_copy);
+  }
+}
+
+}  // namespace
+}  // namespace aerogel::AEROGEL_ISA
