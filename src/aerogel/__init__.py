@@ -37,7 +37,7 @@ _PUBLIC = dict.fromkeys(
 )
 _PUBLIC["sparse_training"] = "aerogel.train"
 _ROOMS = (
-    *("kernels", "sparsity", "runtime", "pruning", "nn"),
+    *("kernels", "sparsity", "runtime", "pruning", "attention", "nn"),
     *("models", "data", "train", "bench", "report"),
 )
 

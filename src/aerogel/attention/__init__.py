@@ -1,0 +1,85 @@
+"""Sparse attention: one engine for every published choice of what to attend to.
+
+plan = BlockPlan.from_topk(scores, 16)
+out = attend(q, k, v, plan=plan, causal=True)
+"""
+
+from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
+from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.engine import Attended, attend, sparse_attention
+from aerogel.attention.group_plan import GroupPlan
+from aerogel.attention.hf import attach, detach, register
+from aerogel.attention.key_list_plan import KeyListPlan
+from aerogel.attention.layer import SparseSelfAttention
+from aerogel.attention.minference import MInferenceSelector
+from aerogel.attention.mix_plan import HeadMixPlan
+from aerogel.attention.plan import DensePlan, Plan, PlanStats
+from aerogel.attention.primitives import (
+    PairList,
+    plan_logsumexp,
+    plan_pairs,
+    plan_softmax,
+    sddmm,
+    spmm,
+)
+from aerogel.attention.selector import (
+    SELECTORS,
+    AttentionContext,
+    Selector,
+    add_selector,
+    make_selector,
+    select,
+)
+from aerogel.attention.selector_file import load_selector, save_selector
+from aerogel.attention.shape import AttentionShape
+from aerogel.attention.softmax import merge
+from aerogel.attention.span_plan import SpanPlan
+from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
+from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
+
+# Names of attention that transformers knows from here on: "aerogel:<slug>".
+register()
+
+__all__ = [
+    "SELECTORS",
+    "Attended",
+    "AttentionContext",
+    "AttentionShape",
+    "Bank",
+    "BankPlan",
+    "BlockPlan",
+    "DensePlan",
+    "GroupPlan",
+    "HeadMixPlan",
+    "KeyListPlan",
+    "MInferenceSelector",
+    "PairList",
+    "Plan",
+    "PlanStats",
+    "Selector",
+    "SpanPlan",
+    "SparseSelfAttention",
+    "TokenPlan",
+    "add_selector",
+    "attach",
+    "attend",
+    "detach",
+    "gather_tokens",
+    "load_selector",
+    "make_selector",
+    "merge",
+    "past_summaries",
+    "plan_logsumexp",
+    "plan_pairs",
+    "plan_softmax",
+    "register",
+    "save_selector",
+    "scatter_tokens",
+    "sddmm",
+    "select",
+    "share_over_group",
+    "sparse_attention",
+    "spmm",
+    "stable_topk",
+    "topk_mass",
+]

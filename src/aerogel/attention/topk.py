@@ -1,0 +1,75 @@
+"""Choosing keys by score: exact counts, ties to the lowest index, scores in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def stable_topk(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries of the last dimension, ascending; ties: lowest index.
+
+    Args:
+        x: (..., n) scores.
+        k: 0 to n.
+
+    Returns:
+        (..., k) int64.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 0 <= k <= x.shape[-1]:
+        raise ValueError(f"k={k}: expected 0 to {x.shape[-1]}")
+    order = torch.sort(x, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(dim=-1).values
+
+
+def topk_mass(x: Tensor, mass: float, *, min_keep: int = 1) -> Tensor:
+    """The smallest set of entries whose sum reaches a share of each row's total.
+
+    Args:
+        x: (..., n) non-negative weights.
+        mass: share of the sum, in (0, 1].
+        min_keep: entries that are kept at least.
+
+    Returns:
+        (..., n) bool.
+
+    Raises:
+        ValueError: mass is out of range.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass={mass}: expected a share in (0, 1]")
+    x = x.float()
+    ordered, order = torch.sort(x, dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    total = x.sum(-1, keepdim=True)
+    keep = before < mass * total if mass < 1 else torch.ones_like(ordered, dtype=torch.bool)
+    keep[..., :min_keep] = True
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def share_over_group(
+    scores: Tensor, kv_heads: int, how: Literal["max", "mean", "sum"] = "mean"
+) -> Tensor:
+    """Scores of query heads united over the group that shares a key head.
+
+    Args:
+        scores: (batch, q_heads, ...).
+        kv_heads: key heads; divides q_heads.
+        how: "max", "mean" or "sum" over the heads of a group.
+
+    Returns:
+        (batch, kv_heads, ...).
+    """
+    if scores.shape[1] % kv_heads:
+        raise ValueError(f"scores: {scores.shape[1]} heads, expected a multiple of {kv_heads}")
+    grouped = scores.unflatten(1, (kv_heads, -1))
+    if how == "max":
+        return grouped.amax(2)
+    if how not in ("mean", "sum"):
+        raise ValueError(f"how={how!r}: expected 'max', 'mean' or 'sum'")
+    return grouped.mean(2) if how == "mean" else grouped.sum(2)

@@ -1,0 +1,117 @@
+"""Every selector keeps the contract."""
+
+from __future__ import annotations
+
+import contract
+import pytest
+import small_selectors as small
+from contract import Case
+
+from aerogel.attention import AttentionShape, MInferenceSelector
+from aerogel.attention.pattern_file import HeadPattern, PatternConfig
+from aerogel.attention.prompt_patterns import (
+    AShapeSelector,
+    PooledBlockSelector,
+    TriShapeSelector,
+    VerticalSlashSelector,
+)
+
+
+def minference() -> MInferenceSelector:
+    """Every head another pattern."""
+    patterns = [
+        HeadPattern("stream_llm", 4, 30),
+        HeadPattern("vertical_and_slash", 8, 20),
+        HeadPattern("block_sparse", 2, 0),
+        HeadPattern("vertical_and_slash", 30, 8),
+    ]
+    layer = {head: patterns[head % 4] for head in range(8)}
+    layers = ({head: layer[head] for head in range(4)}, layer)
+    return _ByHeads(PatternConfig(layers), last_q=16, force_first=4, force_local=8)
+
+
+class _ByHeads(MInferenceSelector):
+    """Takes the configuration's layer for as many heads as there are."""
+
+    def patterns(self, layer: int, heads: int) -> list[HeadPattern]:
+        return super().patterns(0 if heads <= 4 else 1, heads)
+
+
+CASES = {
+    "test-dense": Case(small.Dense, small.Dense),
+    "test-blocks": Case(small.Blocks, lambda: small.Blocks(1000)),
+    "test-lists": Case(small.Lists, lambda: small.Lists(1000)),
+    "test-spans": Case(small.Spans, lambda: small.Spans(0, 1000)),
+    "test-block-spans": Case(
+        lambda: small.Spans(1, 2, "block"), lambda: small.Spans(0, 1000, "block")
+    ),
+    "minference": Case(minference, MInferenceSelector, looks_ahead=True, chunk_invariant=False),
+    "minference, columns and diagonals": Case(
+        lambda: VerticalSlashSelector(12, 20, 16, 4, 8, 16),
+        VerticalSlashSelector,
+        looks_ahead=True,
+        chunk_invariant=False,
+    ),
+    "minference, A-shape": Case(lambda: AShapeSelector(3, 40), AShapeSelector),
+    "minference, tri-shape": Case(
+        lambda: TriShapeSelector(3, 40, 20), TriShapeSelector, chunk_invariant=False
+    ),
+    "minference, blocks": Case(
+        lambda: PooledBlockSelector(3, 16),
+        PooledBlockSelector,
+        looks_ahead=True,  # a block's mean query knows its last rows
+    ),
+}
+SHAPES = {
+    "one token": AttentionShape(3, 8, 2, 1, 65, causal=True),
+    "few": AttentionShape(1, 4, 4, 7, 7, causal=True),
+    "block": AttentionShape(3, 8, 2, 64, 64, causal=True),
+    "chunk": AttentionShape(1, 4, 4, 64, 190, causal=True),
+    "long": AttentionShape(1, 8, 2, 300, 300, causal=True),
+}
+
+each = pytest.mark.parametrize("slug", CASES)
+every_shape = pytest.mark.parametrize("size", SHAPES)
+
+
+@each
+@every_shape
+@pytest.mark.parametrize("dim", [16, 96])
+def test_native_is_the_reference(slug, size, dim):
+    contract.check_native_is_the_reference(CASES[slug], SHAPES[size], dim)
+
+
+@each
+@every_shape
+def test_a_full_budget_is_dense_attention(slug, size):
+    contract.check_full_budget_is_dense(CASES[slug], SHAPES[size])
+
+
+@each
+@every_shape
+def test_no_row_sees_later_keys(slug, size):
+    contract.check_no_row_sees_later_keys(CASES[slug], SHAPES[size])
+
+
+@each
+@every_shape
+def test_a_step_is_the_last_row_of_the_prompt(slug, size):
+    contract.check_decode_is_the_last_row(CASES[slug], SHAPES[size])
+
+
+@each
+@pytest.mark.parametrize("size", ["block", "chunk", "long"])
+def test_chunks_are_one_prompt(slug, size):
+    contract.check_chunks_are_one_prompt(CASES[slug], SHAPES[size])
+
+
+@each
+@every_shape
+def test_counts_batches_and_threads(slug, size):
+    contract.check_counts_batches_and_threads(CASES[slug], SHAPES[size])
+
+
+@each
+@every_shape
+def test_splits_merge(slug, size):
+    contract.check_splits_merge(CASES[slug], SHAPES[size])
