@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from aerogel.data import digits
 
 TOKENS, GREYS, CLASSES = 64, 17, 10
 WIDTH = 64
-EPOCHS, BATCH, RATE = 25, 64, 3e-3
+BATCH, RATE = 64, 3e-3
 
 
 class DigitReader(nn.Module):
@@ -51,15 +51,15 @@ def tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return parts[0], parts[1], parts[2], parts[3]
 
 
-def accuracy(make: Any, pool: str, seed: int) -> float:
+def accuracy(make: Callable[[], nn.Module], pool: str, epochs: int, seed: int) -> float:
     """Test accuracy in % of a reader trained from scratch around the layer that `make()` gives."""
     torch.manual_seed(seed)
     model = DigitReader(make(), pool)
     x, y, test_x, test_y = tokens()
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
-    steps = EPOCHS * (len(x) // BATCH)
+    steps = epochs * (len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = torch.randperm(len(x))
         for rows in order[: len(x) // BATCH * BATCH].split(BATCH):
             loss = nn.functional.cross_entropy(model(x[rows]), y[rows])

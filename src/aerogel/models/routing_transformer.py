@@ -13,23 +13,7 @@ from torch import Tensor, nn
 
 from aerogel.attention.cache import SelectorCacheLayer
 from aerogel.attention.routing_layer import RoutingAttention
-
-
-class _Block(nn.Module):
-    def __init__(self, dim: int, attention: RoutingAttention, dropout: float) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = attention
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, x: Tensor, key_padding: Tensor | None, cache: SelectorCacheLayer | None
-    ) -> Tensor:
-        routed = self.attention(self.before(x), key_padding=key_padding, cache=cache)
-        x = x + self.dropout(routed)
-        out: Tensor = x + self.dropout(self.mlp(self.between(x)))
-        return out
+from aerogel.models.decoder_block import DecoderBlock
 
 
 class RoutingTransformerLM(nn.Module):
@@ -77,7 +61,7 @@ class RoutingTransformerLM(nn.Module):
         for number in range(depth):
             local = num_heads if number < skip_first else num_local_heads
             attention = RoutingAttention(dim, num_heads, local, num_clusters, window, **options)
-            self.blocks.append(_Block(dim, attention, dropout))
+            self.blocks.append(DecoderBlock(dim, attention, dropout))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         nn.init.normal_(self.embed.weight, std=dim**-0.5)
@@ -98,7 +82,8 @@ class RoutingTransformerLM(nn.Module):
             raise ValueError(f"ids: {length} tokens, expected at most {self.max_seq_len}")
         x = self.embed(ids)
         for number, block in enumerate(self.blocks):
-            x = block(x, key_padding, None if cache is None else cache[number])
+            own = None if cache is None else cache[number]
+            x = block(x, key_padding=key_padding, cache=own)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
