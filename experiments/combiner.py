@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from digit_tokens import WIDTH, accuracy
 from torch import Tensor
 
 from aerogel.attention import SparseSelfAttention
 from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.attention.summaries import run_plan
 from aerogel.report.evidence import Claim, Result, mean
+from digit_tokens import WIDTH, accuracy
 
 SLUG = "combiner"
 SEEDS = (0, 1, 2)

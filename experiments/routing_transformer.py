@@ -6,8 +6,8 @@ of 32). Counted is the share of the dense attention's weight on keys more than 3
 that the routed pairs hold, against random balanced clusters of the same size. A seed draws the
 window and the starts.
 
-Second part: digits of 64 tokens, one bidirectional layer of 4 heads trained from scratch, classified
-from the mean token: 8 clusters of 16 against blocks of 16 tokens.
+Second part: digits of 64 tokens, one bidirectional layer of 4 heads trained from scratch,
+classified from the mean token: 8 clusters of 16 against blocks of 16 tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from digit_tokens import WIDTH, accuracy
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
@@ -34,6 +33,7 @@ from aerogel.attention import (
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.report.evidence import Claim, Result, mean
+from digit_tokens import WIDTH, accuracy
 
 SLUG = "routing-transformer"
 SEEDS = (0, 1, 2)

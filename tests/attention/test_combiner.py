@@ -1,4 +1,4 @@
-"""Combiner: every position keeps a weight, nothing later has one, and its cache forgets raw tokens."""
+"""Combiner: every position keeps a weight, nothing later has one, its cache forgets tokens."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ def test_causal_selection_ignores_later_tokens_altogether():
     later[:, :, 20:] = layer_norm(torch.randn(2, 2, 12, 16), (16,))
     changed = replace(ctx, q=later, k=later)
     strict = RoutingSelector(2, 4, 16, causal_selection=True)
-    torch.testing.assert_close(
-        routed(strict, ctx)[:, :, :20], routed(strict, changed)[:, :, :20]
-    )
+    torch.testing.assert_close(routed(strict, ctx)[:, :, :20], routed(strict, changed)[:, :, :20])
     loose = RoutingSelector(2, 4, 16)
     assert not torch.equal(routed(loose, ctx)[:, :, :20], routed(loose, changed)[:, :, :20])
 
@@ -226,7 +224,10 @@ def test_state_survives_saving():
         (lambda: RoutingSelector(2, 6, 16, routing="hash"), "num_clusters=6"),
         (lambda: RoutingAttention(32, 2, 3, 4), "num_local_heads=3"),
         (lambda: RoutingAttention(30, 4, 2, 4), "d_model=30"),
-        (lambda: RoutingAttention(32, 2, 0, 4)(torch.ones(1, 8, 32), torch.ones(1, 8, 32)), "causal"),
+        (
+            lambda: RoutingAttention(32, 2, 0, 4)(torch.ones(1, 8, 32), torch.ones(1, 8, 32)),
+            "causal",
+        ),
         (
             lambda: RoutingAttention(32, 2, 0, 4, causal=False, share_qk=True)(
                 torch.ones(1, 8, 32), torch.ones(1, 8, 32)
@@ -234,7 +235,10 @@ def test_state_survives_saving():
             "share_qk",
         ),
         (lambda: SphericalKMeans(1, 2, 4).eval()(torch.ones(1, 1, 3, 4), True), "update=True"),
-        (lambda: RoutingTransformerLM(9, 32, 1, 8)(torch.zeros(1, 9, dtype=torch.long)), "9 tokens"),
+        (
+            lambda: RoutingTransformerLM(9, 32, 1, 8)(torch.zeros(1, 9, dtype=torch.long)),
+            "9 tokens",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

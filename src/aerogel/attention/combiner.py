@@ -162,7 +162,10 @@ class CombinerSelector(Selector):
             start = torch.stack([torch.zeros_like(number), number + 1], -1)
             length = torch.stack([number, count - 1 - number], -1)
         else:
-            start, length = torch.zeros_like(number)[:, None], torch.full_like(number, count)[:, None]
+            start, length = (
+                torch.zeros_like(number)[:, None],
+                torch.full_like(number, count)[:, None],
+            )
         plan = BlockPlan.from_ranges(start[None, None], length[None, None], size, size)
         return [found.bank(plan)]
 
@@ -175,8 +178,8 @@ class CombinerSelector(Selector):
             size = 1 << level
             whole = length // size * size
             real = None if ctx.key_padding is None else ctx.key_padding[:, :whole]
-            tensors = (x[:, :, :whole] for x in (ctx.q, ctx.k, ctx.v))
-            parts.append(self.summarise(*tensors, size, ctx.scale, real))
+            q, k, v = (x[:, :, :whole] for x in (ctx.q, ctx.k, ctx.v))
+            parts.append(self.summarise(q, k, v, size, ctx.scale, real))
             firsts.append(first)
             first += whole // size
         if parts:
@@ -222,5 +225,3 @@ def _known(name: str, value: int | None, reason: str) -> int:
     if value is None:
         raise ValueError(f"{name}=None: expected a size for {reason}")
     return value
-
-

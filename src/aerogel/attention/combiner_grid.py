@@ -111,8 +111,11 @@ def _running(
     order = order.flatten()
     back = torch.argsort(order)
     real = None if ctx.key_padding is None else ctx.key_padding[:, order]
+    q, k, v = (x[:, :, order] for x in (ctx.q, ctx.k, ctx.v))
     found = running_summary(
-        *(x[:, :, order] for x in (ctx.q, ctx.k, ctx.v)),
+        q,
+        k,
+        v,
         height if by_column else width,
         scale=ctx.scale,
         key_padding=real,

@@ -92,8 +92,8 @@ class CombinerAttention(nn.Module):
         key_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_model % num_heads or num_heads % key_heads:
             raise ValueError(
-                f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={key_heads}: expected each "
-                "to divide the one before"
+                f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={key_heads}: expected "
+                "each to divide the one before"
             )
         if variant in ("logsparse", "axial") and not causal:
             raise ValueError(f"variant={variant!r}, causal=False: expected causal attention")

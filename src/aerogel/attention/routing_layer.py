@@ -179,9 +179,7 @@ class RoutingAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _learn(
-        self, q: Tensor, k: Tensor, key_padding: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _learn(self, q: Tensor, k: Tensor, key_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Similarities of queries and (normalised) keys; in training, loss and centroids too."""
         assert self.selector is not None
         kmeans = self.selector.kmeans
@@ -248,7 +246,7 @@ def _with_memory(plan: GroupPlan, slots: int, clusters: int) -> GroupPlan:
 
 
 def turn(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding (Su et al., arXiv 2104.09864) of x (B, H, n, D) at positions from `start`."""
+    """Rotary embedding (Su et al., arXiv 2104.09864) of x (B, H, n, D), positions from `start`."""
     half = x.shape[-1] // 2
     rates = base ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * rates

@@ -143,14 +143,12 @@ class RoutingSelector(Selector):
     def _groups(self, q_idx: Tensor, kv_idx: Tensor) -> GroupPlan:
         return GroupPlan(q_idx, kv_idx, reduce="mean", uncovered="zero", mask_self=self.mask_self)
 
-    def _running(
-        self, of_queries: Tensor, of_keys: Tensor, width: int, offset: int
-    ) -> GroupPlan:
+    def _running(self, of_queries: Tensor, of_keys: Tensor, width: int, offset: int) -> GroupPlan:
         """One group for each new row and cluster, filled from the tokens up to the row's."""
         if of_queries.shape[2] != of_keys.shape[2]:
             raise ValueError(
-                f"of_queries: {of_queries.shape[2]} rows, expected all {of_keys.shape[2]} up to the "
-                "last new one"
+                f"of_queries: {of_queries.shape[2]} rows, expected all {of_keys.shape[2]} up to "
+                "the last new one"
             )
         length = of_keys.shape[2]
         rows = torch.arange(offset, length, device=of_keys.device)
@@ -176,4 +174,3 @@ def _listed(scores: Tensor, width: int) -> Tensor:
     best = stable_topk(scores, width)
     real = scores.gather(-1, best) > -torch.inf
     return torch.where(real, best, -1).int()
-

@@ -125,8 +125,12 @@ def running_summary(
     """For every token, the summary (by maximum) of its run up to and including it.
 
     Args:
-        q, k, v, scale, key_padding: as `combiner_summary`; L is a multiple of `size`.
-        size: tokens of a run.
+        q: (B, Hq, L, D).
+        k: (B, Hkv, L, D).
+        v: (B, Hkv, L, Dv).
+        size: tokens of a run; L is a multiple.
+        scale: factor of the logits, default ``D ** -0.5``.
+        key_padding: (B, L) bool, True at real tokens.
 
     Returns:
         Summaries of L starts of runs.

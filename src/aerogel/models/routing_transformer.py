@@ -98,5 +98,3 @@ class RoutingTransformerLM(nn.Module):
             if isinstance(module, RoutingAttention) and module.auxiliary is not None:
                 total = total + module.auxiliary
         return total
-
-
