@@ -1,7 +1,7 @@
 """Combiner: far tokens, read through summaries, tell digits apart that the last row alone cannot.
 
-Digits of 64 tokens, one causal layer of 4 heads of 16 trained from scratch, classified from the last
-token; segments of 8 tokens are the rows of the image. Blocks alone see the last row only; Combiner
+Digits of 64 tokens, one causal layer of 4 heads of 16 trained from scratch, classified from the
+last token; segments of 8 tokens are the rows of the image. Blocks alone see the last row only; Combiner
 reads the same block and seven summaries; dense attention reads everything.
 """
 
@@ -23,7 +23,7 @@ from digit_tokens import WIDTH, accuracy
 
 SLUG = "combiner"
 SEEDS = (0, 1, 2)
-HEADS, SEGMENT, EPOCHS = 4, 8, 15
+HEADS, SEGMENT, EPOCHS = 4, 8, 12
 
 
 def run(seed: int) -> Result:

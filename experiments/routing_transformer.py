@@ -69,7 +69,6 @@ def claims(results: Sequence[Result]) -> list[Claim]:
             ours=routed,
             baseline=3 * drawn,
             threshold=0.0,
-            paper="routing beats random attention by far on CIFAR-10 (no figure for the weight)",
             unit="share",
         ),
         Claim(
