@@ -7,6 +7,8 @@ out = attend(q, k, v, plan=plan, causal=True)
 from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.calibration import CALIBRATIONS, add_calibration, calibrate
+from aerogel.attention.combiner import CombinerSelector
+from aerogel.attention.combiner_layer import CombinerAttention, CombinerCache
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
@@ -24,6 +26,8 @@ from aerogel.attention.primitives import (
     sddmm,
     spmm,
 )
+from aerogel.attention.routing_layer import RoutingAttention
+from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -36,6 +40,8 @@ from aerogel.attention.selector_file import load_selector, save_selector
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.attention.spherical_kmeans import SphericalKMeans
+from aerogel.attention.summaries import combiner_summary
 from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
 from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
 
@@ -51,6 +57,9 @@ __all__ = [
     "Bank",
     "BankPlan",
     "BlockPlan",
+    "CombinerAttention",
+    "CombinerCache",
+    "CombinerSelector",
     "DensePlan",
     "GroupPlan",
     "HeadMixPlan",
@@ -59,9 +68,12 @@ __all__ = [
     "PairList",
     "Plan",
     "PlanStats",
+    "RoutingAttention",
+    "RoutingSelector",
     "Selector",
     "SpanPlan",
     "SparseSelfAttention",
+    "SphericalKMeans",
     "TokenPlan",
     "add_calibration",
     "add_selector",
@@ -69,6 +81,7 @@ __all__ = [
     "attend",
     "calibrate",
     "calibrate_patterns",
+    "combiner_summary",
     "detach",
     "gather_tokens",
     "load_selector",

@@ -21,14 +21,16 @@ class Bank:
 
     Args:
         plan: the choice among this bank's keys.
-        k, v: (B, Hkv, n, D), the bank; None for the keys and values of the call.
+        k, v: (B, Hkv or Hq, n, D), the bank; None for the keys and values of the call.
         causal_rule: "token": the rule of the call; "none": all keys (the plan says which).
+        padding: (B, n) bool, True at keys of the bank that exist, or None.
     """
 
     plan: Plan
     k: Tensor | None = None
     v: Tensor | None = None
     causal_rule: Literal["token", "none"] = "token"
+    padding: Tensor | None = None
 
     def shape(self, shape: AttentionShape) -> AttentionShape:
         """The shape of attention on this bank, with the positions of the call."""
@@ -36,6 +38,7 @@ class Bank:
             return shape
         return replace(
             shape,
+            kv_heads=self.k.shape[1],
             k_len=self.k.shape[2],
             offset=shape.q_offset,
             causal=shape.causal and self.causal_rule == "token",
@@ -80,6 +83,7 @@ class BankPlan(Plan):
                 plan=bank.plan.to(device),
                 k=None if bank.k is None else bank.k.to(device),
                 v=None if bank.v is None else bank.v.to(device),
+                padding=None if bank.padding is None else bank.padding.to(device),
             )
             for bank in self.banks
         )

@@ -256,7 +256,7 @@ def _banks(
             plan=bank.plan,
             shape=bank.shape(call.shape),
             window=call.window if raw else None,
-            key_padding=call.key_padding if raw else None,
+            key_padding=call.key_padding if raw else bank.padding,
         )
         parts.append(_run(q, keys, values, part, backend, True))
     return merge(parts)

@@ -8,12 +8,14 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 from aerogel.models import language_model
 from aerogel.models.classic import VGG, CifarResNet, ConvN, LeNet300
 from aerogel.models.edsr import EDSR
+from aerogel.models.combiner import CombinerLM
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
 from aerogel.models.recommend import LightGCN, MatrixFactorization, MultVAE, NeuMF, bpr_loss
 from aerogel.models.registry import create_model, list_models, model_config, register_model
 from aerogel.models.resnet import ResNet
+from aerogel.models.routing_transformer import RoutingTransformerLM
 from aerogel.models.sentence_encoder import SentenceEncoder
 from aerogel.models.sparse_table import SparseEmbeddingTable
 from aerogel.models.swinir import SwinIR
@@ -26,6 +28,7 @@ __all__ = [
     "MLP",
     "VGG",
     "CifarResNet",
+    "CombinerLM",
     "ConvN",
     "EfficientNet",
     "LeNet300",
@@ -36,6 +39,7 @@ __all__ = [
     "MultVAE",
     "NeuMF",
     "ResNet",
+    "RoutingTransformerLM",
     "SentenceEncoder",
     "SparseEmbeddingTable",
     "SwinIR",

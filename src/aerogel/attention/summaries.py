@@ -1,0 +1,151 @@
+"""Summaries of runs of tokens: a pooled key, and the value that a pooled query reads in the run.
+
+Reference: Ren et al., Combiner, arXiv 2107.05768.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from aerogel.attention.bank_plan import Bank
+from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.engine import attend
+from aerogel.attention.plan import Plan
+
+Pooling = Literal["max", "mean", "sum"]
+POOLINGS = ("max", "mean", "sum")
+
+
+class Summaries(NamedTuple):
+    """Keys and values that stand for regions.
+
+    Attributes:
+        k: (B, Hq, n, D).
+        v: (B, Hq, n, Dv).
+        real: (B, n) bool, False at regions of padding only, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    real: Tensor | None = None
+
+    def bank(self, plan: Plan) -> Bank:
+        """The bank of these summaries of which queries read what `plan` says."""
+        return Bank(plan, self.k, self.v, "none", self.real)
+
+
+def run_plan(length: int, size: int, device: torch.device, rows: int | None = None) -> BlockPlan:
+    """Every run of `size` tokens reads itself: `rows` query rows a run, default `size`."""
+    runs = -(-length // size)
+    ptr = torch.arange(runs + 1, device=device).view(1, 1, -1)
+    return BlockPlan(size if rows is None else rows, size, ptr, ptr.flatten()[:-1].int())
+
+
+def pool(x: Tensor, size: int, how: Pooling, key_padding: Tensor | None = None) -> Tensor:
+    """Elementwise maximum, mean or sum over runs: (B, H, L, D) -> (B, H, ceil(L / size), D).
+
+    Padding takes no part; runs of nothing else are 0.
+    """
+    real = _runs(key_padding, x, size)
+    filled = real.any(-1)[..., None]
+    real = real[..., None]
+    runs = pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    if how == "max":
+        top = runs.masked_fill(~real, -torch.inf).amax(3)
+        return top.masked_fill(~filled, 0)
+    total = (runs * real).sum(3)
+    return total if how == "sum" else total / real.sum(3).clamp(min=1)
+
+
+def _runs(key_padding: Tensor | None, x: Tensor, size: int) -> Tensor:
+    """(B or 1, 1, runs, size) bool: real tokens of every run."""
+    if key_padding is None:
+        key_padding = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
+    return pad(key_padding, (0, -x.shape[2] % size)).unflatten(1, (-1, size))[:, None]
+
+
+def combiner_summary(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: int,
+    how: Pooling = "max",
+    *,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    pooled_from: tuple[Tensor, Tensor] | None = None,
+    share_over_group: bool = False,
+) -> Summaries:
+    """Summaries of consecutive runs of `size` tokens; differentiable.
+
+    A run's key is its keys pooled; its value is what its pooled query reads inside the run.
+
+    Args:
+        q: (B, Hq, L, D).
+        k: (B, Hkv, L, D).
+        v: (B, Hkv, L, Dv).
+        size: tokens of a run; the last may be shorter.
+        how: "max", "mean" or "sum", elementwise.
+        scale: factor of the logits, default ``D ** -0.5``.
+        key_padding: (B, L) bool, True at real tokens.
+        pooled_from: queries and keys to pool instead of `q` and `k` (learned maps of them).
+        share_over_group: pool queries over the heads that share a key head too; the summaries then
+            have Hkv heads.
+
+    Returns:
+        Summaries of ceil(L / size) runs.
+    """
+    from_q, from_k = (q, k) if pooled_from is None else pooled_from
+    queries, keys = (pool(x, size, how, key_padding) for x in (from_q, from_k))
+    if share_over_group:
+        grouped = queries.unflatten(1, (k.shape[1], -1))
+        queries = {"max": grouped.amax, "mean": grouped.mean, "sum": grouped.sum}[how](2)
+    else:
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    plan = run_plan(k.shape[2], size, k.device, rows=1)
+    values = attend(queries, k, v, plan=plan, scale=scale, key_padding=key_padding, validate=False)
+    assert isinstance(values, Tensor)
+    real = None if key_padding is None else _runs(key_padding, k, size).any(-1)[:, 0]
+    return Summaries(keys, values, real)
+
+
+def running_summary(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: int,
+    *,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+) -> Summaries:
+    """For every token, the summary (by maximum) of its run up to and including it.
+
+    Args:
+        q: (B, Hq, L, D).
+        k: (B, Hkv, L, D).
+        v: (B, Hkv, L, Dv).
+        size: tokens of a run; L is a multiple.
+        scale: factor of the logits, default ``D ** -0.5``.
+        key_padding: (B, L) bool, True at real tokens.
+
+    Returns:
+        Summaries of L starts of runs.
+    """
+    real = None
+    if key_padding is not None:
+        real = key_padding.unflatten(1, (-1, size)).cummax(-1).values.flatten(1)
+    tops = []
+    for x in (q, k):
+        hidden = x if key_padding is None else x.masked_fill(~key_padding[:, None, :, None], -1e30)
+        top = hidden.unflatten(2, (-1, size)).cummax(3).values.flatten(2, 3)
+        tops.append(top if real is None else top.masked_fill(~real[:, None, :, None], 0))
+    plan = run_plan(k.shape[2], size, k.device)
+    values = attend(
+        tops[0], k, v, plan=plan, scale=scale, causal=True, key_padding=key_padding, validate=False
+    )
+    assert isinstance(values, Tensor)
+    return Summaries(tops[1].repeat_interleave(q.shape[1] // k.shape[1], 1), values, real)
