@@ -131,21 +131,16 @@ def _copies(
     r: KeyRanges, row: Tensor, numbers: tuple[int, ...], batch: int, heads: int
 ) -> tuple[Tensor, Tensor]:
     """New row and old index of each entry, once for every batch element and head it serves."""
-    old_batch, old_head, tile = (
-        row // (r.heads * r.tiles),
-        row // r.tiles % r.heads,
-        row % r.tiles,
-    )
-    rows, indices = [], []
-    index = torch.arange(row.numel(), device=row.device)
-    for b in range(batch):
-        for place, number in enumerate(numbers):
-            mine = (old_batch == (b if r.batch > 1 else 0)) & (
-                old_head == (place if r.heads > 1 else 0)
-            )
-            rows.append((b * heads + number) * r.tiles + tile[mine])
-            indices.append(index[mine])
-    return torch.cat(rows), torch.cat(indices)
+    batches = batch if r.batch == 1 else 1  # copies of each entry
+    shares = len(numbers) if r.heads == 1 else 1
+    count = row.numel()
+    index = torch.arange(count, device=row.device).repeat(batches * shares)
+    copy = torch.arange(batches * shares, device=row.device).repeat_interleave(count)
+    plane, tile = row[index] // r.tiles, row[index] % r.tiles
+    b = plane // r.heads if batches == 1 else copy // shares
+    place = plane % r.heads if shares == 1 else copy % shares
+    head = torch.tensor(numbers, device=row.device)[place]
+    return (b * heads + head) * r.tiles + tile, index
 
 
 def _joined(passes: list[Pass]) -> list[Pass]:
