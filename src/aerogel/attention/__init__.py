@@ -13,6 +13,7 @@ from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
 from aerogel.attention.minference import MInferenceSelector
+from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.pattern_calibration import calibrate_patterns
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
@@ -24,6 +25,7 @@ from aerogel.attention.primitives import (
     sddmm,
     spmm,
 )
+from aerogel.attention.s2_attention import S2Selector
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -51,14 +53,17 @@ __all__ = [
     "Bank",
     "BankPlan",
     "BlockPlan",
+    "CustomBlockPattern",
     "DensePlan",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
+    "LocalStridePattern",
     "MInferenceSelector",
     "PairList",
     "Plan",
     "PlanStats",
+    "S2Selector",
     "Selector",
     "SpanPlan",
     "SparseSelfAttention",
