@@ -12,9 +12,10 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
-from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
+from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
+from aerogel.attention.moa import ElasticSpan, MoAPlan, MoASelector
 from aerogel.attention.pattern_calibration import calibrate_patterns
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
 from aerogel.attention.primitives import (
@@ -55,11 +56,14 @@ __all__ = [
     "BlockPlan",
     "CustomBlockPattern",
     "DensePlan",
+    "ElasticSpan",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
     "LocalStridePattern",
     "MInferenceSelector",
+    "MoAPlan",
+    "MoASelector",
     "PairList",
     "Plan",
     "PlanStats",
