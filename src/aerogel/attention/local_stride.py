@@ -115,20 +115,17 @@ class LocalStridePattern:
         return Coverage(residues, len(residues) == self.stride or self.dense_heads > 0)
 
     def cache_tokens(self, length: int) -> list[int]:
-        """Tokens that each key head keeps of `length`, to go on decoding.
+        """Slots that each key head's cache has after `length` tokens.
 
-        The window's ring of whole blocks, and the head's columns that have left the window.
+        The ring of the window, and all blocks on the stride so far; a dense head has a ring of one
+        block and all blocks.
         """
-        newest = max(0, length - 1) // self.block
+        blocks = -(-length // self.block)
         sizes = []
         for shift, dense in zip(self.shifts, self.dense, strict=True):
-            if dense:
-                sizes.append(length)
-                continue
-            old = range(max(0, newest - self.local_blocks + 1))
-            columns = sum((j + shift) % self.stride == 0 for j in old)
-            ring = min(length, self.local_blocks * self.block)
-            sizes.append(ring + columns * self.block)
+            columns = sum((j + shift) % self.stride == 0 for j in range(blocks))
+            whole = 1 + blocks if dense else self.local_blocks + columns
+            sizes.append(whole * self.block)
         return sizes
 
     def span(self, first: Tensor | None = None, device: torch.device | str = "cpu") -> SpanPlan:
