@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import contract
 import pytest
 import small_selectors as small
 from contract import Case
+from torch import Tensor
 
-from aerogel.attention import AttentionShape, MInferenceSelector
+from aerogel.attention import (
+    AttentionContext,
+    AttentionShape,
+    ElasticSpan,
+    MInferenceSelector,
+    MoAPlan,
+    MoASelector,
+    Plan,
+    S2Selector,
+    SpanPlan,
+)
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
     AShapeSelector,
@@ -62,6 +75,35 @@ CASES = {
         looks_ahead=True,  # a block's mean query knows its last rows
     ),
 }
+CASES["s2-attention"] = Case(
+    lambda: S2Selector(16, 2, 3, dense_layers=(9,)), lambda: S2Selector(16, 1, 1)
+)
+
+
+class _AsManyHeads(MoASelector):
+    """Spans for as many key heads as there are."""
+
+    def span(self, layer: int, length: int, granularity: str = "block") -> SpanPlan:
+        span = super().span(layer, length, granularity)
+        return span if self.heads == 4 else replace(span, **_first_two(span))
+
+    def plan_prefill(self, ctx: AttentionContext) -> Plan:
+        self.heads = ctx.shape.kv_heads
+        return super().plan_prefill(ctx)
+
+
+def _first_two(span: SpanPlan) -> dict[str, Tensor]:
+    return {n: getattr(span, n)[:2] for n in ("sink", "window", "stride", "phase", "dense")}
+
+
+def moa(*rules: ElasticSpan) -> MoASelector:
+    return _AsManyHeads(MoAPlan.of([list(rules)], 16, 16), 0, 320)
+
+
+CASES["moa"] = Case(
+    lambda: moa(ElasticSpan(0, 0.25), ElasticSpan(48, 0), ElasticSpan(0, 1), ElasticSpan(-32, 0.5)),
+    lambda: moa(*[ElasticSpan(0, 1)] * 4),
+)
 SHAPES = {
     "one token": AttentionShape(3, 8, 2, 1, 65, causal=True),
     "few": AttentionShape(1, 4, 4, 7, 7, causal=True),

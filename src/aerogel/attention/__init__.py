@@ -14,8 +14,10 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
+from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
+from aerogel.attention.moa import ElasticSpan, MoAPlan, MoASelector
 from aerogel.attention.pattern_calibration import calibrate_patterns
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
 from aerogel.attention.primitives import (
@@ -28,6 +30,7 @@ from aerogel.attention.primitives import (
 )
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
+from aerogel.attention.s2_attention import S2Selector
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -60,16 +63,22 @@ __all__ = [
     "CombinerAttention",
     "CombinerCache",
     "CombinerSelector",
+    "CustomBlockPattern",
     "DensePlan",
+    "ElasticSpan",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
+    "LocalStridePattern",
     "MInferenceSelector",
+    "MoAPlan",
+    "MoASelector",
     "PairList",
     "Plan",
     "PlanStats",
     "RoutingAttention",
     "RoutingSelector",
+    "S2Selector",
     "Selector",
     "SpanPlan",
     "SparseSelfAttention",

@@ -130,6 +130,7 @@ def attach(
     layers = attention_layers(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no attention layer with a layer_idx")
+    chosen.on_attach(model)
     before = getattr(model.config, "_attn_implementation", None)
     _know(chosen.slug)
     model.set_attn_implementation(PREFIX + chosen.slug)  # type: ignore[operator]

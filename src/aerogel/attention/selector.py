@@ -93,6 +93,13 @@ class Selector(nn.Module):
     def on_append(self, ctx: AttentionContext) -> None:
         """Called once the cache holds the new keys: keep side state."""
 
+    def on_attach(self, model: nn.Module) -> None:
+        """Called with a transformers model before it is attached: look at its sizes.
+
+        Raises:
+            ValueError: the selector does not fit the model.
+        """
+
     def loss(self, ctx: AttentionContext) -> Tensor | None:
         """An auxiliary loss, for selectors that learn by one."""
         return None

@@ -31,8 +31,8 @@ class SpanPlan(Plan):
         block: keys per block.
         dense: (Hp,) bool, heads that read all keys.
         granularity: "token" or "block".
-        first: (B,) int32, first real key of each batch element; sinks count from there, and keys
-            before it are not read. Default 0.
+        first: (B,) int32, first real key of each batch element; sinks and blocks count from there,
+            and keys before it are not read. Default 0.
     """
 
     sink: Tensor
@@ -102,10 +102,12 @@ class SpanPlan(Plan):
         rows = self._rows()
         window, stride, phase = (t.view(-1, 1, 1) for t in (rows.window, rows.stride, rows.phase))
         unit = 1 if self.granularity == "token" else self.block
-        keep = (j < rows.sink_end.view(-1, 1, 1)) | (p // unit - j // unit < window)
-        keep |= (stride > 0) & ((j // self.block + phase) % stride.clamp(min=1) == 0)
+        begin = rows.begin.view(-1, 1, 1)
+        since, row = j - begin, p - begin
+        keep = (j < rows.sink_end.view(-1, 1, 1)) | (row // unit - since // unit < window)
+        keep |= (stride > 0) & ((since // self.block + phase) % stride.clamp(min=1) == 0)
         keep |= rows.dense.view(-1, 1, 1)
-        keep &= (j >= rows.begin.view(-1, 1, 1)) & (j <= p)
+        keep &= (since >= 0) & (j <= p)
         return keep.view(*self.dims, shape.q_len, shape.k_len)
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
@@ -126,16 +128,19 @@ class SpanPlan(Plan):
     def _tile(self, shape: AttentionShape) -> int:
         """Query rows per tile, such that no tile crosses the edge of a block."""
         size = math.gcd(self.block, shape.q_offset)
+        for first in [] if self.first is None else self.first.unique().tolist():
+            size = math.gcd(size, first)
         return size if size <= _LARGEST_TILE else math.gcd(size, _LARGEST_TILE)
 
     def _block_pass(self, shape: AttentionShape) -> list[Pass]:
         tile = self._tile(shape)
         tiles = shape.tiles(tile)
-        at = (shape.q_offset + torch.arange(tiles, device=self.device) * tile) // self.block
+        at = shape.q_offset + torch.arange(tiles, device=self.device) * tile
         rows = self._rows()
-        reach = (at + 1).expand(rows.begin.numel(), tiles)  # blocks up to the tile's own
+        begin = rows.begin[:, None]
+        reach = (at - begin) // self.block + 1  # blocks up to the tile's own
         lowest = torch.where(rows.dense[:, None], 0, reach - rows.window[:, None]).clamp(min=0)
-        local = (lowest * self.block, reach * self.block)
+        local = (begin + lowest * self.block, begin + reach * self.block)
         return [Pass(self._ranges(rows, tile, tiles, reach, local))]
 
     def _ranges(
@@ -150,13 +155,14 @@ class SpanPlan(Plan):
         row = torch.arange(reach.numel(), device=self.device)
         begin = rows.begin[:, None].expand_as(reach).flatten()
         sink_end = rows.sink_end[:, None].expand_as(reach).flatten()
-        stride_row, column = _stride_blocks(rows, reach)
+        stride_row, number = _stride_blocks(rows, reach)
+        column = rows.begin[stride_row // max(1, tiles)] + number * self.block
         return self._sorted(
             tile,
             tiles,
             torch.cat([row, row, stride_row]),
-            torch.cat([begin, local[0].flatten(), column * self.block]),
-            torch.cat([sink_end, local[1].flatten(), (column + 1) * self.block]),
+            torch.cat([begin, local[0].flatten(), column]),
+            torch.cat([sink_end, local[1].flatten(), column + self.block]),
         )
 
     def _token_passes(self, shape: AttentionShape) -> list[Pass]:
@@ -165,7 +171,7 @@ class SpanPlan(Plan):
         first = shape.q_offset + torch.arange(tiles, device=self.device) * _TILE
         last = torch.minimum(first + _TILE, first.new_tensor(shape.q_offset + shape.q_len)) - 1
         rows = self._rows()
-        reach = (last // self.block + 1).expand(rows.begin.numel(), tiles)
+        reach = (last - rows.begin[:, None]) // self.block + 1
         whole = torch.where(rows.dense[:, None], shape.k_len, 0).expand_as(reach)
         far = self._ranges(rows, _TILE, tiles, reach, (torch.zeros_like(whole), whole))
         windowed = (self.window > 0) & ~self.dense
@@ -183,7 +189,7 @@ class SpanPlan(Plan):
         high = torch.where(wanted, (last + 1)[None], 0).expand(planes, tiles)
         plain = rows.stride == 0
         period = torch.where(plain, 1 << 40, rows.stride * self.block)[:, None]
-        shift = (rows.phase * self.block)[:, None]
+        shift = (rows.phase * self.block - rows.begin)[:, None]
         # Gap n between stride blocks: n * period - shift + block up to (n + 1) * period - shift.
         lowest = torch.div(low + shift, period, rounding_mode="floor")
         counts = torch.div(high - 1 + shift, period, rounding_mode="floor") - lowest + 1

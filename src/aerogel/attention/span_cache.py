@@ -1,0 +1,404 @@
+"""A KV cache layer of known size: sinks, a ring, and the columns of a stride, per key head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.engine import attend_lse
+from aerogel.attention.key_list_plan import KeyListPlan
+from aerogel.attention.plan import Plan
+from aerogel.attention.selector import DECODE_ROWS
+from aerogel.attention.softmax import apply_sink, merge
+from aerogel.attention.span_plan import SpanPlan
+
+
+class SpanCacheLayer(DynamicLayer):
+    """What each key head's span can still read, and nothing else.
+
+    Storage is (B, slots, D) with the heads' slots side by side: a head's sinks, the ring of its
+    window, and the blocks on its stride, which grow with the history. Keys keep their positional
+    embedding and their true position. `attend` replaces the engine's call on this layer.
+
+    Args:
+        span: token or block spans of every head, as steps read them; strided and dense heads need
+            blocks, no sinks, and one span for all query heads of a key head.
+        kv_heads: key heads; a key head keeps what the widest of its query heads reads.
+        prompt: spans of prompts, where they differ (they may read no more than `span` keeps).
+        longest: tokens that the sizes are made for; None for any number.
+
+    Raises:
+        ValueError: a head has no bounded size.
+    """
+
+    is_croppable = False
+    keys: Any
+    values: Any
+
+    def __init__(
+        self,
+        span: SpanPlan,
+        kv_heads: int,
+        *,
+        prompt: SpanPlan | None = None,
+        longest: int | None = None,
+    ) -> None:
+        super().__init__()
+        if bool(span.dense.any()) or bool((span.stride > 0).any()):
+            span = _strided(span, kv_heads)
+        unit = 1 if span.granularity == "token" else span.block
+        self.span, self.unit, self.seen = span, unit, 0
+        self.prompt, self.longest = span if prompt is None else prompt, longest
+        self.sinks = self._widest(span.sink, kv_heads) * unit
+        self.windows = self._widest(span.window, kv_heads) * unit
+        self.strides = self._widest(span.stride, kv_heads)
+        self.firsts = -self._widest(span.phase, kv_heads) % self.strides.clamp(min=1)
+        self._has_rings = bool((self.windows > 0).all())
+        self._most_padded = 0
+        self._steady: tuple[int, BlockPlan] | None = None
+        self.positions = torch.empty(0, dtype=torch.int64)
+        self.padded = torch.empty(0, dtype=torch.int64)
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self._lay_out(torch.zeros_like(self.sinks))
+
+    @staticmethod
+    def _widest(values: Tensor, kv_heads: int) -> Tensor:
+        if values.numel() in (1, kv_heads):
+            return values.long().expand(kv_heads).clone()
+        return values.long().view(kv_heads, -1).amax(1)
+
+    def _lay_out(self, columns: Tensor) -> None:
+        """Where each head's slots are, for so many strided blocks of each."""
+        self.columns = columns
+        parts = [self.sinks + self.windows, columns * self.span.block]
+        self.offsets = torch.nn.functional.pad((parts[0] + parts[1]).cumsum(0), (1, 0))
+        self._archive = torch.repeat_interleave(
+            torch.tensor([False, True]).repeat(len(columns)), torch.stack(parts, 1).flatten()
+        )
+
+    def note_padding(self, padded: Tensor) -> None:
+        """Left padding (B,) int64 in tokens; before the first update."""
+        if self.seen == 0:
+            self.padded = padded.long()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the rings."""
+        batch, slots = key_states.shape[0], int(self.offsets[-1])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, slots, value_states.shape[-1])
+        self.positions = torch.full((batch, slots), -1, device=self.device)
+        if self.padded.numel() != batch:
+            self.padded = torch.zeros(batch, dtype=torch.int64)
+        self.padded = self.padded.to(self.device)
+        self._most_padded = int(self.padded.max()) if batch else 0
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes new tokens into their slots; returns the new tokens alone.
+
+        Raises:
+            ValueError: more tokens than the cache was sized for.
+        """
+        new = key_states.shape[2]
+        if self.longest is not None and self.seen + new > self.longest:
+            raise ValueError(
+                f"{self.seen} tokens and {new} more, but the cache was sized for {self.longest}; "
+                "make the selector with a larger length or max_new"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._before = None
+        self._grow(self.seen + new)
+        if new > 1 and self.seen:
+            self._before = (self.keys.clone(), self.values.clone(), self.positions.clone())
+        if new == 1 and self.seen >= self._most_padded and self._has_rings:
+            self._write_step(key_states[:, :, 0], value_states[:, :, 0])
+        else:
+            position = torch.arange(self.seen, self.seen + new, device=self.device)
+            real = position - self.padded[:, None]  # (B, new)
+            for head in range(key_states.shape[1]):
+                self._write(head, real, position, key_states[:, head], value_states[:, head])
+        self.seen += new
+        return key_states, value_states
+
+    def _write_step(self, keys: Tensor, values: Tensor) -> None:
+        """One token of all heads, (B, Hkv, D) each."""
+        real = (self.seen - self.padded.cpu())[:, None]  # (B, 1)
+        around = (real - self.sinks) % self.windows + self.sinks
+        slots = [self.offsets[:-1] + torch.where(real < self.sinks, real, around)]
+        if bool((self.strides > 0).any()):
+            number = real // self.span.block - self.firsts
+            stride = self.strides.clamp(min=1)
+            column = number // stride * self.span.block + real % self.span.block
+            archive = self.offsets[:-1] + self.sinks + self.windows + column
+            on = (self.strides > 0) & (number % stride == 0)
+            if bool(on.any()):
+                slots.append(torch.where(on, archive, slots[0]))
+        batch = torch.arange(keys.shape[0], device=self.device)[:, None]
+        for slot in slots:
+            at = (batch, slot.to(self.device))
+            self.keys[at] = keys
+            self.values[at] = values
+            self.positions[at] = self.seen
+
+    def _grow(self, total: int) -> None:
+        """Room for the strided blocks of so many tokens."""
+        blocks = -(-total // self.span.block)
+        needed = (blocks - self.firsts + self.strides - 1) // self.strides.clamp(min=1)
+        needed = torch.where(self.strides > 0, needed.clamp(min=0), 0)
+        if not bool((needed > self.columns).any()):
+            return
+        old, held = self.offsets.tolist(), (self.keys, self.values, self.positions)
+        self._lay_out(torch.maximum(needed, self.columns))
+        slots, batch = int(self.offsets[-1]), self.positions.shape[0]
+        self.keys = self.keys.new_zeros(batch, slots, self.keys.shape[-1])
+        self.values = self.values.new_zeros(batch, slots, self.values.shape[-1])
+        self.positions = self.positions.new_full((batch, slots), -1)
+        for head, start in enumerate(self.offsets[:-1].tolist()):
+            size = old[head + 1] - old[head]
+            for to, source in zip((self.keys, self.values, self.positions), held, strict=True):
+                to[:, start : start + size] = source[:, old[head] : old[head] + size]
+
+    def _write(
+        self, head: int, real: Tensor, position: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """The tokens of one head that survive into their slots."""
+        sink, window = int(self.sinks[head]), int(self.windows[head])
+        last = real[:, -1:]
+        kept = (real >= 0) & ((real < sink) | (last - real < window))
+        around = (real - sink) % max(1, window) + sink
+        start = int(self.offsets[head])
+        self._store(kept, start + torch.where(real < sink, real, around), position, keys, values)
+        stride = int(self.strides[head])
+        if stride:
+            number = real // self.span.block - int(self.firsts[head])
+            slot = start + sink + window + number // stride * self.span.block
+            on = (real >= 0) & (number % stride == 0)
+            self._store(on, slot + real % self.span.block, position, keys, values)
+
+    def _store(
+        self, kept: Tensor, slot: Tensor, position: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        batch, token = kept.nonzero(as_tuple=True)
+        at = slot[batch, token]
+        self.keys[batch, at] = keys[batch, token]
+        self.values[batch, at] = values[batch, token]
+        self.positions[batch, at] = position[token]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention after `update`: q (B, Hq, Lq, D), and the new k and v; options as `attend`.
+
+        A first prompt runs on the span itself; a later chunk on the slots as they were and on its
+        own tokens; single tokens on ranges of slots.
+
+        Raises:
+            ValueError: dropout.
+        """
+        if dropout_p:
+            raise ValueError(f"dropout_p={dropout_p}: expected 0 with a cache")
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if self.seen == k.shape[2]:
+            o, lse = self._first_prompt(q, k, v, window=window, **options)
+        else:
+            parts = [
+                attend_lse(q, keys[:, None], values[:, None], plan=plan, validate=False, **options)
+                for keys, values, plan in self._banks(q, k, v, window)
+            ]
+            o, lse = parts[0] if len(parts) == 1 else merge(parts)
+        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+
+    def _first_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        first = self.padded.int() if bool((self.padded > 0).any()) else None
+        padding = None
+        if first is not None:
+            padding = torch.arange(k.shape[2], device=q.device) >= first[:, None]
+        plan = replace(self.prompt, first=first)
+        return attend_lse(q, k, v, plan=plan, causal=True, key_padding=padding, **options)
+
+    def _banks(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None
+    ) -> list[tuple[Tensor, Tensor, Plan]]:
+        """Keys and values of all heads side by side, and what each row reads of them."""
+        rows = q.shape[2]
+        if rows == 1 and window is None:
+            return [(self.keys, self.values, self._step_plan(q.shape[1]))]
+        position = torch.arange(self.seen - rows, self.seen, device=q.device)
+        owner = torch.repeat_interleave(self.offsets.diff()).to(q.device)
+        archive = self._archive.to(q.device)
+        if self._before is None:
+            stored = (self.keys, self.values, self.positions)
+        else:
+            stored = self._before
+        reads = self._reads(position, stored[2], owner, archive, q.shape[1], window)
+        banks: list[tuple[Tensor, Tensor, Plan]] = [
+            (stored[0], stored[1], KeyListPlan.from_bitmask(reads))
+        ]
+        if self._before is not None:
+            new = position.repeat(k.shape[1]).expand(q.shape[0], -1)
+            owner = torch.arange(k.shape[1], device=q.device).repeat_interleave(rows)
+            reads = self._reads(position, new, owner, None, q.shape[1], window)
+            banks.append((k.flatten(1, 2), v.flatten(1, 2), KeyListPlan.from_bitmask(reads)))
+        return banks
+
+    def _step_plan(self, q_heads: int) -> BlockPlan:
+        """The slots that the last token reads, as ranges; the same ones once all rings are full."""
+        if self._steady is not None and self._steady[0] == q_heads:
+            return self._steady[1]
+        shared = torch.arange(q_heads) * self.sinks.numel() // q_heads
+        sinks, rings = self.sinks[shared], self.windows[shared]
+        sink, window = (_per_head(t, q_heads) for t in (self.span.sink, self.span.window))
+        last = (self.seen - 1 - self.padded.cpu())[:, None]  # (B, 1), from the first real token
+        low = ((last // self.unit - window + 1) * self.unit).clamp(min=0)
+        begin = self.offsets[:-1][shared]
+        ring_low = torch.maximum(low, sinks)
+        held = (last + 1 - ring_low).clamp(min=0)
+        at = (ring_low - sinks) % rings.clamp(min=1)
+        whole = torch.minimum(held, rings - at)
+        block, stride = self.span.block, self.strides[shared]
+        old = (low // block - self.firsts[shared] + stride - 1) // stride.clamp(min=1)
+        old = torch.where(stride > 0, old.clamp(min=0), 0) * block
+        inside = torch.minimum(sinks, last + 1)
+        starts = [begin, begin + low, begin + sinks + at, begin + sinks, begin + sinks + rings]
+        lengths = [
+            torch.minimum(sink * self.unit, last + 1),
+            inside - low,
+            whole,
+            held - whole,
+            old,
+        ]
+        shape = low.shape
+        start = torch.stack([t.expand(shape) for t in starts], -1)
+        length = torch.stack([t.expand(shape) for t in lengths], -1).clamp(min=0)
+        plan = BlockPlan.from_ranges(start[:, :, None], length[:, :, None]).to(self.device)
+        bounded = self.unit == 1 and not bool((self.strides > 0).any())
+        same = self.span.sink.numel() in (1, self.sinks.numel())
+        full = self.seen - self._most_padded >= int((self.sinks + self.windows).max())
+        if bounded and same and full:
+            self._steady = (q_heads, plan)
+        return plan
+
+    def _reads(
+        self,
+        rows: Tensor,
+        at: Tensor,
+        owner: Tensor,
+        archive: Tensor | None,
+        q_heads: int,
+        limit: int | None,
+    ) -> Tensor:
+        """(B, Hq, Lq, slots) bool: which tokens each row reads.
+
+        Args:
+            rows: (Lq,) positions of the rows.
+            at: (B, slots) positions of the tokens.
+            owner: (slots,) key head of each.
+            archive: (slots,) bool, slots of strided blocks, which count once they have left the
+                window; None for tokens that are in no slot yet.
+            q_heads: query heads.
+            limit: the model's own sliding window.
+        """
+        span = self.span if len(rows) <= DECODE_ROWS else self.prompt
+        unit = 1 if span.granularity == "token" else span.block
+        mine = owner == (torch.arange(q_heads) * self.sinks.numel() // q_heads)[:, None].to(at)
+        sink, window, stride, phase = (
+            _per_head(t, q_heads).to(at.device).view(-1, 1, 1)
+            for t in (span.sink * unit, span.window, span.stride, span.phase)
+        )
+        real = (at - self.padded[:, None])[:, None, None]
+        row = (rows - self.padded[:, None])[:, None, :, None]
+        distance = row // unit - real // unit
+        near = (real < sink) | (distance < window)
+        if archive is None:
+            column = (real // span.block + phase) % stride.clamp(min=1) == 0
+            keep = near | ((stride > 0) & column)
+        else:
+            keep = torch.where(archive, distance >= window, near)
+        keep = keep & (real >= 0) & (real <= row)
+        if limit is not None:
+            keep &= row - real < limit
+        return keep & mine[:, None] & (at >= 0)[:, None, None]
+
+    def get_seq_length(self) -> int:
+        """All tokens seen, kept or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the padding mask: all tokens."""
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.seen, self._before, self._steady = 0, None, None
+        self._lay_out(torch.zeros_like(self.sinks))
+        self.padded = torch.empty(0, dtype=torch.int64)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Rings have overwritten what a shorter history needs.
+
+        Raises:
+            ValueError: a token would have to be removed.
+        """
+        if tokens_to_remove:
+            raise ValueError("crop: a ring cannot give back the tokens it has overwritten")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: element b continues the history of element ``beam_idx[b]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some batch elements."""
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.positions, self.padded = self.positions[indices], self.padded[indices]
+            self._steady = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch element."""
+        if self.is_initialized:
+            index = torch.arange(self.keys.shape[0], device=self.device)
+            self.batch_select_indices(index.repeat_interleave(repeats))
+
+
+def _per_head(values: Tensor, q_heads: int) -> Tensor:
+    """(Hq,) int64 of values for 1, key or query heads."""
+    return values.long().cpu().repeat_interleave(q_heads // values.numel())
+
+
+def _strided(span: SpanPlan, kv_heads: int) -> SpanPlan:
+    """A span whose dense heads have a stride of one block."""
+    plain = span.granularity == "block" and not bool((span.sink > 0).any())
+    if not plain or span.sink.numel() not in (1, kv_heads):
+        raise ValueError(
+            "span: dense and strided heads have a bounded cache only in blocks, without sinks and "
+            "with one span per key head"
+        )
+    one = torch.ones_like(span.window)
+    return replace(
+        span,
+        window=torch.where(span.dense, one, span.window),
+        stride=torch.where(span.dense, one, span.stride),
+        dense=torch.zeros_like(span.dense),
+    )
