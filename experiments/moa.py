@@ -28,9 +28,9 @@ import tiny_lm
 from aerogel.attention import MoAPlan, MoASelector, attend
 from aerogel.attention.cache import SpanCacheLayer
 from aerogel.attention.moa import ElasticSpan
-from aerogel.attention.native import kernels_available
 from aerogel.data import recall
 from aerogel.data.source_text import load_source_text
+from aerogel.kernels import native_available
 from aerogel.report.evidence import Claim, Result, mean
 from aerogel.search import SpanSearch, profile_influence, validate
 
@@ -59,7 +59,7 @@ def run(seed: int) -> Result:
     _note(metrics, "dense", model, [_uniform(1.0)], held_out)
     for density in DENSITIES:
         metrics.update(_searched(model, profile, density, held_out, seed))
-    if kernels_available():
+    if native_available():
         metrics.update(_times())
     notes = (
         "Nats a byte on the repeated passage. A key head's cache holds its span in whole blocks, "

@@ -41,9 +41,9 @@ from aerogel.attention import (
     attend,
     detach,
 )
-from aerogel.attention.native import kernels_available
 from aerogel.data import recall
 from aerogel.data.source_text import load_source_text
+from aerogel.kernels import native_available
 from aerogel.report.evidence import Claim, Result, mean
 
 SLUG = "s2-attention"
@@ -68,7 +68,7 @@ def run(seed: int) -> Result:
     for name, selector in _digit_selectors().items():
         metrics[f"digits, {name}"] = _digits(seed, selector)
     metrics.update(_language())
-    if kernels_available():
+    if native_available():
         metrics.update(_times())
     notes = (
         "Digits: % test accuracy after the last epoch. Language: bits a byte on the plain part "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
+pytest.importorskip("transformers")
 from aerogel.attention.cache import AerogelCache
 from aerogel.models.s2_decoder import s2_decoder
 

@@ -7,8 +7,8 @@ model = aerogel.models.create_model("mobilenet_v2", checkpoint_path=weights)
 
 from aerogel.models import language_model
 from aerogel.models.classic import VGG, CifarResNet, ConvN, LeNet300
-from aerogel.models.edsr import EDSR
 from aerogel.models.combiner import CombinerLM
+from aerogel.models.edsr import EDSR
 from aerogel.models.efficientnet import EfficientNet
 from aerogel.models.mlp import MLP
 from aerogel.models.mobilenet import MobileNetV1, MobileNetV2
