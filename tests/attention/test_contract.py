@@ -91,6 +91,10 @@ class _AsManyHeads(MoASelector):
         self.heads = ctx.shape.kv_heads
         return super().plan_prefill(ctx)
 
+    def plan_decode(self, ctx: AttentionContext) -> Plan:
+        self.heads = ctx.shape.kv_heads
+        return super().plan_decode(ctx)
+
 
 def _first_two(span: SpanPlan) -> dict[str, Tensor]:
     return {n: getattr(span, n)[:2] for n in ("sink", "window", "stride", "phase", "dense")}

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-<<<<<<< HEAD
-=======
 
->>>>>>> h/sel2
 from aerogel.attention.cache import AerogelCache
 from aerogel.models.s2_decoder import s2_decoder
 
