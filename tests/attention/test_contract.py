@@ -83,13 +83,15 @@ CASES["s2-attention"] = Case(
 class _AsManyHeads(MoASelector):
     """Spans for as many key heads as there are."""
 
+    heads = 4
+
     def span(self, layer: int, length: int, granularity: str = "block") -> SpanPlan:
         span = super().span(layer, length, granularity)
         return span if self.heads == 4 else replace(span, **_first_two(span))
 
-    def plan_prefill(self, ctx: AttentionContext) -> Plan:
+    def _placed(self, ctx: AttentionContext, granularity: str) -> Plan:
         self.heads = ctx.shape.kv_heads
-        return super().plan_prefill(ctx)
+        return super()._placed(ctx, granularity)
 
     def plan_decode(self, ctx: AttentionContext) -> Plan:
         self.heads = ctx.shape.kv_heads

@@ -10,7 +10,7 @@ does. The pattern is fixed: training, prefill and decoding skip the same blocks,
 needs again what has left its window and is not on its stride.
 
 When to use it: training a model for long contexts, from scratch or continued, with a few dense
-layers. A model trained densely loses by it.
+layers. A model trained densely loses by it; one layer alone is behind dense attention.
 Costs and buys: per row about ``local + rest / V`` keys instead of all, forward, backward and in the
 KV cache. Full coverage needs as many sparse key heads as the stride.
 """
