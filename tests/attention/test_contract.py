@@ -7,7 +7,7 @@ import pytest
 import small_selectors as small
 from contract import Case
 
-from aerogel.attention import AttentionShape, MInferenceSelector
+from aerogel.attention import AttentionShape, MInferenceSelector, ScatterbrainSelector
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
     AShapeSelector,
@@ -60,6 +60,14 @@ CASES = {
         lambda: PooledBlockSelector(3, 16),
         PooledBlockSelector,
         looks_ahead=True,  # a block's mean query knows its last rows
+    ),
+    "scatterbrain, window": Case(
+        lambda: ScatterbrainSelector(support="local", window=40),
+        lambda: ScatterbrainSelector(support="local", window=1000),
+    ),
+    "scatterbrain, top-k": Case(
+        lambda: ScatterbrainSelector(support="topk", count=20),
+        lambda: ScatterbrainSelector(support="topk", count=1000),
     ),
 }
 SHAPES = {

@@ -11,6 +11,7 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
+from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
@@ -21,6 +22,11 @@ from aerogel.attention.primitives import (
     plan_softmax,
     sddmm,
     spmm,
+)
+from aerogel.attention.scatterbrain import (
+    ScatterbrainAttention,
+    ScatterbrainSelector,
+    scatterbrain_attention,
 )
 from aerogel.attention.selector import (
     SELECTORS,
@@ -34,6 +40,13 @@ from aerogel.attention.selector_file import load_selector, save_selector
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.attention.supports import (
+    BlockSupport,
+    LocalSupport,
+    SmyrfClusters,
+    Support,
+    TopKSupport,
+)
 from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
 from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
 
@@ -48,23 +61,32 @@ __all__ = [
     "Bank",
     "BankPlan",
     "BlockPlan",
+    "BlockSupport",
     "DensePlan",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
+    "LocalSupport",
     "MInferenceSelector",
     "PairList",
     "Plan",
     "PlanStats",
+    "PositiveRandomFeatures",
+    "ScatterbrainAttention",
+    "ScatterbrainSelector",
     "Selector",
+    "SmyrfClusters",
     "SpanPlan",
     "SparseSelfAttention",
+    "Support",
     "TokenPlan",
+    "TopKSupport",
     "add_selector",
     "attach",
     "attend",
     "detach",
     "gather_tokens",
+    "linear_attention",
     "load_selector",
     "make_selector",
     "merge",
@@ -75,6 +97,7 @@ __all__ = [
     "register",
     "save_selector",
     "scatter_tokens",
+    "scatterbrain_attention",
     "sddmm",
     "select",
     "share_over_group",

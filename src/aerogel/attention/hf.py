@@ -247,6 +247,11 @@ def _attention(
         layer_input=None if state is None else state.layer_input,
         cache_layer=cache_layer,
     )
+    own = selector.attention(context, **common)
+    if own is not None:
+        if mask is not None and mask.dim() == 4:
+            raise ValueError(f"attention_mask: 4-D, expected 2-D or none with {selector.slug}")
+        return own.transpose(1, 2), None
     plan = select(selector, context)
     if mask is not None and mask.dim() == 4:
         strict = state is not None and state.strict

@@ -93,6 +93,15 @@ class Selector(nn.Module):
     def on_append(self, ctx: AttentionContext) -> None:
         """Called once the cache holds the new keys: keep side state."""
 
+    def attention(self, ctx: AttentionContext, **options: Any) -> Tensor | None:
+        """(B, Hq, Lq, Dv), for weights that are no softmax over a plan; None: the engine attends.
+
+        Args:
+            ctx: the call.
+            options: window, softcap, sink_logit and dropout_p, as `attend` takes them.
+        """
+        return None
+
     def loss(self, ctx: AttentionContext) -> Tensor | None:
         """An auxiliary loss, for selectors that learn by one."""
         return None
