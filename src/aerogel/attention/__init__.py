@@ -23,6 +23,7 @@ from aerogel.attention.primitives import (
     sddmm,
     spmm,
 )
+from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.scatterbrain import (
     ScatterbrainAttention,
     ScatterbrainSelector,
@@ -49,6 +50,7 @@ from aerogel.attention.supports import (
 )
 from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
 from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
+from aerogel.attention.zipvl import ZipVLHandle, ZipVLSelector, apply_zipvl
 
 # Names of attention that transformers knows from here on: "aerogel:<slug>".
 register()
@@ -81,7 +83,10 @@ __all__ = [
     "Support",
     "TokenPlan",
     "TopKSupport",
+    "ZipVLHandle",
+    "ZipVLSelector",
     "add_selector",
+    "apply_zipvl",
     "attach",
     "attend",
     "detach",
@@ -89,11 +94,14 @@ __all__ = [
     "linear_attention",
     "load_selector",
     "make_selector",
+    "mass_budget",
     "merge",
     "past_summaries",
     "plan_logsumexp",
     "plan_pairs",
     "plan_softmax",
+    "probe_rows",
+    "probe_scores",
     "register",
     "save_selector",
     "scatter_tokens",
