@@ -1,4 +1,4 @@
-"""What ZipVL promises: a budget by mass, a choice without bias to early tokens, a cache in codes."""
+"""What ZipVL promises: a budget by mass, a choice fair to late tokens, a cache in codes."""
 
 from __future__ import annotations
 

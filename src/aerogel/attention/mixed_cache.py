@@ -239,7 +239,7 @@ class MixedPrecisionCacheLayer(DynamicLayer):
         )
 
     def _stream(self, q: Tensor, lse: Tensor, scale: float) -> None:
-        """Codes the oldest `stream_gap` tokens of the tail by the last query's attention to them."""
+        """Codes the oldest `stream_gap` tokens of the tail by the last query's attention."""
         keys = self.keys[:, :, : self.stream_gap]
         row = q[:, :, -1:].float().unflatten(1, (keys.shape[1], -1))
         logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * scale
