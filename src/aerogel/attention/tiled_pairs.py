@@ -101,8 +101,8 @@ class TiledPairs:
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         kind = accumulator(a.dtype)
-        left = a.reshape(-1, a.shape[-1]).to(kind)[self.row]
-        right = b.reshape(-1, b.shape[-1]).to(kind)[self.key]
+        left = _taken(a.reshape(-1, a.shape[-1]).to(kind), self.row)
+        right = _taken(b.reshape(-1, b.shape[-1]).to(kind), self.key)
         return torch.bmm(left, right.transpose(1, 2))
 
     def logsumexp(self, values: Tensor) -> Tensor:
@@ -122,14 +122,19 @@ class TiledPairs:
         return self._by_row(values.new_zeros(self.rows).index_add(0, self.row.flatten(), sums))
 
     def spread(self, rows: Tensor) -> Tensor:
-        return rows.flatten()[self.row][..., None]
+        return _taken(rows.flatten(), self.row)[..., None]
 
     def weighted(self, values: Tensor, v: Tensor) -> Tensor:
         values = values.masked_fill(~self.mask, 0)
-        out = torch.bmm(values, v.reshape(-1, v.shape[-1]).to(values.dtype)[self.key])
+        out = torch.bmm(values, _taken(v.reshape(-1, v.shape[-1]).to(values.dtype), self.key))
         rows = out.new_zeros(self.rows, v.shape[-1])
         rows = rows.index_add(0, self.row.flatten(), out.flatten(0, 1))
         return rows.view(*self._by_row(rows[:, 0]).shape, v.shape[-1])
 
     def _by_row(self, flat: Tensor) -> Tensor:
         return flat.view(self.shape.batch, self.shape.q_heads, self.shape.q_len)
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x at an index of two dimensions; its backward adds whole rows."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
