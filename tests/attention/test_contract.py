@@ -7,7 +7,12 @@ import pytest
 import small_selectors as small
 from contract import Case
 
-from aerogel.attention import AttentionShape, MInferenceSelector, ScatterbrainSelector
+from aerogel.attention import (
+    AttentionShape,
+    MInferenceSelector,
+    ScatterbrainSelector,
+    ZipVLSelector,
+)
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
     AShapeSelector,
@@ -60,6 +65,13 @@ CASES = {
         lambda: PooledBlockSelector(3, 16),
         PooledBlockSelector,
         looks_ahead=True,  # a block's mean query knows its last rows
+    ),
+    "zipvl": Case(
+        lambda: ZipVLSelector(0.7),
+        lambda: ZipVLSelector(1.0),
+        looks_ahead=True,
+        chunk_invariant=False,
+        right_padding=False,
     ),
     "scatterbrain, window": Case(
         lambda: ScatterbrainSelector(support="local", window=40),
