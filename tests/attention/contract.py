@@ -17,12 +17,18 @@ from aerogel.attention import (
     KeyListPlan,
     Plan,
     Selector,
+    TokenPlan,
     attend,
     merge,
     select,
 )
+<<<<<<< HEAD
 from aerogel.attention.engine import attend_lse
 from aerogel.kernels import native_available
+=======
+from aerogel.attention.engine import Backend, attend_lse
+from aerogel.attention.native import kernels_available
+>>>>>>> h/sel4
 
 
 @dataclass(frozen=True)
@@ -34,19 +40,22 @@ class Case:
         full: the same with a budget for all keys, or None if the method has none.
         looks_ahead: the SELECTION of earlier rows depends on later tokens (stated by the method).
         chunk_invariant: a prompt in chunks selects what a prompt at once selects.
+        right_padding: prompts may be padded at their end.
     """
 
     make: Callable[[], Selector]
     full: Callable[[], Selector] | None = None
     looks_ahead: bool = False
     chunk_invariant: bool = True
+    right_padding: bool = True
 
 
-def paddings(shape: AttentionShape) -> dict[str, Tensor | None]:
+def paddings(case: Case, shape: AttentionShape) -> dict[str, Tensor | None]:
     """No padding, left padding and right padding that differ by batch element."""
     j = torch.arange(shape.k_len)
     much = torch.arange(shape.batch)[:, None] * (shape.k_len // 5)
-    return {"none": None, "left": j >= much, "right": j < shape.k_len - much}
+    found = {"none": None, "left": j >= much}
+    return {**found, "right": j < shape.k_len - much} if case.right_padding else found
 
 
 def choose(
@@ -66,10 +75,16 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
 
 def check_native_is_the_reference(case: Case, shape: AttentionShape, dim: int) -> None:
     """Forward, log-sum-exp and gradients; every padding; float32 and bfloat16."""
+<<<<<<< HEAD
     backend = "native" if native_available() else "auto"
     for name, padding in paddings(shape).items():
+=======
+    for name, padding in paddings(case, shape).items():
+>>>>>>> h/sel4
         q, k, v = make.tensors(shape, dim)
         plan = choose(case.make(), q, k, v, padding)
+        tiled = kernels_available() and not isinstance(plan, TokenPlan)
+        backend: Backend = "native" if tiled else "auto"
         results = []
         for which in (backend, "reference"):
             inputs = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -96,7 +111,7 @@ def check_full_budget_is_dense(case: Case, shape: AttentionShape) -> None:
     """With a budget for everything, the result is torch's own."""
     if case.full is None:
         return
-    for padding in paddings(shape).values():
+    for padding in paddings(case, shape).values():
         q, k, v = make.tensors(shape)
         plan = choose(case.full(), q, k, v, padding)
         got = attend(q, k, v, plan=plan, causal=True, key_padding=padding)

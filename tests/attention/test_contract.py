@@ -11,6 +11,7 @@ from contract import Case
 from torch import Tensor
 
 from aerogel.attention import (
+<<<<<<< HEAD
     AttentionContext,
     AttentionShape,
     ElasticSpan,
@@ -20,6 +21,12 @@ from aerogel.attention import (
     Plan,
     S2Selector,
     SpanPlan,
+=======
+    AttentionShape,
+    MInferenceSelector,
+    ScatterbrainSelector,
+    ZipVLSelector,
+>>>>>>> h/sel4
 )
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
@@ -73,6 +80,21 @@ CASES = {
         lambda: PooledBlockSelector(3, 16),
         PooledBlockSelector,
         looks_ahead=True,  # a block's mean query knows its last rows
+    ),
+    "zipvl": Case(
+        lambda: ZipVLSelector(0.7),
+        lambda: ZipVLSelector(1.0),
+        looks_ahead=True,
+        chunk_invariant=False,
+        right_padding=False,
+    ),
+    "scatterbrain, window": Case(
+        lambda: ScatterbrainSelector(support="local", window=40),
+        lambda: ScatterbrainSelector(support="local", window=1000),
+    ),
+    "scatterbrain, top-k": Case(
+        lambda: ScatterbrainSelector(support="topk", count=20),
+        lambda: ScatterbrainSelector(support="topk", count=1000),
     ),
 }
 CASES["s2-attention"] = Case(

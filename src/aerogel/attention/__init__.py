@@ -15,6 +15,7 @@ from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
 from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
+from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.moa import ElasticSpan, MoAPlan, MoASelector
@@ -31,6 +32,12 @@ from aerogel.attention.primitives import (
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.s2_attention import S2Selector
+from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
+from aerogel.attention.scatterbrain import (
+    ScatterbrainAttention,
+    ScatterbrainSelector,
+    scatterbrain_attention,
+)
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -45,8 +52,16 @@ from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
 from aerogel.attention.spherical_kmeans import SphericalKMeans
 from aerogel.attention.summaries import combiner_summary
+from aerogel.attention.supports import (
+    BlockSupport,
+    LocalSupport,
+    SmyrfClusters,
+    Support,
+    TopKSupport,
+)
 from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
 from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
+from aerogel.attention.zipvl import ZipVLHandle, ZipVLSelector, apply_zipvl
 
 # Names of attention that transformers knows from here on: "aerogel:<slug>".
 register()
@@ -64,12 +79,14 @@ __all__ = [
     "CombinerCache",
     "CombinerSelector",
     "CustomBlockPattern",
+    "BlockSupport",
     "DensePlan",
     "ElasticSpan",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
     "LocalStridePattern",
+    "LocalSupport",
     "MInferenceSelector",
     "MoAPlan",
     "MoASelector",
@@ -79,13 +96,23 @@ __all__ = [
     "RoutingAttention",
     "RoutingSelector",
     "S2Selector",
+    "PositiveRandomFeatures",
+    "ScatterbrainAttention",
+    "ScatterbrainSelector",
     "Selector",
+    "SmyrfClusters",
     "SpanPlan",
     "SparseSelfAttention",
     "SphericalKMeans",
     "TokenPlan",
     "add_calibration",
+    "Support",
+    "TokenPlan",
+    "TopKSupport",
+    "ZipVLHandle",
+    "ZipVLSelector",
     "add_selector",
+    "apply_zipvl",
     "attach",
     "attend",
     "calibrate",
@@ -93,16 +120,21 @@ __all__ = [
     "combiner_summary",
     "detach",
     "gather_tokens",
+    "linear_attention",
     "load_selector",
     "make_selector",
+    "mass_budget",
     "merge",
     "past_summaries",
     "plan_logsumexp",
     "plan_pairs",
     "plan_softmax",
+    "probe_rows",
+    "probe_scores",
     "register",
     "save_selector",
     "scatter_tokens",
+    "scatterbrain_attention",
     "sddmm",
     "select",
     "share_over_group",

@@ -26,8 +26,13 @@ from aerogel.attention.primitives import plan_pairs, sddmm, spmm
 from aerogel.attention.reference import pooled_probabilities, reference_attention
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import accumulator, apply_sink, merge
+<<<<<<< HEAD
 from aerogel.attention.token_plan import TokenPlan
 from aerogel.kernels import native_available, reference_mode
+=======
+from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
+from aerogel.kernels import reference_mode
+>>>>>>> h/sel4
 
 Backend = Literal["auto", "native", "reference", "sdpa", "gather", "flex"]
 BACKENDS = ("auto", "native", "reference", "sdpa", "gather", "flex")
@@ -152,6 +157,8 @@ def _run(
         return _banks(q, k, v, call, plan, backend)
     if backend == "auto":
         backend = _choose(q, call, need_lse)
+    if isinstance(plan, TokenPlan) and backend == "gather" and _is_dense_inside(call, plan):
+        return _tokens(q, k, v, call, plan)
     if isinstance(plan, HeadMixPlan) and plan.gathered() and backend != "reference":
         return _mixed(q, k, v, call, plan)
     if backend == "sdpa":
@@ -260,6 +267,32 @@ def _banks(
         )
         parts.append(_run(q, keys, values, part, backend, True))
     return merge(parts)
+
+
+def _is_dense_inside(call: Call, plan: TokenPlan) -> bool:
+    """Whether the chosen tokens attend among themselves as a shorter sequence would."""
+    shape = call.shape
+    same = shape.q_offset == 0 and shape.q_len == shape.k_len
+    return plan.side == "both" and same and call.window is None and not call.dropout_p
+
+
+def _tokens(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: TokenPlan) -> tuple[Tensor, Tensor]:
+    """Gathers the tokens once, attends among them, puts the rows back."""
+    slots = plan.slots().expand(call.shape.batch, -1)
+    real = slots >= 0
+    if call.key_padding is not None:
+        real = real & call.key_padding.gather(1, slots.clamp(min=0).long())
+    taken = [gather_tokens(t, slots[:, None]) for t in (q, k, v)]
+    short = replace(call.shape, q_len=slots.shape[1], k_len=slots.shape[1], offset=None)
+    padding = None if bool(real.all()) else real
+    part = replace(call, plan=DensePlan(), shape=short, key_padding=padding)
+    o, lse = _run(*taken, part, "auto", True)
+    index = slots[:, None]
+    lse = lse.masked_fill(~real[:, None] & (index < 0), -torch.inf)
+    rows = scatter_tokens(o, index, call.shape.q_len)
+    owner = lse.new_full((*lse.shape[:2], call.shape.q_len + 1), -torch.inf)
+    place = torch.where(index < 0, call.shape.q_len, index).long().expand_as(lse)
+    return rows, owner.scatter(2, place, lse)[..., :-1]
 
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: HeadMixPlan) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **_: Any,
 ) -> Tensor | None:
     """What transformers calls to make a mask: the 2-D padding mask, or None without padding.
@@ -93,7 +94,7 @@ def padding_mask(
             f"cache: {kv_length} keys for queries up to {int(q_offset) + q_length}; static caches "
             "and prefixes are not supported, use the default cache or AerogelCache"
         )
-    if use_vmap or not allow_is_causal_skip:
+    if use_vmap or not (allow_is_causal_skip or allow_is_bidirectional_skip):
         raise ValueError("attention_mask: packed sequences and mask overlays are not supported")
     if attention_mask is None:
         return None
@@ -248,6 +249,11 @@ def _attention(
         layer_input=None if state is None else state.layer_input,
         cache_layer=cache_layer,
     )
+    own = selector.attention(context, **common)
+    if own is not None:
+        if mask is not None and mask.dim() == 4:
+            raise ValueError(f"attention_mask: 4-D, expected 2-D or none with {selector.slug}")
+        return own.transpose(1, 2), None
     plan = select(selector, context)
     if mask is not None and mask.dim() == 4:
         strict = state is not None and state.strict

@@ -72,6 +72,8 @@ def _before(state: LayerState) -> Callable[..., None]:
             state.layer_input = args[0] if args else kwargs.get("hidden_states")
         layer = state.cache_layer()
         mask = kwargs.get("attention_mask")
+        if hasattr(layer, "note_mask") and mask is not None and mask.dim() == 2:
+            layer.note_mask(mask)
         if hasattr(layer, "note_padding") and mask is not None and mask.dim() == 2:
             layer.note_padding((mask.long().cumsum(1) == 0).sum(1))
 

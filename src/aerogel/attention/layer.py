@@ -82,6 +82,9 @@ class SparseSelfAttention(nn.Module):
                 q, k, v, shape, self.head_dim**-0.5, key_padding=key_padding, q_pre=q_pre,
                 k_pre=k_pre, layer_input=x, info=info,
             )  # fmt: skip
+            own = self.selector.attention(context)
+            if own is not None:
+                return self.out(own.transpose(1, 2).flatten(2))
             plan = select(self.selector, context)
         elif self.selector is not None:
             plan = self.selector(q, k, **info)

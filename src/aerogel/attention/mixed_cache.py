@@ -1,0 +1,310 @@
+"""A KV cache in two precisions: important tokens in more bits, or they alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from aerogel.attention.engine import attend_lse
+from aerogel.attention.plan import DensePlan, Plan
+from aerogel.attention.probe import mass_budget
+from aerogel.attention.quantise import (
+    BITS,
+    Quantised,
+    quantise_keys,
+    quantise_values,
+    value_channels,
+)
+from aerogel.attention.selector import AttentionContext
+from aerogel.attention.shape import AttentionShape
+from aerogel.attention.softmax import apply_sink, merge
+from aerogel.attention.token_plan import TokenPlan, gather_tokens
+
+_CHUNK = 2048  # tokens dequantised at a time
+Mode = Literal["quant", "evict"]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tokens of one precision, each batch element its own.
+
+    Attributes:
+        positions: (B, n) int32 places in the sequence, -1 = empty.
+        keys: (B, H, n, D), or in codes.
+        values: (B, H, n, Dv), or in codes.
+    """
+
+    positions: Tensor
+    keys: Tensor | Quantised
+    values: Tensor | Quantised
+
+    def chunks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and real tokens (B, m) bool, some tokens at a time."""
+        count = self.positions.shape[1]
+        parts = [slice(begin, begin + _CHUNK) for begin in range(0, count, _CHUNK)]
+        return [
+            (_plain(self.keys, part), _plain(self.values, part), self.positions[:, part] >= 0)
+            for part in parts
+        ]
+
+    def parts(self) -> list[Tensor]:
+        """What it stores."""
+        stored = [x.parts() if isinstance(x, Quantised) else [x] for x in (self.keys, self.values)]
+        return [self.positions, *stored[0], *stored[1]]
+
+    def select(self, index: Tensor) -> Segment:
+        """Some batch elements."""
+        keys, values = (
+            x.select(index) if isinstance(x, Quantised) else x[index]
+            for x in (self.keys, self.values)
+        )
+        return Segment(self.positions[index], keys, values)
+
+
+def attend_segments(
+    q: Tensor, segments: list[Segment], **options: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Attention over each part of the segments: (o, lse) pairs for `merge`."""
+    return [
+        attend_lse(q, keys.to(q.dtype), values.to(q.dtype), key_padding=real, **options)
+        for segment in segments
+        for keys, values, real in segment.chunks()
+    ]
+
+
+class MixedPrecisionCacheLayer(DynamicLayer):
+    """Keys and values in codes, and the last tokens as they came.
+
+    A first prompt is attended to in full precision through `choose`, then stored: the tokens that
+    the plan names in `bits_important`, the others in `bits_other` (or, with "evict", not at all).
+    New tokens stay as they are until `stream_gap` of them are there; they become segments of their
+    own, and old segments are never coded again. All stored tokens take part in attention.
+
+    Args:
+        choose: (context) -> plan of a first prompt; a `TokenPlan` names the important tokens,
+            another plan means all. Default: all.
+        bits_important: 2, 4, 8, or 16: kept as they are.
+        bits_other: the same, for the other tokens.
+        stream_gap: new tokens that are coded together.
+        tau: share of the last query's attention that a stream's important tokens hold.
+        kv: "quant" or "evict".
+        layer_idx: of this layer.
+        scale_dtype: type of ranges and channel factors.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    is_croppable = False
+    keys: Any
+    values: Any
+
+    def __init__(
+        self,
+        choose: Callable[[AttentionContext], Plan] | None = None,
+        bits_important: int = 4,
+        bits_other: int = 2,
+        stream_gap: int = 100,
+        tau: float = 0.975,
+        kv: Mode = "quant",
+        layer_idx: int = 0,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__()
+        check_cache_options(bits_important, bits_other, stream_gap, kv)
+        self.choose, self.stream_gap, self.tau, self.kv = choose, stream_gap, tau, kv
+        self.bits_important, self.bits_other = bits_important, bits_other
+        self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
+        self.segments: list[Segment] = []
+        self.seen = 0
+        self._mask: Tensor | None = None
+
+    def note_mask(self, mask: Tensor) -> None:
+        """The padding mask (B, L) of the call that follows."""
+        self._mask = mask.bool()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes an empty tail."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends new tokens to the tail; returns the new tokens alone."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], 2)
+        self.values = torch.cat([self.values, value_states], 2)
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention after `update`: q (B, Hq, Lq, D), the new k and v; options as `attend`.
+
+        Raises:
+            ValueError: dropout, a sliding window, or right padding.
+        """
+        if dropout_p or window is not None:
+            raise ValueError(f"dropout_p={dropout_p}, window={window}: expected 0 and None")
+        mask, self._mask = self._mask, None
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if self.seen == k.shape[2]:
+            o, lse = self._prompt(q, k, v, mask, scale, softcap)
+        else:
+            options = {"scale": scale, "softcap": softcap}
+            tail = attend_lse(q, self.keys, self.values, causal=True, **options)
+            o, lse = merge([*attend_segments(q, self.segments, **options), tail])
+            while self.keys.shape[2] >= self.stream_gap:
+                self._stream(q, lse, scale)
+        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+
+    def _prompt(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        shape = AttentionShape.of(q, k, causal=True)
+        context = AttentionContext(
+            q, k, v, shape, scale, layer_idx=self.layer_idx, key_padding=mask
+        )
+        with torch.no_grad():
+            plan = DensePlan() if self.choose is None else self.choose(context)
+        o, lse = attend_lse(
+            q, k, v, plan=plan, causal=True, scale=scale, softcap=softcap, key_padding=mask
+        )
+        real = mask if mask is not None else k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
+        important = real
+        if isinstance(plan, TokenPlan):
+            important = torch.zeros(k.shape[0], k.shape[2] + 1, dtype=torch.bool, device=k.device)
+            slots = torch.where(plan.slots() < 0, k.shape[2], plan.slots()).long()
+            important = important.scatter(1, slots, True)[:, :-1] & real
+        self.store(important, real)
+        return o, lse
+
+    def store(self, important: Tensor, real: Tensor | None = None) -> None:
+        """Codes the first tokens of the tail, as one stream of at most two segments.
+
+        Args:
+            important: (B, n) bool, of the first n tokens of the tail.
+            real: (B, n) bool, the tokens that are no padding.
+        """
+        count = important.shape[1]
+        real = torch.ones_like(important) if real is None else real
+        k, v = self.keys[:, :, :count], self.values[:, :, :count]
+        first = self.seen - self.keys.shape[2]
+        channel = value_channels(v, real, self.scale_dtype)
+        groups = [(important & real, self.bits_important)]
+        if self.kv == "quant":
+            groups.append((~important & real, self.bits_other))
+        for mask, bits in groups:
+            if bool(mask.any()):
+                self.segments.append(self._segment(k, v, mask, bits, channel, first))
+        self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
+
+    def _segment(
+        self, k: Tensor, v: Tensor, mask: Tensor, bits: int, channel: Tensor, first: int
+    ) -> Segment:
+        slots = TokenPlan.from_mask(mask).slots()
+        real = slots >= 0
+        k, v = gather_tokens(k, slots[:, None]), gather_tokens(v, slots[:, None])
+        positions = torch.where(real, slots + first, -1).int()
+        if bits == 16:
+            return Segment(positions, k, v)
+        return Segment(
+            positions,
+            quantise_keys(k, bits, real, self.scale_dtype),
+            quantise_values(v, bits, channel, real, self.scale_dtype),
+        )
+
+    def _stream(self, q: Tensor, lse: Tensor, scale: float) -> None:
+        """Codes the oldest `stream_gap` tokens of the tail by the last query's attention."""
+        keys = self.keys[:, :, : self.stream_gap]
+        row = q[:, :, -1:].float().unflatten(1, (keys.shape[1], -1))
+        logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * scale
+        scores = torch.exp(logits - lse[:, :, -1:, None].float())[:, :, 0].mean(1)
+        count = mass_budget(scores, self.tau)
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+        self.store(rank < count[:, None])
+
+    def nbytes(self) -> int:
+        """Bytes of all that is stored, ranges, factors and positions included."""
+        tensors = [t for segment in self.segments for t in segment.parts()]
+        if self.is_initialized:
+            tensors += [self.keys, self.values]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def get_seq_length(self) -> int:
+        """All tokens seen, kept or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the padding mask: all tokens."""
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.segments, self.seen, self._mask = [], 0, None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Codes of a segment share their ranges.
+
+        Raises:
+            ValueError: a token would have to be removed.
+        """
+        if tokens_to_remove:
+            raise ValueError("crop: tokens in codes cannot be removed one by one")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: element b continues the history of element ``beam_idx[b]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some batch elements."""
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.segments = [segment.select(indices) for segment in self.segments]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch element."""
+        if self.is_initialized:
+            index = torch.arange(self.keys.shape[0], device=self.device)
+            self.batch_select_indices(index.repeat_interleave(repeats))
+
+
+def check_cache_options(bits_important: int, bits_other: int, stream_gap: int, kv: str) -> None:
+    """Raises ValueError unless the options describe a mixed cache."""
+    for name, bits in (("bits_important", bits_important), ("bits_other", bits_other)):
+        if bits not in BITS:
+            raise ValueError(f"{name}={bits}: expected one of {BITS}")
+    if stream_gap < 1:
+        raise ValueError(f"stream_gap={stream_gap}: expected at least 1")
+    if kv not in ("quant", "evict"):
+        raise ValueError(f"kv={kv!r}: expected 'quant' or 'evict'")
+
+
+def _plain(x: Tensor | Quantised, part: slice) -> Tensor:
+    return x.dequantised(part) if isinstance(x, Quantised) else x[:, :, part]

@@ -1,0 +1,340 @@
+"""What ZipVL promises: a budget by mass, a choice fair to late tokens, a cache in codes."""
+
+from __future__ import annotations
+
+import itertools
+
+import plans as make
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import prompts, tiny
+from torch.nn.functional import scaled_dot_product_attention
+
+from aerogel.attention import (
+    AttentionContext,
+    AttentionShape,
+    DensePlan,
+    KeyListPlan,
+    TokenPlan,
+    ZipVLSelector,
+    apply_zipvl,
+    attach,
+    attend,
+    mass_budget,
+    probe_rows,
+    probe_scores,
+)
+from aerogel.attention.mixed_cache import MixedPrecisionCacheLayer
+from aerogel.attention.quantise import (
+    pack_bits,
+    quantise_keys,
+    quantise_values,
+    unpack_bits,
+    value_channels,
+)
+
+
+def context(batch=2, length=120, padding=None, seed=0, causal=True, sharp=1.0):
+    shape = AttentionShape(batch, 4, 2, length, length, causal=causal)
+    q, k, v = make.tensors(shape, seed=seed)
+    return AttentionContext(q * sharp, k, v, shape, 0.25, key_padding=padding)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.floats(0.01, 1))
+def test_the_budget_is_the_smallest_that_holds_the_share(weights, tau):
+    scores = torch.tensor(weights)
+    budget = int(mass_budget(scores, tau))
+    ordered = scores.sort(descending=True).values.double()
+    if tau == 1:
+        assert budget == len(weights)
+        return
+    total = float(ordered.sum())
+    assert float(ordered[:budget].sum()) >= tau * total - 1e-4
+    if budget > 1:
+        assert float(ordered[: budget - 1].sum()) <= tau * total + 1e-4
+    assert budget <= int(mass_budget(scores, min(1.0, tau + 0.2)))
+
+
+def test_flat_attention_needs_the_share_and_one_hot_attention_its_keys():
+    length = 400
+    q, k = torch.zeros(1, 2, length, 16), torch.zeros(1, 2, length, 16)
+    rows = torch.tensor([[length - 1]])
+    assert abs(int(mass_budget(probe_scores(q, k, rows), 0.9)) - 360) <= 1
+    k[0, :, [7, 90], [0, 1]] = 100.0
+    q[0, :, ::2, 0], q[0, :, 1::2, 1] = 100.0, 100.0
+    rows = torch.arange(300, 400)[None]
+    assert int(mass_budget(probe_scores(q, k, rows), 0.975)) == 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_are_the_probing_rows_of_the_full_matrix(causal):
+    padding = torch.arange(120) >= torch.tensor([[0], [30]])
+    ctx = context(padding=padding, causal=causal)
+    rows = torch.tensor([[60, 90, 119], [70, 119, -1]])
+    got = probe_scores(ctx.q, ctx.k, rows, causal=causal, key_padding=padding)
+    k = ctx.k.repeat_interleave(2, 1)
+    mask = padding[:, None, None] & (ctx.shape.causal_mask() if causal else True)
+    weights = (ctx.q @ k.transpose(-1, -2) * 0.25).masked_fill(~mask, -torch.inf).softmax(-1)
+    for b, chosen in enumerate(([60, 90, 119], [70, 119])):
+        want = weights[b, :, chosen].sum(1).mean(0)
+        torch.testing.assert_close(got[b], want, rtol=1e-5, atol=1e-6)
+        assert float(got[b].sum()) == pytest.approx(len(chosen), rel=1e-5)
+    assert (got[1, :30] == 0).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(1, 300))
+def test_probes_are_distinct_rows_with_the_last_and_within_the_limit(length, recent, random, most):
+    rows = probe_rows(length, recent, random, most)
+    assert rows[-1] == length - 1
+    assert (rows.diff() > 0).all()
+    assert rows[0] >= 0
+    assert len(rows) <= max(1, most)
+    assert torch.equal(rows, probe_rows(length, recent, random, most))
+
+
+def test_the_normalised_score_chooses_and_the_plain_score_counts():
+    selector = ZipVLSelector(keep_last=1)
+    scores = torch.tensor([[3.0, 1.0, 0.9, 0.9, 0.1]])
+    rows = torch.tensor([[0, 1, 2, 3, 4]])  # token j is seen by 5 - j of them
+    zero = torch.zeros(1, dtype=torch.long)
+    chosen = selector.choose(scores, rows, torch.tensor([3]), zero)
+    assert chosen[0].nonzero().flatten().tolist() == [0, 3, 4]  # 0.6, 0.45, and the last
+    ties = selector.choose(torch.ones(1, 5), torch.tensor([[4]]), torch.tensor([2]), zero)
+    assert ties[0].nonzero().flatten().tolist() == [3, 4]
+    first = ZipVLSelector(keep_first=2).choose(scores, rows, torch.tensor([1]), zero)
+    assert first[0].nonzero().flatten().tolist() == [0, 1, 4]
+    full = ZipVLSelector(normalizer="full").choose(scores, rows, torch.tensor([3]), zero)
+    assert torch.equal(full, chosen)
+
+
+def test_all_mass_is_dense_attention_and_more_mass_more_tokens():
+    ctx = context(sharp=3.0)
+    counts = []
+    for tau in (0.3, 0.6, 0.9, 0.99, 1.0):
+        plan = ZipVLSelector(tau).plan_prefill(ctx)
+        plan.validate(ctx.shape)
+        counts.append(plan.count)
+    assert all((a <= b).all() for a, b in itertools.pairwise(counts))
+    assert (counts[-1] == 120).all()
+    assert (counts[0] < 60).all()
+    got = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True)
+    want = scaled_dot_product_attention(ctx.q, ctx.k, ctx.v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_chosen_tokens_attend_among_themselves_and_the_others_get_zero():
+    padding = torch.arange(120) >= torch.tensor([[0], [30]])
+    ctx = context(padding=padding, sharp=3.0)
+    plan = ZipVLSelector(0.7).plan_prefill(ctx)
+    mask = torch.zeros(2, 120, dtype=torch.bool)
+    for b in range(2):
+        mask[b, plan.index[b, : plan.count[b]].long()] = True
+    assert mask[:, -1].all()
+    assert not (mask & ~padding).any()
+    pairs = mask[:, None, :, None] & mask[:, None, None] & ctx.shape.causal_mask()
+    got = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True, key_padding=padding)
+    want = attend(ctx.q, ctx.k, ctx.v, plan=KeyListPlan.from_bitmask(pairs), backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for part in (TokenPlan.from_mask(mask[:1], "both"), TokenPlan.from_mask(mask[1:], "both")):
+        shared = attend(ctx.q, ctx.k, ctx.v, plan=part, causal=True)
+        reference = attend(ctx.q, ctx.k, ctx.v, plan=part, causal=True, backend="reference")
+        torch.testing.assert_close(shared, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_in_a_batch_gets_the_plan_it_gets_alone():
+    alone = context(1, 90, sharp=3.0)
+    q, k, v = (torch.nn.functional.pad(t, (0, 0, 30, 0)) for t in (alone.q, alone.k, alone.v))
+    other = context(1, 120, seed=1)
+    batch = [torch.cat(pair) for pair in ((other.q, q), (other.k, k), (other.v, v))]
+    padding = torch.arange(120) >= torch.tensor([[0], [30]])
+    ctx = context(padding=padding)
+    ctx.q, ctx.k, ctx.v = batch
+    plan = ZipVLSelector(0.7).plan_prefill(ctx)
+    want = ZipVLSelector(0.7).plan_prefill(alone)
+    assert plan.count[1] == want.count[0]
+    assert torch.equal(plan.index[1, : plan.count[1]] - 30, want.index[0, : want.count[0]])
+
+
+def test_later_tokens_do_not_reach_earlier_rows_of_a_fixed_plan():
+    ctx = context(sharp=3.0)
+    plan = ZipVLSelector(0.8).plan_prefill(ctx)
+    before = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True)
+    k, v = ctx.k.clone(), ctx.v.clone()
+    k[:, :, 70:], v[:, :, 70:] = 5.0, 5.0
+    after = attend(ctx.q, k, v, plan=plan, causal=True)
+    assert torch.equal(before[:, :, :70], after[:, :, :70])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([2, 4, 8]), st.integers(1, 40), st.integers(0, 999))
+def test_packing_is_a_bijection_and_errors_stay_within_half_a_step(bits, tokens, seed):
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (2, 3, tokens, 16), generator=draw).to(torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.shape[-1] == 16 * bits // 8
+    assert torch.equal(unpack_bits(packed, bits), codes)
+    x = torch.randn(2, 3, tokens, 16, generator=draw) * 10 + 30
+    x[:, :, :, 3] = 7.7  # a constant channel
+    for scales in (torch.float16, torch.float32):
+        keys = quantise_keys(x, bits, scales=scales)
+        error = (keys.dequantised() - x).abs()
+        assert (error <= keys.step.float() / 2 + 1e-4).all()
+        channel = value_channels(x, scales=scales)
+        values = quantise_values(x, bits, channel, scales=scales)
+        error = (values.dequantised() - x).abs()
+        assert (error <= channel.float() * values.step.float() / 2 + 1e-4).all()
+
+
+def test_tokens_of_two_values_are_exact_and_padding_moves_no_range():
+    v = torch.randint(0, 2, (2, 3, 20, 16)).float() * 3 - 1
+    v[:, :, 0], v[:, :, 1] = 2, -1  # every channel the same largest number
+    channel = value_channels(v, scales=torch.float32)
+    got = quantise_values(v, 2, channel, scales=torch.float32).dequantised()
+    torch.testing.assert_close(got, v, rtol=1e-5, atol=1e-5)
+    real = torch.arange(20) < torch.tensor([[20], [9]])
+    wild = torch.where(real[:, None, :, None], v, 1e6)
+    keys = quantise_keys(wild, 4, real)
+    assert float(keys.low[1].max()) <= 2
+    assert float((keys.dequantised() - v)[1, :, :9].abs().max()) <= 0.11
+
+
+def layer_after(steps, gap=100, length=60, **options):
+    """A cache layer after a prompt and single steps; the queries, keys and values of all."""
+    shape = AttentionShape(2, 4, 2, length + steps, length + steps, causal=True)
+    q, k, v = make.tensors(shape)
+    layer = MixedPrecisionCacheLayer(stream_gap=gap, **options)
+    outputs = []
+    for rows in (slice(0, length), *(slice(i, i + 1) for i in range(length, length + steps))):
+        new = (q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        layer.update(*new[1:])
+        outputs.append(layer.attend(*new))
+    return layer, torch.cat(outputs, 2), (q, k, v)
+
+
+def test_streams_close_every_hundred_tokens_and_old_codes_stay():
+    layer, _, _ = layer_after(250)
+    assert layer.keys.shape[2] == 50
+    assert layer.get_seq_length() == 310
+    positions = torch.cat([s.positions for s in layer.segments], 1)
+    for row in positions:
+        assert sorted(row[row >= 0].tolist()) == list(range(260))
+    starts = [int(s.positions[s.positions >= 0].min()) for s in layer.segments]
+    assert {min(starts), 60, 160} <= {s // 10 * 10 for s in starts}
+    before = [s.parts()[1].data_ptr() for s in layer.segments]
+    new = torch.randn(2, 2, 1, 16)
+    layer.update(new, new)
+    layer.attend(torch.randn(2, 4, 1, 16), new, new)
+    assert [s.parts()[1].data_ptr() for s in layer.segments] == before
+    assert all(t.dtype != torch.float32 for s in layer.segments for t in s.parts()), (
+        "codes and ranges only"
+    )
+
+
+def test_sixteen_bits_are_exact_and_eight_nearly():
+    for bits, tolerance in ((16, 2e-5), (8, 5e-2)):
+        options = {"bits_important": bits, "bits_other": bits}
+        _, got, (q, k, v) = layer_after(130, gap=40, **options)
+        want = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_eviction_attends_to_the_important_tokens_alone():
+    selector = ZipVLSelector(0.5)
+    layer = MixedPrecisionCacheLayer(selector.plan_prefill, bits_important=16, kv="evict")
+    ctx = context(length=80, sharp=3.0)
+    plan = selector.plan_prefill(ctx)
+    layer.update(ctx.k, ctx.v)
+    layer.attend(ctx.q, ctx.k, ctx.v)
+    q, k, v = make.tensors(AttentionShape(2, 4, 2, 1, 1), seed=9)
+    layer.update(k, v)
+    got = layer.attend(q, k, v)
+    keys, values = torch.cat([ctx.k, k], 2), torch.cat([ctx.v, v], 2)
+    mask = torch.zeros(2, 1, 1, 81, dtype=torch.bool)
+    for b in range(2):
+        mask[b, 0, 0, plan.index[b, : plan.count[b]].long()] = True
+    mask[..., -1] = True
+    want = scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert mask.sum() < 120
+
+
+def test_bytes_count_codes_ranges_and_tail():
+    layer, _, (_, k, _v) = layer_after(0, length=512)
+    half = 2 * k.numel() * 2
+    assert layer.nbytes() < half / 3
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0, 3]))
+    assert layer.segments[0].positions.shape[0] == 2
+    layer.reset()
+    assert layer.nbytes() == layer.get_seq_length() == 0
+
+
+def test_a_model_generates_with_its_mixed_cache():
+    model = tiny("Llama")
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12}
+    options["do_sample"] = False
+    want = model.generate(ids, **options)
+    handle = apply_zipvl(model, 1.0, bits_important=16, bits_other=16, stream_gap=5)
+    assert torch.equal(model.generate(ids, past_key_values=handle.cache(), **options), want)
+    assert handle.ratios == [1.0, 1.0]
+    handle.remove()
+    assert torch.equal(model.generate(ids, **options), want)
+    handle = apply_zipvl(model, 0.5)
+    cache = handle.cache()
+    model.generate(ids, past_key_values=cache, **options)
+    assert all(0 < ratio < 0.8 for ratio in handle.ratios)
+    assert cache.get_seq_length() == 51
+    handle.remove()
+    model.set_attn_implementation("aerogel:zipvl")
+    model.generate(ids, **options)
+
+
+def test_first_layers_and_later_chunks_are_dense():
+    ctx = context()
+    assert isinstance(ZipVLSelector(0.5, dense_layers=1).plan_prefill(ctx), DensePlan)
+    chunk = AttentionShape(2, 4, 2, 50, 120, causal=True)
+    ctx = AttentionContext(ctx.q[:, :, -50:], ctx.k, ctx.v, chunk, 0.25)
+    assert isinstance(ZipVLSelector(0.5).plan_prefill(ctx), DensePlan)
+    both = ZipVLSelector(0.5, causal=False).plan_prefill(context(causal=False, sharp=3.0))
+    assert isinstance(both, TokenPlan)
+
+
+def test_what_does_not_fit_is_refused():
+    right = torch.arange(120) < torch.tensor([[120], [80]])
+    windowed = context()
+    windowed.window = 20
+    ctx = context()
+    empty = AttentionContext(
+        ctx.q[:, :, :0], ctx.k[:, :, :0], ctx.v[:, :, :0],
+        AttentionShape(2, 4, 2, 0, 0, causal=True), 0.25,
+    )  # fmt: skip
+    for call, words in (
+        (lambda: ZipVLSelector(0), "tau=0"),
+        (lambda: ZipVLSelector(1.1), "tau=1.1"),
+        (lambda: ZipVLSelector(probe_recent=2), "probe_recent=2"),
+        (lambda: ZipVLSelector(probe_recent=0, probe_random=0), "one above 0"),
+        (lambda: ZipVLSelector(probe_max=0), "probe_max=0"),
+        (lambda: ZipVLSelector(bits_other=3), "bits_other=3"),
+        (lambda: ZipVLSelector(stream_gap=0), "stream_gap=0"),
+        (lambda: ZipVLSelector(kv="half"), "kv='half'"),
+        (lambda: ZipVLSelector(normalizer="rows"), "normalizer='rows'"),
+        (lambda: ZipVLSelector().plan_prefill(context(padding=right)), "left padding"),
+        (lambda: ZipVLSelector().plan_prefill(windowed), "window=20"),
+        (lambda: ZipVLSelector().plan_prefill(context(causal=False)), "causal=True"),
+        (lambda: ZipVLSelector().plan_prefill(empty), "at least one token"),
+        (lambda: pack_bits(torch.zeros(1, 1, 1, 6, dtype=torch.uint8), 2), "head_dim=6"),
+        (lambda: mass_budget(torch.ones(3), 0), "tau=0"),
+        (lambda: layer_after(0)[0].crop(-1), "crop"),
+        (lambda: apply_zipvl(torch.nn.Linear(2, 2)), "Linear has no attention layer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    model = tiny("Mistral")
+    attach(model, ZipVLSelector())
+    with pytest.raises(ValueError, match="sliding window"):
+        model(prompts()[0])
