@@ -22,13 +22,8 @@ from aerogel.attention import (
     merge,
     select,
 )
-<<<<<<< HEAD
-from aerogel.attention.engine import attend_lse
-from aerogel.kernels import native_available
-=======
 from aerogel.attention.engine import Backend, attend_lse
-from aerogel.attention.native import kernels_available
->>>>>>> h/sel4
+from aerogel.kernels import native_available
 
 
 @dataclass(frozen=True)
@@ -75,15 +70,10 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
 
 def check_native_is_the_reference(case: Case, shape: AttentionShape, dim: int) -> None:
     """Forward, log-sum-exp and gradients; every padding; float32 and bfloat16."""
-<<<<<<< HEAD
-    backend = "native" if native_available() else "auto"
-    for name, padding in paddings(shape).items():
-=======
     for name, padding in paddings(case, shape).items():
->>>>>>> h/sel4
         q, k, v = make.tensors(shape, dim)
         plan = choose(case.make(), q, k, v, padding)
-        tiled = kernels_available() and not isinstance(plan, TokenPlan)
+        tiled = native_available() and not isinstance(plan, TokenPlan)
         backend: Backend = "native" if tiled else "auto"
         results = []
         for which in (backend, "reference"):

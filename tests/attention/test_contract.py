@@ -11,7 +11,6 @@ from contract import Case
 from torch import Tensor
 
 from aerogel.attention import (
-<<<<<<< HEAD
     AttentionContext,
     AttentionShape,
     ElasticSpan,
@@ -20,13 +19,9 @@ from aerogel.attention import (
     MoASelector,
     Plan,
     S2Selector,
-    SpanPlan,
-=======
-    AttentionShape,
-    MInferenceSelector,
     ScatterbrainSelector,
+    SpanPlan,
     ZipVLSelector,
->>>>>>> h/sel4
 )
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (

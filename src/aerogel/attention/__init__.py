@@ -14,8 +14,8 @@ from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
-from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
 from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
+from aerogel.attention.local_stride import CustomBlockPattern, LocalStridePattern
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.moa import ElasticSpan, MoAPlan, MoASelector
@@ -29,10 +29,10 @@ from aerogel.attention.primitives import (
     sddmm,
     spmm,
 )
+from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.s2_attention import S2Selector
-from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.scatterbrain import (
     ScatterbrainAttention,
     ScatterbrainSelector,
@@ -75,11 +75,11 @@ __all__ = [
     "Bank",
     "BankPlan",
     "BlockPlan",
+    "BlockSupport",
     "CombinerAttention",
     "CombinerCache",
     "CombinerSelector",
     "CustomBlockPattern",
-    "BlockSupport",
     "DensePlan",
     "ElasticSpan",
     "GroupPlan",
@@ -93,10 +93,10 @@ __all__ = [
     "PairList",
     "Plan",
     "PlanStats",
+    "PositiveRandomFeatures",
     "RoutingAttention",
     "RoutingSelector",
     "S2Selector",
-    "PositiveRandomFeatures",
     "ScatterbrainAttention",
     "ScatterbrainSelector",
     "Selector",
@@ -104,13 +104,12 @@ __all__ = [
     "SpanPlan",
     "SparseSelfAttention",
     "SphericalKMeans",
-    "TokenPlan",
-    "add_calibration",
     "Support",
     "TokenPlan",
     "TopKSupport",
     "ZipVLHandle",
     "ZipVLSelector",
+    "add_calibration",
     "add_selector",
     "apply_zipvl",
     "attach",

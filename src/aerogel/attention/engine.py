@@ -26,13 +26,8 @@ from aerogel.attention.primitives import plan_pairs, sddmm, spmm
 from aerogel.attention.reference import pooled_probabilities, reference_attention
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import accumulator, apply_sink, merge
-<<<<<<< HEAD
-from aerogel.attention.token_plan import TokenPlan
-from aerogel.kernels import native_available, reference_mode
-=======
 from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
-from aerogel.kernels import reference_mode
->>>>>>> h/sel4
+from aerogel.kernels import native_available, reference_mode
 
 Backend = Literal["auto", "native", "reference", "sdpa", "gather", "flex"]
 BACKENDS = ("auto", "native", "reference", "sdpa", "gather", "flex")

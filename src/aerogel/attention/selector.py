@@ -93,14 +93,13 @@ class Selector(nn.Module):
     def on_append(self, ctx: AttentionContext) -> None:
         """Called once the cache holds the new keys: keep side state."""
 
-<<<<<<< HEAD
     def on_attach(self, model: nn.Module) -> None:
         """Called with a transformers model before it is attached: look at its sizes.
 
         Raises:
             ValueError: the selector does not fit the model.
         """
-=======
+
     def attention(self, ctx: AttentionContext, **options: Any) -> Tensor | None:
         """(B, Hq, Lq, Dv), for weights that are no softmax over a plan; None: the engine attends.
 
@@ -109,7 +108,6 @@ class Selector(nn.Module):
             options: window, softcap, sink_logit and dropout_p, as `attend` takes them.
         """
         return None
->>>>>>> h/sel4
 
     def loss(self, ctx: AttentionContext) -> Tensor | None:
         """An auxiliary loss, for selectors that learn by one."""
