@@ -277,11 +277,11 @@ def _tokens(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: TokenPlan) -> tup
     real = slots >= 0
     if call.key_padding is not None:
         real = real & call.key_padding.gather(1, slots.clamp(min=0).long())
-    taken = [gather_tokens(t, slots[:, None]) for t in (q, k, v)]
+    q, k, v = (gather_tokens(t, slots[:, None]) for t in (q, k, v))
     short = replace(call.shape, q_len=slots.shape[1], k_len=slots.shape[1], offset=None)
     padding = None if bool(real.all()) else real
     part = replace(call, plan=DensePlan(), shape=short, key_padding=padding)
-    o, lse = _run(*taken, part, "auto", True)
+    o, lse = _run(q, k, v, part, "auto", True)
     index = slots[:, None]
     lse = lse.masked_fill(~real[:, None] & (index < 0), -torch.inf)
     rows = scatter_tokens(o, index, call.shape.q_len)
