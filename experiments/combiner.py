@@ -1,8 +1,8 @@
 """Combiner: far tokens, read through summaries, tell digits apart that the last row alone cannot.
 
 Digits of 64 tokens, one causal layer of 4 heads of 16 trained from scratch, classified from the
-last token; segments of 8 tokens are the rows of the image. Blocks alone see the last row only; Combiner
-reads the same block and seven summaries; dense attention reads everything.
+last token; segments of 8 tokens are the rows of the image. Blocks alone see the last row only;
+Combiner reads the same block and seven summaries; dense attention reads everything.
 """
 
 from __future__ import annotations
