@@ -118,7 +118,6 @@ def test_damaged_evidence_is_refused(tmp_path):
 # Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
 # that begins to hold must leave this list.
 NOT_REPRODUCED = {
-<<<<<<< HEAD
     # 12 epochs, after which dense attention too is far from trained.
     "combiner": {
         "digits from the last token: accuracy of Combiner's fixed blocks, 15 points above the "
@@ -126,10 +125,7 @@ NOT_REPRODUCED = {
     },
     # One small layer, 12 epochs; the paper measures long text and large pictures.
     "routing-transformer": {"digits: accuracy of routing heads, against blocks of 16"},
-    # Orthogonal features, the baseline's too, leave 19 % to win instead of 20 %.
-=======
     # Seen 0.81 where 0.80 was asked; two texts, eight draws.
->>>>>>> h/sel4
     "scatterbrain": {"beta 1.5: error in units of the better baseline's"},
     # Seen -2.9 points; half of this small decoder's tokens hold only three quarters of the mass.
     "zipvl": {"Half of the tokens against all"},
