@@ -6,6 +6,7 @@ out = attend(q, k, v, plan=plan, causal=True)
 
 from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
 from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.calibration import CALIBRATIONS, add_calibration, calibrate
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
@@ -13,6 +14,7 @@ from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.mix_plan import HeadMixPlan
+from aerogel.attention.pattern_calibration import calibrate_patterns
 from aerogel.attention.plan import DensePlan, Plan, PlanStats
 from aerogel.attention.primitives import (
     PairList,
@@ -41,6 +43,7 @@ from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
 register()
 
 __all__ = [
+    "CALIBRATIONS",
     "SELECTORS",
     "Attended",
     "AttentionContext",
@@ -60,9 +63,12 @@ __all__ = [
     "SpanPlan",
     "SparseSelfAttention",
     "TokenPlan",
+    "add_calibration",
     "add_selector",
     "attach",
     "attend",
+    "calibrate",
+    "calibrate_patterns",
     "detach",
     "gather_tokens",
     "load_selector",

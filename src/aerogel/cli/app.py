@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import aerogel
-from aerogel.cli import arena, bench, compress, export, info, report, reproduce, sat, systems
+from aerogel.cli import (
+    arena,
+    attention,
+    bench,
+    compress,
+    export,
+    info,
+    report,
+    reproduce,
+    sat,
+    systems,
+)
 
 app = typer.Typer(
     name="aerogel",
@@ -25,6 +36,7 @@ app.command("systems")(systems.systems)
 app.command("reproduce")(reproduce.reproduce)
 app.command("sat")(sat.sat)
 app.command("info")(info.info)
+app.add_typer(attention.app, name="attention", help="Sparse attention in language models.")
 
 
 def _version(wanted: bool) -> None:

@@ -1,11 +1,13 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
 from aerogel.insight.calibration import expected_calibration_error, ood_auroc
+from aerogel.insight.language import PassageNats, passage_nats, token_nats
 from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
 from aerogel.insight.robustness import fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
 
 __all__ = [
+    "PassageNats",
     "SATConfig",
     "SATModel",
     "SATReport",
@@ -13,6 +15,8 @@ __all__ = [
     "fgsm_accuracy",
     "ndcg_at_k",
     "ood_auroc",
+    "passage_nats",
     "rank_correlation",
     "recall_at_k",
+    "token_nats",
 ]
