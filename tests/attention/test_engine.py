@@ -308,12 +308,15 @@ def test_banks_share_one_softmax():
 def test_pooled_probabilities_are_tile_maxima():
     shape = AttentionShape(2, 4, 2, 40, 70, causal=True)
     q, k, v = make.tensors(shape)
-    out = attend(q, k, v, causal=True, pool_blocks=16)
-    probs = attend(q, k, v, causal=True, return_probs=True, backend="reference").probs
-    padded = torch.nn.functional.pad(probs, (0, 10, 0, 8))
-    expected = padded.unflatten(2, (3, 16)).unflatten(-1, (5, 16)).amax((3, 5))
-    torch.testing.assert_close(out.pooled, expected)
-    torch.testing.assert_close(out.output, attend(q, k, v, causal=True))
+    padding = torch.arange(70) >= torch.tensor([[0], [20]])
+    for plan in make.masked_plans(shape, 2).values():
+        common = {"plan": plan, "causal": True, "key_padding": padding, "window": 50}
+        out = attend(q, k, v, pool_blocks=16, **common)
+        probs = attend(q, k, v, return_probs=True, backend="reference", **common).probs
+        padded = torch.nn.functional.pad(probs, (0, 10, 0, 8))
+        expected = padded.unflatten(2, (3, 16)).unflatten(-1, (5, 16)).amax((3, 5))
+        torch.testing.assert_close(out.pooled, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.output, attend(q, k, v, **common))
 
 
 def test_primitives_compose_to_attention_and_pass_gradcheck():

@@ -89,7 +89,8 @@ def attend(
         dropout_p: probability of dropping a weight; a reproducible draw from torch's generator.
         return_lse: also return the natural log-sum-exp.
         return_probs: also return the probabilities; "reference" only.
-        pool_blocks: side of tiles whose largest probability is returned; dense plans only.
+        pool_blocks: side of tiles whose largest probability is returned; plans with key
+            ranges only.
         backend: "native" (CPU kernels), "reference" (a dense mask), "sdpa" (dense plans), "gather"
             (groups and lists), "flex" (CUDA), or "auto". All give the same result.
         validate: check the plan against the tensors; False in hot loops.
@@ -127,8 +128,8 @@ def attend(
         return o
     pooled = None
     if pool_blocks is not None:
-        if not isinstance(plan, DensePlan):
-            raise ValueError(f"pool_blocks: expected a dense plan, got {type(plan).__name__}")
+        if isinstance(plan, (BankPlan, GroupPlan, TokenPlan)):
+            raise ValueError(f"pool_blocks: {type(plan).__name__} has no key ranges")
         pooled = pooled_probabilities(q, k, call, lse, pool_blocks)
     return Attended(o, lse, pooled, probs)
 

@@ -107,15 +107,21 @@ class KeyListPlan(Plan):
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
         row, key = row_numbers(flat_pointers(self.ptr)), self.idx.long()
+        ahead = _SHORTEST_RANGE - 1
+        runs = (key[ahead:] - key[:-ahead] == ahead) & (row[ahead:] == row[:-ahead])
+        if not bool(runs.any()):
+            none = row.new_empty(0)
+            single = KeyRanges.of(*self.dims, 1, shape.q_len, none, none, none, (row, key))
+            return [Pass(single)]
         begins = torch.ones_like(key, dtype=torch.bool)
         begins[1:] = (row[1:] != row[:-1]) | (key[1:] != key[:-1] + 1)
         heads = begins.nonzero().flatten()
         length = torch.diff(heads, append=heads.new_tensor([key.numel()]))
         long = length >= _SHORTEST_RANGE
-        single = ~torch.repeat_interleave(long, length)
+        rest = ~torch.repeat_interleave(long, length)
         ranges = KeyRanges.of(
             *self.dims, 1, shape.q_len, row[heads][long], key[heads][long], length[long],
-            (row[single], key[single]),
+            (row[rest], key[rest]),
         )  # fmt: skip
         return [Pass(ranges)]
 

@@ -52,15 +52,24 @@ class TileStream:
     block_q: int
     window: Tensor | None = None
 
-    def tile_pairs(self, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
+    def tile_pairs(
+        self, shape: AttentionShape, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Every allowed (row, key), once per tile that holds it.
+
+        Args:
+            shape: sizes and causal rule.
+            chosen: numbers of the tiles to look at, default all.
 
         Returns:
             row: numbers in (batch, heads, q_len), key: in [0, k_len), tile; int64 each.
         """
         tiles = shape.tiles(self.block_q)
         tile_row = row_numbers(self.tile_ptr)
-        tile, number = within(self.length.long())
+        if chosen is None:
+            chosen = torch.arange(self.kind.numel(), device=self.kind.device)
+        place, number = within(self.length.long()[chosen])
+        tile = chosen[place]
         first = self.start.long()[tile] + number
         key = first
         kind = self.kind[tile]
@@ -83,6 +92,19 @@ class TileStream:
         where = keep.nonzero(as_tuple=True)
         rows = (plane * shape.q_len + row)[where]
         return rows, key[where[0]], tile[where[0]]
+
+    def strip_mask(self, shape: AttentionShape, rows: slice) -> Tensor:
+        """(batch, heads, rows, k_len) bool: the pairs of some query rows."""
+        tiles = shape.tiles(self.block_q)
+        at = row_numbers(self.tile_ptr) % tiles * self.block_q
+        chosen = ((at < rows.stop) & (at + self.block_q > rows.start)).nonzero().flatten()
+        row, key, _ = self.tile_pairs(shape, chosen)
+        plane, row = row // shape.q_len, row % shape.q_len - rows.start
+        size = rows.stop - rows.start
+        mask = torch.zeros(self.batch * self.heads, size, shape.k_len, dtype=torch.bool)
+        inside = (row >= 0) & (row < size)
+        mask[plane[inside], row[inside], key[inside]] = True
+        return mask.view(self.batch, self.heads, size, shape.k_len)
 
     def row_counts(self, shape: AttentionShape) -> Tensor:
         """Keys of each query row: (batch, heads, q_len) int64."""

@@ -18,8 +18,7 @@ from aerogel.attention.tile_reference import stream_attention
 _kernels: Any = kernels
 
 
-@torch.library.custom_op("aerogel::attention", mutates_args=())
-def attention_op(
+def attention_now(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,7 +38,7 @@ def attention_op(
     causal: bool,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan."""
+    """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan, without gradients."""
     result: tuple[Tensor, Tensor] = _kernels.attention_forward(
         q,
         k,
@@ -61,6 +60,9 @@ def attention_op(
         softcap=softcap,
     )
     return result
+
+
+attention_op = torch.library.custom_op("aerogel::attention", attention_now, mutates_args=())
 
 
 @attention_op.register_fake
@@ -168,7 +170,13 @@ def tile_attention(
         return stream_attention(
             q, k, v, stream, shape, scale=scale, key_padding=key_padding, softcap=softcap
         )
-    result: tuple[Tensor, Tensor] = attention_op(
+    tensors = (q, k, v, stream.tile_bias)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    # Calling an operator takes longer than decoding some tokens.
+    run = attention_op if differentiable or torch.compiler.is_compiling() else attention_now
+    result: tuple[Tensor, Tensor] = run(
         q,
         k,
         v,

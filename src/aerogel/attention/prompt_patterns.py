@@ -261,13 +261,13 @@ def last_attention(ctx: AttentionContext, heads: Tensor, last_q: int) -> tuple[T
         real = ctx.key_padding[:, shape.q_offset : shape.q_offset + shape.q_len]
     row = torch.arange(shape.q_len, device=device)
     rows = torch.where(real, row, -1).topk(n, -1).values.flip(-1)  # -1 where there are no more
-    taken = rows.clamp(min=0)[:, None, :, None].expand(-1, heads.numel(), -1, ctx.q.shape[-1])
-    q = ctx.q[:, heads].gather(2, taken).float()
-    shared = heads * shape.kv_heads // shape.q_heads
-    logits = torch.stack(
-        [q[:, i] @ ctx.k[:, int(head)].float().transpose(-1, -2) for i, head in enumerate(shared)],
-        1,
-    )
+    taken = rows.clamp(min=0)[..., None].expand(-1, -1, ctx.q.shape[-1])
+    group = shape.q_heads // shape.kv_heads
+    strips = [
+        ctx.q[:, head].gather(1, taken).float() @ ctx.k[:, head // group].float().transpose(-1, -2)
+        for head in heads.tolist()
+    ]
+    logits = torch.stack(strips, 1)
     positions = rows + shape.q_offset
     j = torch.arange(shape.k_len, device=device)
     allowed = (j <= positions[..., None]) & (rows >= 0)[..., None]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aerogel.attention.bank_plan import BankPlan
 from aerogel.attention.call import Call
-from aerogel.attention.plan import Plan
+from aerogel.attention.lowering import lower
 from aerogel.attention.softmax import accumulator, dropout_factors, masked_attention
 
 
@@ -59,11 +59,14 @@ def pooled_probabilities(q: Tensor, k: Tensor, call: Call, lse: Tensor, block: i
     Args:
         q: (B, Hq, Lq, D).
         k: (B, Hkv, Lk, D).
-        call: a dense call.
+        call: of a plan with key ranges and without a bias.
         lse: (B, Hq, Lq) of the same call.
         block: rows and keys of a tile.
     """
     shape, kind = call.shape, accumulator(q.dtype)
+    streams = lower(call.plan.passes(shape), shape, call.window)
+    if any(stream.tile_bias is not None for stream in streams):
+        raise ValueError("pool_blocks: expected a plan without tile_bias")
     n_k = -(-shape.k_len // block)
     strips = []
     for begin in range(0, shape.q_len, block):
@@ -74,27 +77,14 @@ def pooled_probabilities(q: Tensor, k: Tensor, call: Call, lse: Tensor, block: i
         if call.softcap is not None:
             s = call.softcap * torch.tanh(s / call.softcap)
         p = torch.exp(s - torch.where(torch.isinf(lse), 0, lse)[:, :, rows, None])
-        p = p.masked_fill(~_strip_mask(call, rows), 0)
+        kept = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        for stream in streams:
+            mask = stream.strip_mask(shape, rows)
+            kept = kept | mask.repeat_interleave(shape.q_heads // mask.shape[1], 1)
+        kept = kept.to(p.device)
+        if call.key_padding is not None:
+            kept = kept & call.key_padding[:, None, None]
+        p = p.masked_fill(~kept, 0)
         padded = torch.nn.functional.pad(p, (0, n_k * block - shape.k_len))
         strips.append(padded.unflatten(-1, (n_k, block)).amax((2, 4)))
     return torch.stack(strips, 2)
-
-
-def _strip_mask(call: Call, rows: slice) -> Tensor:
-    """The mask of some rows under dense attention: causal rule, window and padding."""
-    shape = call.shape
-    position = shape.positions()[rows, None]
-    j = torch.arange(shape.k_len)
-    mask = torch.ones(position.shape[0], shape.k_len, dtype=torch.bool)
-    if shape.causal:
-        mask &= j <= position
-    if call.window is not None:
-        mask &= position - j < call.window
-    if call.key_padding is None:
-        return mask[None, None]
-    return mask[None, None].to(call.key_padding.device) & call.key_padding[:, None, None]
-
-
-def plan_head(plan: Plan, head: int, q_heads: int) -> int:
-    """The plan's head that serves a query head."""
-    return head * plan.dims[1] // q_heads
