@@ -5,9 +5,15 @@ from __future__ import annotations
 import contract
 import pytest
 import small_selectors as small
+import torch
 from contract import Case
 
-from aerogel.attention import AttentionShape, MInferenceSelector
+from aerogel.attention import (
+    AttentionShape,
+    ChannelOrder,
+    DoubleSparsitySelector,
+    MInferenceSelector,
+)
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
     AShapeSelector,
@@ -37,7 +43,29 @@ class _ByHeads(MInferenceSelector):
         return super().patterns(0 if heads <= 4 else 1, heads)
 
 
+class _Labels(DoubleSparsitySelector):
+    """Takes drawn channels for whatever heads there are."""
+
+    def __init__(self, **options):
+        super().__init__(ChannelOrder({0: torch.arange(4)[None]}), **options)
+
+    def label_channels(self, layer, q_heads, kv_heads, head_dim):
+        heads = kv_heads if self.share_group is True else q_heads
+        draw = torch.Generator().manual_seed(0)
+        order = torch.rand(heads, head_dim, generator=draw).argsort(-1)
+        return order[:, : head_dim // self.group_factor]
+
+
+def labels(**options):
+    return _Labels(**{"heavy_tokens": 20, "dense_layers": (), "sparse_prefill": True, **options})
+
+
 CASES = {
+    "double-sparsity": Case(labels, lambda: labels(heavy_tokens=1000)),
+    "double-sparsity, 4 bits": Case(lambda: labels(label_bits=4, group_factor=2)),
+    "double-sparsity, runs": Case(
+        lambda: labels(run=5, share_group=True), lambda: labels(heavy_tokens=1000, run=5)
+    ),
     "test-dense": Case(small.Dense, small.Dense),
     "test-blocks": Case(small.Blocks, lambda: small.Blocks(1000)),
     "test-lists": Case(small.Lists, lambda: small.Lists(1000)),

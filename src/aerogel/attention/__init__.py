@@ -7,6 +7,9 @@ out = attend(q, k, v, plan=plan, causal=True)
 from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.calibration import CALIBRATIONS, add_calibration, calibrate
+from aerogel.attention.channel_calibration import calibrate_channels
+from aerogel.attention.channel_order import ChannelOrder
+from aerogel.attention.double_sparsity import DoubleSparsitySelector
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
@@ -51,7 +54,9 @@ __all__ = [
     "Bank",
     "BankPlan",
     "BlockPlan",
+    "ChannelOrder",
     "DensePlan",
+    "DoubleSparsitySelector",
     "GroupPlan",
     "HeadMixPlan",
     "KeyListPlan",
@@ -68,6 +73,7 @@ __all__ = [
     "attach",
     "attend",
     "calibrate",
+    "calibrate_channels",
     "calibrate_patterns",
     "detach",
     "gather_tokens",
