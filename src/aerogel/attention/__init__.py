@@ -27,6 +27,7 @@ from aerogel.attention.primitives import (
     sddmm,
     spmm,
 )
+from aerogel.attention.seerattention import SeerAttentionSelector
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -64,6 +65,7 @@ __all__ = [
     "PairList",
     "Plan",
     "PlanStats",
+    "SeerAttentionSelector",
     "Selector",
     "SpanPlan",
     "SparseSelfAttention",

@@ -90,7 +90,7 @@ class _Gate(nn.Module):
         half = torch.arange(0, gate_dim, 2, dtype=torch.float32) / gate_dim
         base = torch.zeros_like(half) if rope_theta is None else 1.0 / rope_theta**half
         self.register_buffer("inv_freq", base)
-        self.rope_scale = 1.0
+        self.register_buffer("rope_scale", torch.ones(()))
 
     @property
     def group(self) -> int:
@@ -280,10 +280,13 @@ class SeerDecodeGate(_Gate):
 
         `first_block` is the number of the first of these blocks, `real` (B, L) as elsewhere.
         """
-        pooled = pool_blocks(k, self.block_size, self.k_pool, real) @ self.k_weight
-        place = first_block + torch.arange(pooled.shape[2], device=k.device)[None]
-        turned = self._turned(self.k_norm(pooled), place * self.block_size)
-        return turned
+        return self.finish(pool_blocks(k, self.block_size, self.k_pool, real), first_block)
+
+    def finish(self, pooled: Tensor, first_block: int = 0) -> Tensor:
+        """Pooled keys (B, Hkv, n, d * poolings) to those that `score` takes."""
+        place = first_block + torch.arange(pooled.shape[2], device=pooled.device)[None]
+        keys = self.k_norm(pooled @ self.k_weight)
+        return self._turned(keys, place * self.block_size)
 
     def queries(self, q: Tensor, first_row: int) -> Tensor:
         """Gate queries (B, Hkv, L, gate_dim) of q (B, Hq, L, d) before rotary embedding."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,30 @@ from torch import Tensor, nn
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.block_target import BlockRule, block_target, divergence, row_target
 from aerogel.attention.plan import DensePlan, Plan
-from aerogel.attention.seer_gate import SeerDecodeGate, SeerGate, real_blocks
+from aerogel.attention.seer_gate import SeerDecodeGate, SeerGate, pool_blocks, real_blocks
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.topk import stable_topk
+
+
+class Lesson(NamedTuple):
+    """What a gate learns from: inputs and target of one layer and batch.
+
+    Attributes:
+        q: (B, Hq, n, d * poolings) pooled queries; mode "decode": (B, Hq, rows, d) queries.
+        k: (B, Hkv, n, d * poolings) pooled keys.
+        target: rows of the normalised block map, from `first` on.
+        real: (B, L) bool, True at real tokens, or None.
+        first: first query block, or row.
+        causal: whether later blocks are out of reach.
+    """
+
+    q: Tensor
+    k: Tensor
+    target: Tensor
+    real: Tensor | None
+    first: int
+    causal: bool
+
 
 Gate = SeerGate | SeerDecodeGate
 _COMMON = ("num_q_heads", "num_kv_heads", "head_dim", "gate_dim", "block_size", "k_pool")
@@ -189,7 +210,12 @@ class SeerAttentionSelector(Selector):
         return BlockPlan.from_mask(kept | (number == own), 1, self.block)
 
     def loss(self, ctx: AttentionContext) -> Tensor | None:
-        """Divergence of a layer's gate from its target on a whole prompt; None without a gate.
+        """Divergence of a layer's gate from its target on a whole prompt; None without a gate."""
+        lesson = self.lesson(ctx)
+        return None if lesson is None else self.lesson_loss(ctx.layer_idx, lesson)
+
+    def lesson(self, ctx: AttentionContext) -> Lesson | None:
+        """What a layer's gate learns from a whole prompt; None without a gate.
 
         Query blocks before a quarter of the prompt (rows before its half in mode "decode") are left
         out: what they can attend to is hardly a choice.
@@ -200,15 +226,24 @@ class SeerAttentionSelector(Selector):
         q, k = self._before_rope(ctx)
         if self.mode == "prefill":
             first = -(-ctx.shape.q_len // self.block) // 4
-            target = block_target(ctx, self.block)
-            return divergence(self.scores(ctx)[:, :, first:], target[:, :, first:])
+            target = block_target(ctx, self.block)[:, :, first:]
+            pooled = gate.pool(q, k, ctx.key_padding)
+            return Lesson(*pooled, target, ctx.key_padding, first, ctx.shape.causal)
         first = ctx.shape.q_len // 2
-        scores = gate.score(
-            gate.queries(q[:, :, first:], first), gate.compress(k, real=ctx.key_padding)
-        )
-        own = torch.arange(first, ctx.shape.q_len, device=q.device)[:, None] // self.block
-        late = torch.arange(scores.shape[-1], device=q.device) > own
-        return divergence(scores.masked_fill(late, -torch.inf), row_target(ctx, self.block, first))
+        pooled = pool_blocks(k, self.block, gate.k_pool, ctx.key_padding)
+        target = row_target(ctx, self.block, first)
+        return Lesson(q[:, :, first:], pooled, target, ctx.key_padding, first, True)
+
+    def lesson_loss(self, layer: int, lesson: Lesson) -> Tensor:
+        """Divergence of a layer's gate from a lesson's target."""
+        gate, first = self._gate(layer), lesson.first
+        if self.mode == "prefill":
+            scores = gate.score(lesson.q, lesson.k, real=lesson.real, causal=lesson.causal)
+            return divergence(scores[:, :, first:], lesson.target)
+        scores = gate.score(gate.queries(lesson.q, first), gate.finish(lesson.k))
+        row = torch.arange(first, first + lesson.q.shape[2], device=scores.device)
+        late = torch.arange(scores.shape[-1], device=scores.device) > row[:, None] // self.block
+        return divergence(scores.masked_fill(late, -torch.inf), lesson.target)
 
     def _before_rope(self, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
         if ctx.q_pre is None or ctx.k_pre is None:
