@@ -1,6 +1,6 @@
 """SeerAttention: distilled gates choose blocks better than pooled means or fixed places.
 
-First, a sentence encoder (all-MiniLM-L6-v2, 12 heads of 32, every token reads every token) on pieces
+First, a sentence encoder (all-MiniLM-L6-v2, 12 heads of 32, all tokens read all others) on pieces
 of 512 tokens of Python's documentation, in blocks of 32. Gates of width 32 learn the largest weight
 of each block on 30 pieces (300 steps of 4); on 6 others, every row of blocks keeps 4 of 16: by
 the gate, by the product of mean queries and keys, the first and the nearest ones, or the target's

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import contract
 import pytest
 import small_selectors as small
@@ -13,6 +15,7 @@ from aerogel.attention import (
     ChannelOrder,
     DoubleSparsitySelector,
     MInferenceSelector,
+    SeerAttentionSelector,
 )
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig
 from aerogel.attention.prompt_patterns import (
@@ -21,6 +24,7 @@ from aerogel.attention.prompt_patterns import (
     TriShapeSelector,
     VerticalSlashSelector,
 )
+from aerogel.attention.seer_gate import SeerGate
 
 
 def minference() -> MInferenceSelector:
@@ -60,7 +64,29 @@ def labels(**options):
     return _Labels(**{"heavy_tokens": 20, "dense_layers": (), "sparse_prefill": True, **options})
 
 
+class _Gated(SeerAttentionSelector):
+    """Draws a gate for whatever heads there are; without rotary embedding, before is after."""
+
+    def __init__(self, **options):
+        super().__init__({0: SeerGate(4, 4, 16, gate_dim=8, block_size=16)}, **options)
+
+    def plan_prefill(self, ctx):
+        torch.manual_seed(0)
+        sizes = (ctx.shape.q_heads, ctx.shape.kv_heads, ctx.q.shape[-1])
+        self.gates["0"] = SeerGate(*sizes, gate_dim=8, block_size=16)
+        ctx.q_pre, ctx.k_pre = ctx.q * 50, ctx.k[:, :, ctx.shape.q_offset :]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().plan_prefill(ctx)
+
+
 CASES = {
+    "seerattention": Case(
+        lambda: _Gated(method="ratio", ratio=0.4, last_block_dense=False),
+        lambda: _Gated(threshold=0.0),
+        looks_ahead=True,  # a block's mean query knows its last rows
+        chunk_invariant=False,
+    ),
     "double-sparsity": Case(labels, lambda: labels(heavy_tokens=1000)),
     "double-sparsity, 4 bits": Case(lambda: labels(label_bits=4, group_factor=2)),
     "double-sparsity, runs": Case(

@@ -34,7 +34,7 @@ class BlockRule:
         threshold: in [0, 1).
         ratio: in (0, 1].
         last_block_dense: the last two rows of blocks keep everything.
-        force_diagonal: every row keeps its own block.
+        force_diagonal: every row keeps its own block; it counts among the best of its row.
 
     Raises:
         ValueError: a value is out of range.
@@ -65,7 +65,9 @@ class BlockRule:
             kept = kept | allowed if self.threshold == 0 else kept
         else:
             k = max(1, int((1 - (1 - float(self.ratio or 0)) ** 0.5) * n))
-            best = stable_topk(scores, k)
+            own = torch.eye(n, dtype=torch.bool, device=scores.device)
+            ranked = scores.masked_fill(own & allowed, torch.inf) if self.force_diagonal else scores
+            best = stable_topk(ranked, k)
             kept = torch.zeros_like(allowed).scatter(-1, best, True)
         if self.force_diagonal:
             kept = kept | torch.eye(n, dtype=torch.bool, device=scores.device)
