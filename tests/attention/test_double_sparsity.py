@@ -248,10 +248,10 @@ def test_the_foretold_query_is_the_next_layers_projection_of_this_input(monkeypa
         ),
     )
     queries, inputs = [], []
-    keep = OffloadedCacheLayer.prefetch
+    keep = OffloadedCacheLayer.fetch_for
     monkeypatch.setattr(
         OffloadedCacheLayer,
-        "prefetch",
+        "fetch_for",
         lambda self, q: (queries.append((self.layer_idx, q)), keep(self, q)),
     )
     cache = AerogelCache(model)
@@ -275,7 +275,7 @@ def test_fetched_rows_are_the_chosen_rows_and_the_new_one():
     shape = AttentionShape(2, 4, 2, 40, 40, causal=True)
     q, k, v = make.tensors(shape)
     layer.attend(q[:, :, :39], *layer.update(k[:, :, :39], v[:, :, :39]))
-    layer.prefetch(q[:, :, 38:39])
+    layer.fetch_for(q[:, :, 38:39])
     out = layer.attend(q[:, :, 39:], *layer.update(k[:, :, 39:], v[:, :, 39:]))
     assert layer.foretold == 1
     scores = selector.scores(q[:, :, 38:39], selector.labels_of(k[:, :, :39], 1, 4), 1, 2)[:, :, 0]

@@ -279,7 +279,10 @@ def test_the_oracle_keeps_more_than_a_gate():
     rule = BlockRule("ratio", ratio=0.4, last_block_dense=False)
     masks = [
         select(s, ctx).to_dense_mask(shape)
-        for s in (OracleSelector(16, rule), selector(method="ratio", ratio=0.4))
+        for s in (
+            OracleSelector(16, rule),
+            selector(method="ratio", ratio=0.4, last_block_dense=False),
+        )
     ]
     map_ = weights(ctx)
     assert float((map_ * masks[0]).sum()) > float((map_ * masks[1]).sum())

@@ -56,8 +56,13 @@ class BlockRule:
         if self.method == "ratio" and self.ratio is None:
             raise ValueError("ratio=None: expected a share in (0, 1] with method='ratio'")
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """Blocks that are kept: (B, H, n, n) bool, from causal scores with -inf elsewhere."""
+    def choose(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Blocks that are kept: (B, H, n, n) bool.
+
+        Args:
+            scores: (B, H, n, n), -inf where nothing may be kept.
+            rows: (B, n) bool, blocks with a real token; the last rows are the last of these.
+        """
         n = scores.shape[-1]
         allowed = scores > -torch.inf
         if self.method == "threshold":
@@ -73,8 +78,10 @@ class BlockRule:
             kept = kept | torch.eye(n, dtype=torch.bool, device=scores.device)
         if self.last_block_dense:
             number = torch.arange(n, device=scores.device)
-            last = torch.where(allowed.any(-1), number, -1).amax(-1)[..., None]
-            kept = kept | (number > last - 2)[..., None]
+            last = torch.tensor([n - 1], device=scores.device)
+            if rows is not None:
+                last = torch.where(rows, number, -1).amax(-1)
+            kept = kept | (number > last[:, None] - 2)[:, None, :, None]
         return kept & allowed
 
 
@@ -174,4 +181,11 @@ class OracleSelector(Selector):
         scores = torch.where(
             target > 0, torch.log(target.clamp(min=torch.finfo(torch.float32).tiny)), -torch.inf
         )
-        return BlockPlan.from_mask(self.rule.choose(scores), self.block, self.block)
+        return BlockPlan.from_mask(
+            self.rule.choose(scores, blocks_of(ctx, self.block)), self.block, self.block
+        )
+
+
+def blocks_of(ctx: AttentionContext, block: int) -> Tensor | None:
+    """(B, n) bool, blocks with a real token; None without padding."""
+    return None if ctx.key_padding is None else real_blocks(ctx.key_padding, block)

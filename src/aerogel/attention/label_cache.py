@@ -26,6 +26,9 @@ class LabelCacheLayer(SelectorCacheLayer):
         selector: says what a label is.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, selector: DoubleSparsitySelector) -> None:
         super().__init__()
         self.selector = selector
@@ -43,11 +46,11 @@ class FetchedRows(NamedTuple):
     """Rows of the slow cache in fast memory.
 
     Attributes:
-        index: (B, Hq, n) int64 the rows, -1 for none.
+        rows: (B, Hq, n) int64, -1 for none.
         keys, values: (B, Hq, n, D); arbitrary where there is none.
     """
 
-    index: Tensor
+    rows: Tensor
     keys: Tensor
     values: Tensor
 
@@ -86,7 +89,7 @@ class OffloadedCacheLayer(LabelCacheLayer):
         if query is None or not isinstance(following, OffloadedCacheLayer):
             return
         if not self.selector.is_dense(following.layer_idx) and following.is_initialized:
-            following.prefetch(query)
+            following.fetch_for(query)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -95,7 +98,7 @@ class OffloadedCacheLayer(LabelCacheLayer):
         super().update(key_states.to(self.storage), value_states.to(self.storage))
         return key_states, value_states
 
-    def prefetch(self, query: Tensor) -> None:
+    def fetch_for(self, query: Tensor) -> None:
         """Chooses rows by a query (B, Hq, 1, D) and begins to copy them."""
         seen, device = self.get_seq_length(), query.device
         index = self._choose(query, seen, self.selector.heavy_tokens - 1)
@@ -154,10 +157,10 @@ class OffloadedCacheLayer(LabelCacheLayer):
         plan: Plan = DensePlan()
         causal, padding = True, None
         if sparse and q.shape[2] == 1 and before == seen - 1 and seen > 1:
-            rows = self._rows(q, seen - 1, coming)
-            keys = torch.cat([rows.keys, self._per_query_head(k, q)], 2)
-            values = torch.cat([rows.values, self._per_query_head(v, q)], 2)
-            real = torch.nn.functional.pad(rows.index >= 0, (0, 1), value=True)
+            fetched = self._rows(q, seen - 1, coming)
+            keys = torch.cat([fetched.keys, self._per_query_head(k, q)], 2)
+            values = torch.cat([fetched.values, self._per_query_head(v, q)], 2)
+            real = torch.nn.functional.pad(fetched.rows >= 0, (0, 1), value=True)
             if not bool(real.all()):
                 plan = KeyListPlan.from_bitmask(real[:, :, None])
             causal = False

@@ -102,8 +102,9 @@ class _Gate(nn.Module):
         if not self.has_rope:
             return x
         inv_freq: Any = self.inv_freq
+        scale: Any = self.rope_scale
         angle = positions[:, None, :, None].float() * inv_freq.float()
-        cos, sin = (torch.cat([t, t], -1) * self.rope_scale for t in (angle.cos(), angle.sin()))
+        cos, sin = (torch.cat([t, t], -1) * scale for t in (angle.cos(), angle.sin()))
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -185,7 +186,7 @@ class SeerGate(_Gate):
             causal: later blocks are -inf.
 
         Returns:
-            (B, Hq, n, n); -inf also at blocks without real tokens, in rows and columns.
+            (B, Hq, n, n); -inf also at key blocks without real tokens.
         """
         if self.k_weight.shape[0] == self.num_q_heads:
             k_pooled = k_pooled.repeat_interleave(self.group, 1)
@@ -200,8 +201,7 @@ class SeerGate(_Gate):
         allowed = torch.ones(n, n, dtype=torch.bool, device=scores.device)
         allowed = (allowed.tril() if causal else allowed)[None, None]
         if real is not None:
-            block = real_blocks(real, self.block_size)
-            allowed = allowed & block[:, None, :, None] & block[:, None, None]
+            allowed = allowed & real_blocks(real, self.block_size)[:, None, None]
         return scores.masked_fill(~allowed, -torch.inf)
 
     def forward(

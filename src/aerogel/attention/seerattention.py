@@ -24,7 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.block_plan import BlockPlan
-from aerogel.attention.block_target import BlockRule, block_target, divergence, row_target
+from aerogel.attention.block_target import (
+    BlockRule,
+    block_target,
+    blocks_of,
+    divergence,
+    row_target,
+)
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.seer_gate import SeerDecodeGate, SeerGate, pool_blocks, real_blocks
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
@@ -97,7 +103,7 @@ class SeerAttentionSelector(Selector):
         if mode not in ("prefill", "decode"):
             raise ValueError(f"mode={mode!r}: expected 'prefill' or 'decode'")
         wanted: type[Gate] = SeerGate if mode == "prefill" else SeerDecodeGate
-        made = _made(gates, wanted) if "layers" in gates else dict(gates)  # type: ignore[arg-type]
+        made = _made(gates, wanted) if "layers" in gates else dict(gates)
         if not made or any(not isinstance(gate, wanted) for gate in made.values()):
             raise ValueError(f"gates: expected one {wanted.__name__} or more for mode={mode!r}")
         if len({str(_description(gate)) for gate in made.values()}) != 1:
@@ -166,7 +172,8 @@ class SeerAttentionSelector(Selector):
             return DensePlan()
         if shape.q_offset:  # a later chunk of a prompt: earlier keys are no longer at hand
             return DensePlan()
-        return BlockPlan.from_mask(self.rule.choose(self.scores(ctx)), self.block, self.block)
+        kept = self.rule.choose(self.scores(ctx), blocks_of(ctx, self.block))
+        return BlockPlan.from_mask(kept, self.block, self.block)
 
     def on_append(self, ctx: AttentionContext) -> None:
         if self.mode != "decode" or self._absent(ctx.layer_idx):
@@ -227,8 +234,8 @@ class SeerAttentionSelector(Selector):
         if self.mode == "prefill":
             first = -(-ctx.shape.q_len // self.block) // 4
             target = block_target(ctx, self.block)[:, :, first:]
-            pooled = gate.pool(q, k, ctx.key_padding)
-            return Lesson(*pooled, target, ctx.key_padding, first, ctx.shape.causal)
+            queries, keys = gate.pool(q, k, ctx.key_padding)
+            return Lesson(queries, keys, target, ctx.key_padding, first, ctx.shape.causal)
         first = ctx.shape.q_len // 2
         pooled = pool_blocks(k, self.block, gate.k_pool, ctx.key_padding)
         target = row_target(ctx, self.block, first)

@@ -232,7 +232,7 @@ def fit_gates(
             order = order or torch.randperm(count, generator=draw).tolist()
             parts = [selector.lesson_loss(*lesson) for lesson in lessons(order.pop()).items()]
             loss = torch.stack(parts).sum() / batch_size
-            (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+            (loss * loss_scale).backward()
             total += float(loss.detach())
         optimizer.step()
         losses.append(total)
