@@ -172,16 +172,13 @@ def _overlap(a: dict[int, Tensor], b: dict[int, Tensor], size: int) -> float:
 
 def _nats(seed: int) -> dict[str, float]:
     model, windows = _smollm()
-    orders = _calibrated()
-    heads, dim = orders["qk"].layers[0].shape
-    orders = {
-        **orders,
-        "random channels": _random_order(len(orders["qk"].layers), heads, dim, seed),
-    }
+    order = _calibrated()
+    heads, dim = order.layers[0].shape
+    orders = {"qk": order, "random channels": _random_order(len(order.layers), heads, dim, seed)}
     draw = torch.Generator().manual_seed(seed)
     numbers = PIECES + torch.randperm(len(windows) - PIECES, generator=draw)[:PROMPTS]
     prompts = recall.repeat_passage(windows[numbers], (REPEATED, REPEATED), draw)
-    ways: dict[str, Any] = {"dense": None, "best keys": _selector(orders["qk"], 1)}
+    ways: dict[str, Any] = {"dense": None}
     ways |= {name: _selector(order, 4) for name, order in orders.items()}
     ways["sinks and recent"] = _Recent(SINK, TOKENS - SINK)
     metrics = {}
@@ -208,13 +205,9 @@ class _Recent(AShapeSelector):
 
 
 @lru_cache(maxsize=1)
-def _calibrated() -> dict[str, ChannelOrder]:
+def _calibrated() -> ChannelOrder:
     model, windows = _smollm()
-    text = windows[:PIECES]
-    return {
-        metric: calibrate_channels(model, text.split(1), metric, share_group=False)
-        for metric in ("qk", "q")
-    }
+    return calibrate_channels(model, windows[:PIECES].split(1), "qk", share_group=False)
 
 
 @lru_cache(maxsize=1)
