@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import contract
 import pytest
 import small_selectors as small
+import torch
 from contract import Case
 from torch import Tensor
 
 from aerogel.attention import (
     AttentionContext,
     AttentionShape,
+    ChannelOrder,
+    DoubleSparsitySelector,
     ElasticSpan,
     MInferenceSelector,
     MoAPlan,
@@ -20,6 +24,7 @@ from aerogel.attention import (
     Plan,
     S2Selector,
     ScatterbrainSelector,
+    SeerAttentionSelector,
     SpanPlan,
     ZipVLSelector,
 )
@@ -30,6 +35,7 @@ from aerogel.attention.prompt_patterns import (
     TriShapeSelector,
     VerticalSlashSelector,
 )
+from aerogel.attention.seer_gate import SeerGate
 
 
 def minference() -> MInferenceSelector:
@@ -52,7 +58,51 @@ class _ByHeads(MInferenceSelector):
         return super().patterns(0 if heads <= 4 else 1, heads)
 
 
+class _Labels(DoubleSparsitySelector):
+    """Takes drawn channels for whatever heads there are."""
+
+    def __init__(self, **options):
+        super().__init__(ChannelOrder({0: torch.arange(4)[None]}), **options)
+
+    def label_channels(self, layer, q_heads, kv_heads, head_dim):
+        heads = kv_heads if self.share_group is True else q_heads
+        draw = torch.Generator().manual_seed(0)
+        order = torch.rand(heads, head_dim, generator=draw).argsort(-1)
+        return order[:, : head_dim // self.group_factor]
+
+
+def labels(**options):
+    return _Labels(**{"heavy_tokens": 20, "dense_layers": (), "sparse_prefill": True, **options})
+
+
+class _Gated(SeerAttentionSelector):
+    """Draws a gate for whatever heads there are; without rotary embedding, before is after."""
+
+    def __init__(self, **options):
+        super().__init__({0: SeerGate(4, 4, 16, gate_dim=8, block_size=16)}, **options)
+
+    def plan_prefill(self, ctx):
+        torch.manual_seed(0)
+        sizes = (ctx.shape.q_heads, ctx.shape.kv_heads, ctx.q.shape[-1])
+        self.gates["0"] = SeerGate(*sizes, gate_dim=8, block_size=16)
+        ctx.q_pre, ctx.k_pre = ctx.q * 50, ctx.k[:, :, ctx.shape.q_offset :]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().plan_prefill(ctx)
+
+
 CASES = {
+    "seerattention": Case(
+        lambda: _Gated(method="ratio", ratio=0.4, last_block_dense=False),
+        lambda: _Gated(threshold=0.0),
+        looks_ahead=True,  # a block's mean query knows its last rows
+        chunk_invariant=False,
+    ),
+    "double-sparsity": Case(labels, lambda: labels(heavy_tokens=1000)),
+    "double-sparsity, 4 bits": Case(lambda: labels(label_bits=4, group_factor=2)),
+    "double-sparsity, runs": Case(
+        lambda: labels(run=5, share_group=True), lambda: labels(heavy_tokens=1000, run=5)
+    ),
     "test-dense": Case(small.Dense, small.Dense),
     "test-blocks": Case(small.Blocks, lambda: small.Blocks(1000)),
     "test-lists": Case(small.Lists, lambda: small.Lists(1000)),

@@ -7,8 +7,11 @@ out = attend(q, k, v, plan=plan, causal=True)
 from aerogel.attention.bank_plan import Bank, BankPlan, past_summaries
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.calibration import CALIBRATIONS, add_calibration, calibrate
+from aerogel.attention.channel_calibration import calibrate_channels
+from aerogel.attention.channel_order import ChannelOrder
 from aerogel.attention.combiner import CombinerSelector
 from aerogel.attention.combiner_layer import CombinerAttention, CombinerCache
+from aerogel.attention.double_sparsity import DoubleSparsitySelector
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.hf import attach, detach, register
@@ -38,6 +41,7 @@ from aerogel.attention.scatterbrain import (
     ScatterbrainSelector,
     scatterbrain_attention,
 )
+from aerogel.attention.seerattention import SeerAttentionSelector
 from aerogel.attention.selector import (
     SELECTORS,
     AttentionContext,
@@ -76,11 +80,13 @@ __all__ = [
     "BankPlan",
     "BlockPlan",
     "BlockSupport",
+    "ChannelOrder",
     "CombinerAttention",
     "CombinerCache",
     "CombinerSelector",
     "CustomBlockPattern",
     "DensePlan",
+    "DoubleSparsitySelector",
     "ElasticSpan",
     "GroupPlan",
     "HeadMixPlan",
@@ -99,6 +105,7 @@ __all__ = [
     "S2Selector",
     "ScatterbrainAttention",
     "ScatterbrainSelector",
+    "SeerAttentionSelector",
     "Selector",
     "SmyrfClusters",
     "SpanPlan",
@@ -115,6 +122,7 @@ __all__ = [
     "attach",
     "attend",
     "calibrate",
+    "calibrate_channels",
     "calibrate_patterns",
     "combiner_summary",
     "detach",

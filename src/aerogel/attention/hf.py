@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.engine import attend
-from aerogel.attention.hooks import LayerState, add_hooks, attention_layers
+from aerogel.attention.hooks import LayerState, add_hooks, attention_layers, link_layers
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.selector import (
     SELECTORS,
@@ -139,6 +139,12 @@ def attach(
         state = LayerState(chosen, int(module.layer_idx), strict, before)  # type: ignore[arg-type]
         add_hooks(module, state)
         _states[module] = state
+    if "next_layer" in chosen.needs:
+        try:
+            link_layers({module: _states[module] for module in layers})
+        except ValueError:
+            detach(model)
+            raise
     return chosen
 
 

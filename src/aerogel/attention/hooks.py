@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aerogel.attention.selector import Selector
@@ -15,7 +18,8 @@ from aerogel.attention.selector import Selector
 class LayerState:
     """One attached attention module.
 
-    `cache`, `q_pre`, `k_pre` and `layer_input` are of the current call only.
+    `cache`, `q_pre`, `k_pre` and `layer_input` are of the current call only; `following` is the
+    next attention module, for selectors that need it.
     """
 
     selector: Selector
@@ -27,13 +31,19 @@ class LayerState:
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     layer_input: Tensor | None = None
+    following: Any = None
 
     def cache_layer(self) -> Any:
         """This layer's part of the cache, or None."""
+        return self._cached(self.layer_idx)
+
+    def next_cache_layer(self) -> Any:
+        """The following layer's part of the cache, or None."""
+        return None if self.following is None else self._cached(int(self.following.layer_idx))
+
+    def _cached(self, index: int) -> Any:
         layers = getattr(self.cache, "layers", None)
-        if layers is None or self.layer_idx >= len(layers):
-            return None
-        return layers[self.layer_idx]
+        return None if layers is None or index >= len(layers) else layers[index]
 
     def forget(self) -> None:
         """Drops what belonged to the last call."""
@@ -76,8 +86,50 @@ def _before(state: LayerState) -> Callable[..., None]:
             layer.note_mask(mask)
         if hasattr(layer, "note_padding") and mask is not None and mask.dim() == 2:
             layer.note_padding((mask.long().cumsum(1) == 0).sum(1))
+        if hasattr(layer, "note_next") and state.following is not None:
+            x = args[0] if args else kwargs["hidden_states"]
+            rotary = kwargs.get("position_embeddings")
+            if x.shape[1] == 1 and rotary is not None:
+                layer.note_next(_foretold(state.following, x, rotary), state.next_cache_layer())
 
     return hook
+
+
+def link_layers(states: dict[nn.Module, LayerState]) -> None:
+    """Tells every layer its successor, for selectors that foretell the next layer's queries.
+
+    Raises:
+        ValueError: there are no two layers in succession, or they have no rotary embedding or no
+            query projection that is known.
+    """
+    modules = sorted(states, key=lambda module: states[module].layer_idx)
+    if len(modules) < 2:
+        raise ValueError(f"model: {len(modules)} attention layer, expected two in succession")
+    for module, following in itertools.pairwise(modules):
+        if not hasattr(following, "q_proj") or _rotation(following) is None:
+            raise ValueError(
+                f"model: {type(following).__name__} has no q_proj with a rotary embedding, so its "
+                "queries cannot be foretold"
+            )
+        if states[following].layer_idx == states[module].layer_idx + 1:
+            states[module].following = following
+
+
+def _rotation(module: nn.Module) -> Any:
+    return getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+
+
+@torch.no_grad()
+def _foretold(following: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """What a layer's query would be if its input were this one's: (B, Hq, L, D)."""
+    q = following.q_proj(x)
+    norm = getattr(following, "q_norm", None)
+    if norm is not None and norm.weight.numel() != following.head_dim:
+        q, norm = norm(q), None
+    q = q.unflatten(-1, (-1, following.head_dim))
+    q = (q if norm is None else norm(q)).transpose(1, 2)
+    turned: Tensor = _rotation(following)(q, q, *rotary)[0]
+    return turned
 
 
 def _after(state: LayerState) -> Callable[..., None]:

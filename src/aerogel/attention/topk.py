@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_SORTED_BELOW = 256  # entries: sorting all of them is as fast as finding the largest
+
 
 def stable_topk(x: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of the last dimension, ascending; ties: lowest index.
@@ -23,8 +25,17 @@ def stable_topk(x: Tensor, k: int) -> Tensor:
     """
     if not 0 <= k <= x.shape[-1]:
         raise ValueError(f"k={k}: expected 0 to {x.shape[-1]}")
-    order = torch.sort(x, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values
+    if k in (0, x.shape[-1]):
+        return torch.arange(k, device=x.device).expand(*x.shape[:-1], k).clone()
+    if x.shape[-1] < _SORTED_BELOW or bool(x.isnan().any()):
+        order = torch.sort(x, dim=-1, descending=True, stable=True).indices
+        return order[..., :k].sort(dim=-1).values
+    least = torch.topk(x, k, sorted=False).values.amin(-1, keepdim=True)
+    keep, tied = x > least, x == least
+    missing = k - keep.sum(-1, keepdim=True)
+    if bool((tied.sum(-1, keepdim=True) > missing).any()):
+        tied &= tied.cumsum(-1) <= missing
+    return (keep | tied).nonzero()[:, -1].view(*x.shape[:-1], k)
 
 
 def topk_mass(x: Tensor, mass: float, *, min_keep: int = 1) -> Tensor:

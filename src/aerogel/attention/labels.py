@@ -1,0 +1,101 @@
+"""Labels: a few channels of every key, in full precision or packed to 8, 4 or 2 bits.
+
+Quantisation is asymmetric, per token and head over the label's channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LABEL_BITS = (2, 4, 8, 16)
+
+
+class PackedLabels(NamedTuple):
+    """Labels of few bits.
+
+    Attributes:
+        codes: (..., L, r * bits / 8) uint8, the first channel in the lowest bits.
+        span: (..., L, 2) float32, the smallest value and the step of each label.
+    """
+
+    codes: Tensor
+    span: Tensor
+
+
+def gather_channels(x: Tensor, channels: Tensor) -> Tensor:
+    """A few channels of every head.
+
+    Args:
+        x: (B, H, L, D).
+        channels: (Hlab, r) int64; Hlab is H, or a multiple of it (key heads read by their group).
+
+    Returns:
+        (B, Hlab, L, r), contiguous.
+    """
+    groups = channels.shape[0] // x.shape[1]
+    parts = channels.reshape(x.shape[1], groups * channels.shape[1])
+    index = parts[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)
+    taken = x.gather(-1, index)
+    return taken.unflatten(-1, (groups, -1)).transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def pack_labels(x: Tensor, bits: int) -> PackedLabels:
+    """Quantises labels (..., r).
+
+    Raises:
+        ValueError: `bits` is not 2, 4 or 8, or r codes do not fill whole bytes.
+    """
+    if bits not in LABEL_BITS[:-1] or x.shape[-1] * bits % 8:
+        raise ValueError(
+            f"bits={bits} with {x.shape[-1]} channels: expected 2, 4 or 8 and whole bytes"
+        )
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    codes = ((x - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    per_byte = 8 // bits
+    parts = codes.unflatten(-1, (-1, per_byte))
+    packed = parts[..., 0].clone()
+    for place in range(1, per_byte):
+        packed |= parts[..., place] << (place * bits)
+    return PackedLabels(packed, torch.cat([low, step], -1))
+
+
+def unpack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(..., n) bytes to (..., n * 8 / bits) uint8 codes."""
+    mask = (1 << bits) - 1
+    parts = [(codes >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def unpack_labels(packed: PackedLabels, bits: int) -> Tensor:
+    """The labels (..., r) float32 that the codes stand for."""
+    codes = unpack_codes(packed.codes, bits).float()
+    return codes * packed.span[..., 1:] + packed.span[..., :1]
+
+
+def label_scores(q: Tensor, labels: Tensor | PackedLabels, bits: int = 16) -> Tensor:
+    """Approximate logits of all keys from their labels alone.
+
+    Args:
+        q: (B, Hq, Lq, r) the queries' same channels.
+        labels: (B, Hlab, L, r), or packed; Hlab is Hq or divides it.
+        bits: of packed labels.
+
+    Returns:
+        (B, Hq, Lq, L) float32, scaled by ``r ** -0.5``.
+    """
+    heads = labels.codes.shape[1] if isinstance(labels, PackedLabels) else labels.shape[1]
+    grouped = q.float().unflatten(1, (heads, -1)).flatten(2, 3) * q.shape[-1] ** -0.5
+    if isinstance(labels, PackedLabels):
+        codes = unpack_codes(labels.codes, bits).float()
+        scores = grouped @ codes.transpose(-1, -2)
+        scores *= labels.span[..., 1].unsqueeze(-2)
+        scores += grouped.sum(-1, keepdim=True) * labels.span[..., 0].unsqueeze(-2)
+    else:
+        scores = grouped @ labels.float().transpose(-1, -2)
+    return scores.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
