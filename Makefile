@@ -44,7 +44,12 @@ demo: setup
 minilm: setup
 	$(BIN)/aerogel compress minilm --data wordnet-glosses --out runs/minilm
 
-test: lint unit test-sanitize test-threads dist
+# The unit tests take one core, for the most part; what only builds and checks runs beside them.
+test: lint browser
+	@mkdir -p build
+	@$(MAKE) test-sanitize test-threads dist >build/checks.log 2>&1 & checks=$$!; \
+	$(MAKE) unit; status=$$?; \
+	wait $$checks || status=$$?; cat build/checks.log; exit $$status
 
 lint: setup
 	$(BIN)/ruff check
