@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aerogel.attention import SparseSelfAttention
 from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.attention.summaries import run_plan
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from digit_tokens import WIDTH, accuracy
 
 SLUG = "combiner"
@@ -69,8 +68,4 @@ def _blocks(q: Tensor, k: Tensor, **_: Any) -> Any:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -17,18 +17,16 @@ attention over the whole cache, one thread, interleaved; left out where the kern
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import minilm_attention
-from aerogel import data, models
 from aerogel.attention import (
     AttentionContext,
     AttentionShape,
@@ -47,7 +45,8 @@ from aerogel.attention.prompt_patterns import AShapeSelector
 from aerogel.data import recall
 from aerogel.insight import passage_nats
 from aerogel.kernels import native_available
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
+from smollm2_topics import model_and_windows
 
 SLUG = "double-sparsity"
 SEEDS = (0, 1, 2, 3)
@@ -171,7 +170,7 @@ def _overlap(a: dict[int, Tensor], b: dict[int, Tensor], size: int) -> float:
 
 
 def _nats(seed: int) -> dict[str, float]:
-    model, windows = _smollm()
+    model, windows = model_and_windows(LENGTH)
     order = _calibrated()
     heads, dim = order.layers[0].shape
     orders = {"qk": order, "random channels": _random_order(len(order.layers), heads, dim, seed)}
@@ -206,18 +205,8 @@ class _Recent(AShapeSelector):
 
 @lru_cache(maxsize=1)
 def _calibrated() -> ChannelOrder:
-    model, windows = _smollm()
+    model, windows = model_and_windows(LENGTH)
     return calibrate_channels(model, windows[:PIECES].split(1), "qk", share_group=False)
-
-
-@lru_cache(maxsize=1)
-def _smollm() -> tuple[nn.Module, Tensor]:
-    folder = data.fetch_checkpoint("smollm2")
-    model = models.create_model("smollm2", checkpoint_path=folder).eval()
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    topics = pydoc_data.topics.topics
-    texts = [topics[name] for name in sorted(topics)]
-    return model, data.token_windows(tokenizer, texts, LENGTH)
 
 
 @lru_cache(maxsize=1)
@@ -252,8 +241,4 @@ def _times() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from aerogel import data, models
 from aerogel.pruning import dsnot_, magnitude_, sparsegpt_, wanda_
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.sparsity.blocks import find_blocks
 from aerogel.train import perplexity
 
@@ -259,7 +259,4 @@ def _smollm() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

@@ -30,7 +30,7 @@ from aerogel.models import MobileNetV1
 from aerogel.models.mobilenet import V1_BLOCKS
 from aerogel.pruning import PointwisePruner
 from aerogel.pruning.fast_sparse_convnets import LABEL_SMOOTHING
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.runtime.timing import race, timed
 
 SLUG = "fast-sparse-convnets"
@@ -223,7 +223,4 @@ def _calls(weight: Tensor, side: int) -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aerogel import data
 from aerogel.nn import FlashFFTConv, LongConv, shorten_filters, sparsify_frequency
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 
 SLUG = "flashfftconv"
 SEEDS = (0, 1, 2)
@@ -160,7 +160,4 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for each in claims(outcomes):
-        print(f"{each.text}: {each.margin:+.2f} ({'pass' if each.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aerogel import data
 from aerogel.pruning import GradualPruner
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.sparsity import (
     Frozen,
     MaskController,
@@ -197,7 +197,4 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

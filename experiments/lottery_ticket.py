@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import small_fashion
 from aerogel.models import LeNet300
 from aerogel.pruning import LotteryTicket, StaticSparseTrainer, TrainOutcome
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.sparsity import MaskSet, Snapshot
 
 SLUG = "lottery-ticket"
@@ -145,7 +145,4 @@ def _accuracy(model: nn.Module, split: Split) -> float:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

@@ -15,7 +15,6 @@ causal attention, one thread, interleaved; it is left out where the kernels are 
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -26,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from aerogel import data, models
 from aerogel.attention import AttentionContext, AttentionShape, Plan, attach, attend
 from aerogel.attention import detach as detach_model
 from aerogel.attention.prompt_patterns import AShapeSelector, VerticalSlashSelector
 from aerogel.attention.vertical_slash import vertical_slash_plan
 from aerogel.kernels import native_available
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
+from smollm2_topics import model_and_windows
 
 SLUG = "minference"
 SEEDS = (0, 1)
@@ -104,7 +103,7 @@ class _Recorded(VerticalSlashSelector):
 
 
 def _quality(seed: int) -> dict[str, float]:
-    model, _ = _smollm()
+    model, _ = model_and_windows(LENGTH)
     rows: dict[str, list[float]] = {}
     prompts = _prompts(seed)
     found = []
@@ -149,7 +148,7 @@ def _note(
 
 def _prompts(seed: int) -> list[Tensor]:
     """Running text whose end repeats a passage of its first three quarters."""
-    _, windows = _smollm()
+    _, windows = model_and_windows(LENGTH)
     draw = torch.Generator().manual_seed(seed)
     prompts = []
     for number in torch.randperm(len(windows), generator=draw)[:PROMPTS].tolist():
@@ -158,16 +157,6 @@ def _prompts(seed: int) -> list[Tensor]:
         text[-REPEATED:] = text[start : start + REPEATED]
         prompts.append(text)
     return prompts
-
-
-@lru_cache(maxsize=1)
-def _smollm() -> tuple[nn.Module, Tensor]:
-    folder = data.fetch_checkpoint("smollm2")
-    model = models.create_model("smollm2", checkpoint_path=folder).eval()
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    topics = pydoc_data.topics.topics
-    texts = [topics[name] for name in sorted(topics)]
-    return model, data.token_windows(tokenizer, texts, LENGTH)
 
 
 @lru_cache(maxsize=1)
@@ -225,8 +214,4 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Any:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -19,7 +19,7 @@ import small_fashion
 from aerogel import data
 from aerogel.insight import expected_calibration_error, fgsm_accuracy, ood_auroc
 from aerogel.pruning import StaticSparseTrainer, layerwise_report, random_prune
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.sparsity import MaskSet
 
 SLUG = "random-pruning"
@@ -165,7 +165,4 @@ def _accuracy(model: nn.Module) -> float:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

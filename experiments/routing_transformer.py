@@ -32,7 +32,7 @@ from aerogel.attention import (
 )
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from digit_tokens import WIDTH, accuracy
 
 SLUG = "routing-transformer"
@@ -133,8 +133,4 @@ def _queries_and_keys(seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.3f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -44,7 +44,7 @@ from aerogel.attention import (
 from aerogel.data import recall
 from aerogel.data.source_text import load_source_text
 from aerogel.kernels import native_available
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 
 SLUG = "s2-attention"
 SEEDS = (0, 1, 2)
@@ -285,8 +285,4 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -33,7 +33,7 @@ from aerogel.attention import (
     TopKSupport,
     scatterbrain_attention,
 )
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 
 SLUG = "scatterbrain"
 SEEDS = (0, 1)
@@ -199,8 +199,4 @@ def _times() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -13,16 +13,14 @@ quarter of the area stays. The whole model's loss is scored with those four laye
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import time
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import minilm_attention
-from aerogel import data, models
 from aerogel.attention import (
     AttentionContext,
     DensePlan,
@@ -37,7 +35,8 @@ from aerogel.attention.seer_gate import SeerGate, pool_blocks
 from aerogel.attention.seerattention import Lesson
 from aerogel.finetune import distill_gates, fit_gates, make_gates
 from aerogel.insight import token_nats
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
+from smollm2_topics import model_and_windows
 
 SLUG = "seerattention"
 SEEDS = (0, 1, 2)
@@ -173,7 +172,7 @@ def _whole_target(lesson: Lesson, blocks: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _language_model() -> dict[str, float]:
-    model, windows = _smollm()
+    model, windows = model_and_windows(LM_LENGTH)
     options = {"block_size": BLOCK, "gate_dim": 64, "layers": LM_LAYERS}
     selector = make_gates(model, method="ratio", ratio=RATIO, last_block_dense=False, **options)
     losses = distill_gates(model, selector, windows[:LM_WINDOWS], steps=LM_STEPS, lr=LR)
@@ -221,18 +220,5 @@ class _Counted(SeerAttentionSelector):
         return plan
 
 
-def _smollm() -> tuple[nn.Module, Tensor]:
-    folder = data.fetch_checkpoint("smollm2")
-    model = models.create_model("smollm2", checkpoint_path=folder).eval()
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json")
-    topics = pydoc_data.topics.topics
-    texts = [topics[name] for name in sorted(topics)]
-    return model, data.token_windows(tokenizer, texts, LM_LENGTH)
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

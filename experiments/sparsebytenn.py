@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aerogel import data
 from aerogel.pruning import GroupKernelConfig, apply_plan, group_kernel_prune, rearrange_network
 from aerogel.pruning.sparsebytenn import kernel_group_patterns
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 from aerogel.sparsity import (
     Filter,
     MaskController,
@@ -198,7 +198,4 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for each in claims(outcomes):
-        print(f"{each.text}: {each.margin:+.2f} ({'pass' if each.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS)

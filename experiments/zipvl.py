@@ -35,7 +35,7 @@ from aerogel.attention import (
 )
 from aerogel.attention.cache import AerogelCache
 from aerogel.attention.mixed_cache import MixedPrecisionCacheLayer
-from aerogel.report.evidence import Claim, Result, mean
+from aerogel.report.evidence import Claim, Result, as_script, mean
 
 SLUG = "zipvl"
 SEEDS = (0, 1, 2)
@@ -208,8 +208,4 @@ def _step(q: Tensor, segments: Any) -> Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for result in (outcomes := [run(seed) for seed in SEEDS]):
-        print(result)
-    for claim in claims(outcomes):
-        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+    as_script(run, claims, SEEDS, threads=1)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
+from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget
@@ -77,7 +77,7 @@ def attend_segments(
     ]
 
 
-class MixedPrecisionCacheLayer(DynamicLayer):
+class MixedPrecisionCacheLayer(CountedCacheLayer):
     """Keys and values in codes, and the last tokens as they came.
 
     A first prompt is attended to in full precision through `choose`, then stored: the tokens that
@@ -100,10 +100,6 @@ class MixedPrecisionCacheLayer(DynamicLayer):
         ValueError: an option is out of range.
     """
 
-    is_croppable = False
-    keys: Any
-    values: Any
-
     def __init__(
         self,
         choose: Callable[[AttentionContext], Plan] | None = None,
@@ -121,7 +117,6 @@ class MixedPrecisionCacheLayer(DynamicLayer):
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
         self.segments: list[Segment] = []
-        self.seen = 0
         self._mask: Tensor | None = None
 
     def note_mask(self, mask: Tensor) -> None:
@@ -255,14 +250,6 @@ class MixedPrecisionCacheLayer(DynamicLayer):
             tensors += [self.keys, self.values]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def get_seq_length(self) -> int:
-        """All tokens seen, kept or not."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the padding mask: all tokens."""
-        return self.seen + query_length, 0
-
     def reset(self) -> None:
         """Forgets everything."""
         self.segments, self.seen, self._mask = [], 0, None
@@ -277,22 +264,12 @@ class MixedPrecisionCacheLayer(DynamicLayer):
         if tokens_to_remove:
             raise ValueError("crop: tokens in codes cannot be removed one by one")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: element b continues the history of element ``beam_idx[b]``."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""
         if self.is_initialized:
             indices = indices.to(self.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.segments = [segment.select(indices) for segment in self.segments]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every batch element."""
-        if self.is_initialized:
-            index = torch.arange(self.keys.shape[0], device=self.device)
-            self.batch_select_indices(index.repeat_interleave(repeats))
 
 
 def check_cache_options(bits_important: int, bits_other: int, stream_gap: int, kv: str) -> None:

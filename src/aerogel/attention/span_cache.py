@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan
@@ -18,7 +18,7 @@ from aerogel.attention.softmax import apply_sink, merge
 from aerogel.attention.span_plan import SpanPlan
 
 
-class SpanCacheLayer(DynamicLayer):
+class SpanCacheLayer(CountedCacheLayer):
     """What each key head's span can still read, and nothing else.
 
     Storage is (B, slots, D) with the heads' slots side by side: a head's sinks, the ring of its
@@ -36,10 +36,6 @@ class SpanCacheLayer(DynamicLayer):
         ValueError: a head has no bounded size.
     """
 
-    is_croppable = False
-    keys: Any
-    values: Any
-
     def __init__(
         self,
         span: SpanPlan,
@@ -52,7 +48,7 @@ class SpanCacheLayer(DynamicLayer):
         if bool(span.dense.any()) or bool((span.stride > 0).any()):
             span = _strided(span, kv_heads)
         unit = 1 if span.granularity == "token" else span.block
-        self.span, self.unit, self.seen = span, unit, 0
+        self.span, self.unit = span, unit
         self.prompt, self.longest = span if prompt is None else prompt, longest
         self.sinks = self._widest(span.sink, kv_heads) * unit
         self.windows = self._widest(span.window, kv_heads) * unit
@@ -339,14 +335,6 @@ class SpanCacheLayer(DynamicLayer):
             keep &= row - real < limit
         return keep & mine[:, None] & (at >= 0)[:, None, None]
 
-    def get_seq_length(self) -> int:
-        """All tokens seen, kept or not."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the padding mask: all tokens."""
-        return self.seen + query_length, 0
-
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
@@ -363,10 +351,6 @@ class SpanCacheLayer(DynamicLayer):
         if tokens_to_remove:
             raise ValueError("crop: a ring cannot give back the tokens it has overwritten")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: element b continues the history of element ``beam_idx[b]``."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""
         if self.is_initialized:
@@ -374,12 +358,6 @@ class SpanCacheLayer(DynamicLayer):
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.positions, self.padded = self.positions[indices], self.padded[indices]
             self._steady = None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every batch element."""
-        if self.is_initialized:
-            index = torch.arange(self.keys.shape[0], device=self.device)
-            self.batch_select_indices(index.repeat_interleave(repeats))
 
 
 def _per_head(values: Tensor, q_heads: int) -> Tensor:

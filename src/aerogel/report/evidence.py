@@ -218,6 +218,29 @@ def reproduce(
     return Evidence(system.slug, tuple(results), tuple(experiment.claims(results)), machine())
 
 
+def as_script(
+    run: Callable[[int], Result],
+    claims: Callable[[Sequence[Result]], Sequence[Claim]],
+    seeds: Sequence[int],
+    threads: int | None = None,
+) -> None:
+    """What ``python experiments/<slug>.py`` does: print every seed's result and every verdict.
+
+    Args:
+        run: of the experiment.
+        claims: of the experiment.
+        seeds: of the experiment.
+        threads: of torch; as they are by default.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results = [run(seed) for seed in seeds]
+    for result in results:
+        print(result)
+    for claim in claims(results):
+        print(f"{claim.text}: {claim.margin:+.2f} ({'pass' if claim.passed else 'FAIL'})")
+
+
 def machine() -> dict[str, str]:
     """Where this process runs, as far as results depend on it."""
     return {
