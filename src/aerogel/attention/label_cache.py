@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,26 @@ from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.softmax import apply_sink
 
-if TYPE_CHECKING:
-    from aerogel.attention.double_sparsity import DoubleSparsitySelector
+
+class Labeller(Protocol):
+    """What the caches ask of a selector.
+
+    Attributes:
+        heavy_tokens: keys that a query reads.
+        storage: device of offloaded keys and values.
+    """
+
+    heavy_tokens: int
+    storage: str
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer reads everything."""
+
+    def labels_of(self, k: Tensor, layer: int, q_heads: int) -> dict[str, Tensor]:
+        """What is kept of keys (B, Hkv, L, D), by name: (B, heads, L, ...)."""
+
+    def scores(self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int) -> Tensor:
+        """Approximate logits (B, Hq, Lq, L) of queries (B, Hq, Lq, D) from labels alone."""
 
 
 class LabelCacheLayer(SelectorCacheLayer):
@@ -29,7 +47,7 @@ class LabelCacheLayer(SelectorCacheLayer):
     keys: Any
     values: Any
 
-    def __init__(self, selector: DoubleSparsitySelector) -> None:
+    def __init__(self, selector: Labeller) -> None:
         super().__init__()
         self.selector = selector
 
@@ -62,11 +80,11 @@ class OffloadedCacheLayer(LabelCacheLayer):
     copied in the background. `attend` replaces the engine's call on this layer.
 
     Args:
-        selector: a `DoubleSparsitySelector` with ``offload=True``.
+        selector: says what a label is and where the keys lie.
         layer_idx: of the layer in its model.
     """
 
-    def __init__(self, selector: DoubleSparsitySelector, layer_idx: int) -> None:
+    def __init__(self, selector: Labeller, layer_idx: int) -> None:
         super().__init__(selector)
         self.layer_idx, self.storage = layer_idx, torch.device(selector.storage)
         self.padded: Tensor | None = None

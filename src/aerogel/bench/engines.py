@@ -208,6 +208,9 @@ class _Compiled:
         return {**explanation.to_dict(), "text": str(explanation)}
 
 
+MODULE_ENGINES = (TorchEager, TorchChannelsLast, TorchCompile, Aerogel)
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode with its parametrizations (masks) baked into the weights."""
     return bake_parametrizations(copy.deepcopy(model).eval()).requires_grad_(False)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from aerogel import runtime
-from aerogel.bench.engines import Workspace, plain_copy
-from aerogel.bench.field import ENGINES
+from aerogel.bench.engines import MODULE_ENGINES, Workspace, plain_copy
 from aerogel.bench.inputs import Call, Inputs, output_tensors, save_tensors
 
 
@@ -29,7 +28,7 @@ def from_request(request: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
     torch.set_grad_enabled(False)
     model = plain_copy(build(**request["network"]))
     inputs = Inputs.load(Path(request["inputs"]))
-    (kind,) = [type(e) for e in ENGINES if e.name == request["engine"]]
+    kind = next(each for each in MODULE_ENGINES if each.name == request["engine"])
     with Workspace() as workspace:
         engine = kind(**request["options"])
         call = engine.prepare(model, inputs, request["threads"], workspace)

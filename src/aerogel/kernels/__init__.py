@@ -25,8 +25,8 @@ from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.nm_tensor import NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
-from aerogel.kernels.plan import OpInfo, Plan, Way
-from aerogel.kernels.plan_builder import PlanBuilder, Value
+from aerogel.kernels.plan import OpInfo, Plan, Value, Way
+from aerogel.kernels.plan_builder import PlanBuilder
 from aerogel.kernels.roofline import Roofline, roofline
 from aerogel.kernels.sddmm import sddmm, sddmm_reference
 from aerogel.kernels.sparse_conv import sparse_conv2d, sparse_conv2d_reference

@@ -34,6 +34,21 @@ class OpInfo:
     bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor inside a plan.
+
+    Attributes:
+        shape: of one image: (channels, height, width), (features, columns) or (features,).
+        index: its number in the network.
+        builder: the `PlanBuilder` that made it, and takes no other's.
+    """
+
+    shape: Shape
+    index: int
+    builder: object
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output: a value's number and the layout of the caller's tensor."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from aerogel.kernels import layers
 from aerogel.kernels._library import native_available
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.layers import Layer, Shape, float_tensor
-from aerogel.kernels.plan import Network, Plan, Port, Step
+from aerogel.kernels.plan import Network, Plan, Port, Step, Value
 from aerogel.kernels.sparse_layers import Gemv, SparseConv2d
 from aerogel.kernels.spmm import check_activation
 from aerogel.kernels.token_builder import TokenMethods
@@ -32,19 +31,6 @@ from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
 from aerogel.kernels.window import ConvGeometry, pair
 
 LAYOUTS = ("channels", "tokens")
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """A tensor inside a plan.
-
-    Attributes:
-        shape: of one image: (channels, height, width), (features, columns) or (features,).
-    """
-
-    shape: Shape
-    index: int
-    builder: PlanBuilder
 
 
 class PlanBuilder(TokenMethods):

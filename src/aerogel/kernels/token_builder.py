@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from aerogel.kernels import token_layers
 from aerogel.kernels.layers import Layer, float_tensor
+from aerogel.kernels.plan import Value
 from aerogel.kernels.token_layers import HeadRows
-
-if TYPE_CHECKING:
-    from aerogel.kernels.plan_builder import Value
 
 
 class TokenMethods:

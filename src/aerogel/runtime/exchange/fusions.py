@@ -22,27 +22,6 @@ _BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CLOSE = 1e-3  # constants are rounded to float16 at worst
 
 
-def fuse(gm: fx.GraphModule) -> None:
-    """Run every rewrite on an imported module, in place."""
-    from aerogel.runtime.exchange.fuse_attention import fuse_attention
-
-    rewrites: tuple[Callable[[fx.GraphModule], None], ...] = (
-        _inline_numbers,
-        _fuse_bias,
-        _fuse_gelu,
-        _fuse_hard,
-        _fuse_silu,
-        _fuse_layer_norm,
-        fuse_attention,
-    )
-    for rewrite in rewrites:
-        rewrite(gm)
-        gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    _forget_unused(gm)
-
-
 def calls(gm: fx.GraphModule, *functions: Any) -> Iterator[Any]:
     """The calls of some functions, in order; safe to edit meanwhile."""
     for node in list(gm.graph.nodes):
@@ -87,17 +66,6 @@ def attribute(gm: fx.GraphModule, value: Any) -> Tensor | None:
     for part in str(value.target).split("."):
         found = getattr(found, part)
     return found if isinstance(found, Tensor) else None
-
-
-def _forget_unused(gm: fx.GraphModule) -> None:
-    """Drop layers and tensors that no call reads any more."""
-    gm.delete_all_unused_submodules()
-    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
-        owner, _, leaf = name.rpartition(".")
-        if name not in read and owner not in called:
-            delattr(gm.get_submodule(owner), leaf)
 
 
 # Numbers
@@ -368,3 +336,14 @@ def _insert_norm(
 def _exists(gm: fx.GraphModule, path: str) -> bool:
     owner, _, leaf = path.rpartition(".")
     return hasattr(gm.get_submodule(owner), leaf)
+
+
+# In this order: later ones look for what earlier ones have made.
+REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (
+    _inline_numbers,
+    _fuse_bias,
+    _fuse_gelu,
+    _fuse_hard,
+    _fuse_silu,
+    _fuse_layer_norm,
+)

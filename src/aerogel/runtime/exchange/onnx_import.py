@@ -23,7 +23,8 @@ from aerogel.runtime.exchange import (
     windows,
 )
 from aerogel.runtime.exchange.builder import Builder
-from aerogel.runtime.exchange.fusions import fuse
+from aerogel.runtime.exchange.fuse_attention import fuse_attention
+from aerogel.runtime.exchange.fusions import REWRITES
 from aerogel.runtime.exchange.names import identifier
 from aerogel.runtime.exchange.onnx_file import (
     STANDARD,
@@ -89,7 +90,7 @@ def _built(source: OnnxGraph) -> fx.GraphModule:
         _convert(node, source, values, builder)
     outputs = [_look_up(values, each.name, f"{source.path}: output") for each in source.outputs]
     module = builder.finish(outputs, class_name=identifier(source.name or "OnnxNetwork"))
-    fuse(module)
+    _fuse(module)
     module.meta["onnx_inputs"], module.meta["onnx_outputs"] = source.inputs, source.outputs
     return module.eval()
 
@@ -151,3 +152,24 @@ def _results(result: Any, node: RawNode, builder: Builder) -> list[Any]:
 
 
 __all__ = ["OnnxInput", "from_onnx"]
+
+
+def _fuse(gm: fx.GraphModule) -> None:
+    """Run every rewrite on an imported module, in place."""
+    for rewrite in (*REWRITES, fuse_attention):
+        rewrite(gm)
+        gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    _forget_unused(gm)
+
+
+def _forget_unused(gm: fx.GraphModule) -> None:
+    """Drop layers and tensors that no call reads any more."""
+    gm.delete_all_unused_submodules()
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
+        owner, _, leaf = name.rpartition(".")
+        if name not in read and owner not in called:
+            delattr(gm.get_submodule(owner), leaf)
