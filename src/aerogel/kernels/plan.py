@@ -7,6 +7,7 @@ import statistics
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from aerogel.kernels import layers
 from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.layers import Layer, Shape, float_tensor
+from aerogel.kernels.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,19 @@ class Way:
 
 
 class Plan:
-    """A network ready to run; made by `PlanBuilder.build`. Runs may overlap in several threads."""
+    """A network ready to run; made by `PlanBuilder.build`. Runs may overlap in several threads.
+
+    Attributes:
+        batch: images of a run.
+        threads: of a run; None follows torch's setting at every run.
+        way: how they work. `adapt` lets the runs themselves correct it.
+    """
 
     def __init__(self, network: Network) -> None:
         self.batch = network.batch
         self.threads = network.threads
         self.way = Way()
+        self._others: tuple[Way, Pace] | None = None
         self._steps = network.steps
         self._inputs = network.inputs
         self._outputs = network.outputs
@@ -132,14 +141,33 @@ class Plan:
         if reference_mode() or not native_available():
             return self._run_reference(tensors)
         outputs = [torch.empty(shape) for shape in self._output_shapes]
-        way, threads = self.way, self.threads or torch.get_num_threads()
-        self._native_plan().run(
-            [x.data_ptr() for x in tensors],
-            [y.data_ptr() for y in outputs],
-            threads if way.most_threads is None else min(threads, way.most_threads),
-            way.together,
-        )
+        self._run_native([x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs])
         return outputs
+
+    def _run_native(self, inputs: list[int], outputs: list[int]) -> None:
+        """Run on addresses, the way that is set or the one that has become faster."""
+        threads = self.threads or torch.get_num_threads()
+        if self._others is None or threads == 1:
+            return self._run_one_way(self.way, threads, inputs, outputs)
+        second, pace = self._others
+        other = pace.other
+        begin = perf_counter()
+        self._run_one_way(second if other else self.way, threads, inputs, outputs)
+        pace.took(other, perf_counter() - begin)
+
+    def _run_one_way(self, way: Way, threads: int, inputs: list[int], outputs: list[int]) -> None:
+        most = threads if way.most_threads is None else min(threads, way.most_threads)
+        self._native_plan().run(inputs, outputs, most, way.together)
+
+    def adapt(self) -> None:
+        """From now on compare several threads with one in runs themselves (see pace.py).
+
+        What is compared is the way that is set with one thread alone, or with all threads if it is
+        one thread already. The results of a run do not depend on it.
+        """
+        threads = self.threads or torch.get_num_threads()
+        alone = self.way.most_threads == 1
+        self._others = Way() if alone else Way(1), Pace(most=2.0 if alone else threads)
 
     def ways(self) -> list[Way]:
         """The ways worth timing with the threads that a run has now, from one thread upwards."""

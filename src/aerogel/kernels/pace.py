@@ -1,0 +1,86 @@
+"""Whether a plan's other threads still help: asked now and then, of real calls, for little.
+
+What several threads gain was measured once. Since then another process may have taken a core, or
+a virtual machine's cores may have been moved apart, and then waiting for a late thread makes them
+slower than one thread alone. So a few calls in a row, every now and then, run the other way.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections import deque
+
+_BURST = 3  # calls in a row the other way; the first finds cold caches and sleeping threads
+_REST = 32  # calls from one burst to the next, at least
+_BURSTS = 3  # whose median decides: what befalls one of them decides nothing
+_WORTH = 0.95  # of the time of the way in use, at most, is worth a change
+_OVERHEAD = 0.005  # of all the time may go into bursts
+
+
+class Pace:
+    """Chooses between two ways to do the same, from the times of the calls themselves.
+
+    Bursts cost about 0.5 % of all the time at most, counted as what they take beyond calls of the
+    way in use; while the other way is the faster one, they cost nothing. Calls may overlap in
+    several threads.
+
+    Args:
+        most: How many times longer the other way could take at worst, before it was timed.
+    """
+
+    def __init__(self, most: float) -> None:
+        self._lock = threading.Lock()
+        self._other = False  # whether the second way is in use
+        self._total = self._spent = 0.0
+        self._most = most
+        self._burst: float | None = None  # seconds of the last one
+        self._rest = _REST
+        self._left = 0  # calls of the burst that goes on
+        self._usual: deque[float] = deque(maxlen=_BURST)
+        self._trial: list[float] = []
+        self._ratios: deque[float] = deque(maxlen=_BURSTS)
+
+    @property
+    def other(self) -> bool:
+        """Whether the next call is to run the second way."""
+        return self._other != (self._left > 0)
+
+    def took(self, other: bool, seconds: float) -> None:
+        """Learn how long a call took.
+
+        Args:
+            other: Whether it ran the second way.
+            seconds: By the wall clock.
+        """
+        with self._lock:
+            self._total += seconds
+            if other != self.other:
+                return  # overlapped with the call that changed the way
+            if self._left:
+                self._trial.append(seconds)
+                self._left -= 1
+                if not self._left:
+                    self._judge()
+                return
+            self._usual.append(seconds)
+            self._rest -= 1
+            if self._rest <= 0 and self._affordable():
+                self._left, self._trial = _BURST, []
+
+    def _affordable(self) -> bool:
+        """Whether another burst like the last would stay within what bursts may cost."""
+        usual = min(self._usual)
+        burst = self._most * _BURST * usual if self._burst is None else self._burst
+        return self._spent + max(0.0, burst - _BURST * usual) <= _OVERHEAD * self._total
+
+    def _judge(self) -> None:
+        usual, self._burst = min(self._usual), sum(self._trial)
+        self._spent += max(0.0, self._burst - _BURST * usual)
+        self._ratios.append(min(self._trial[1:]) / max(usual, 1e-9))
+        self._rest = _REST
+        self._usual.clear()
+        if len(self._ratios) == _BURSTS and statistics.median(self._ratios) < _WORTH:
+            self._other = not self._other
+            self._ratios.clear()
+            self._burst = None
