@@ -8,7 +8,10 @@ from torch import Tensor
 
 from aerogel import kernels
 from aerogel.runtime import limits
+from aerogel.runtime.candidates import candidates_for
+from aerogel.runtime.compiler import layer_row
 from aerogel.runtime.layer import Layer
+from aerogel.runtime.tuner import Tuned
 
 pytestmark = pytest.mark.skipif(
     not kernels.native_available(), reason="the native kernels are not built"
@@ -66,6 +69,27 @@ def test_stored_columns_bring_their_indices_which_a_block_shares(block: int) -> 
     assert bound.name == "bytes"
     stored = 64 * 256
     assert bound.seconds == pytest.approx(1e-8 * (4 * stored + stored / block + 4 * 2 * 256))
+
+
+@pytest.mark.parametrize(("m", "index"), [(4, 0.25), (8, 0.4)])
+def test_n_of_m_stores_whole_groups_and_their_few_bits_of_index(m: int, index: float) -> None:
+    weight = (torch.arange(240) % m == 1).float().repeat(256, 1)
+    weight[0, 1] = 0.0  # a zero that is stored
+    bound = limits.bound_of(linear(weight, 1), True, 1, pattern=(1, m))
+    assert bound is not None
+    assert bound.name == "bytes"
+    stored = 256 * 240 / m
+    assert bound.seconds == pytest.approx(1e-8 * ((4 + index) * stored + 4 * (240 + 256)))
+
+
+def test_explain_holds_an_n_of_m_kernel_to_its_own_bytes() -> None:
+    layer = linear((torch.arange(240) % 4 < 2).float().repeat(256, 1), 1)
+    every = {each.name: each for each in candidates_for(layer, 1)}
+    assert {name for name, each in every.items() if each.pattern} == {"gemv 2:4"}
+    tuned = Tuned(layer, every, {"torch": 1.0, "gemv 2:4": 1.0}, {})
+    row = layer_row(tuned, every["gemv 2:4"], "gemv 2:4", 1.0, 1.0)
+    assert row.bound == "bytes"
+    assert row.reach == pytest.approx(1e-8 * (4.25 * 256 * 120 + 4 * (240 + 256)))
 
 
 def test_a_weight_in_two_bytes_moves_two_bytes_a_value() -> None:

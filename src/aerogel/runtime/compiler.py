@@ -19,12 +19,14 @@ from torch.utils import _pytree as pytree
 from aerogel import kernels
 from aerogel.runtime import module_calls
 from aerogel.runtime.calls import CallPattern, describe, normalize_example, run_example
+from aerogel.runtime.candidates import Candidate
 from aerogel.runtime.candidates.torch_dense import NAME as TORCH_LAYER
 from aerogel.runtime.capture import Captured, CaptureError, capture, frozen_copy
 from aerogel.runtime.compiled import CompiledModule, Program
 from aerogel.runtime.explain import Explanation, LayerRow
 from aerogel.runtime.layer import is_layer, read_layer
 from aerogel.runtime.limits import bound_of
+from aerogel.runtime.native import PlanModule
 from aerogel.runtime.passes import simplify
 from aerogel.runtime.strategies import EAGER, Contender, Strategist, fastest, flaw_of
 from aerogel.runtime.timing import Measure, Race, measure, race
@@ -227,6 +229,9 @@ def _plan_by_graph(
     }
     seconds, winner = _choose(runs, settings)
     chosen = next((each for each in contenders if each.name == winner), Contender(EAGER, original))
+    for piece in chosen.pieces:
+        if isinstance(piece.module, PlanModule):
+            piece.module.plan.adapt()
     explanation = Explanation(
         rows=_rows(tuned, chosen, seconds[winner]),
         strategies=seconds,
@@ -283,21 +288,24 @@ def _rows(tuned: Mapping[fx.Node, Tuned], chosen: Contender, total: float) -> li
     rows = []
     for node, each in tuned.items():
         piece = runs_as.get(node)
-        kernel, seconds, sparse = TORCH_LAYER, each.seconds_dense, False
-        if piece is not None:
-            name, sparse = piece.kernels[node].name, piece.kernels[node].sparse
-            seconds = (each.planned if piece.planned else each.direct)[name]
-            kernel = name
-            if piece.planned:
-                kernel = f"{name.removeprefix('planned ')} (plan {plans.index(piece)})"
-        rows.append(layer_row(each, kernel, seconds, total, sparse))
+        if piece is None:
+            rows.append(layer_row(each, None, TORCH_LAYER, each.seconds_dense, total))
+            continue
+        used = piece.kernels[node]
+        name, seconds = used.name, (each.planned if piece.planned else each.direct)[used.name]
+        if piece.planned:
+            name = f"{name.removeprefix('planned ')} (plan {plans.index(piece)})"
+        rows.append(layer_row(each, used, name, seconds, total))
     return rows
 
 
-def layer_row(tuned: Tuned, kernel: str, seconds: float, total: float, sparse: bool) -> LayerRow:
-    """One line of the explanation."""
+def layer_row(
+    tuned: Tuned, used: Candidate | None, kernel: str, seconds: float, total: float
+) -> LayerRow:
+    """One line of the explanation; `used` is None for a layer that stays as it was."""
     layer = tuned.layer
-    bound = bound_of(layer, sparse, torch.get_num_threads())
+    sparse, pattern = (False, None) if used is None else (used.sparse, used.pattern)
+    bound = bound_of(layer, sparse, torch.get_num_threads(), pattern)
     return LayerRow(
         layer=layer.name,
         op=layer.op,
@@ -335,9 +343,9 @@ def _plan_by_module(
     used = winner != EAGER
     rows = []
     for each in swaps:
-        best = each.best_direct
-        name, sparse = (best.name, best.sparse) if used else (TORCH_LAYER, False)
-        rows.append(layer_row(each, name, each.direct[name], seconds[winner], sparse))
+        best = each.best_direct if used else None
+        name = TORCH_LAYER if best is None else best.name
+        rows.append(layer_row(each, best, name, each.direct[name], seconds[winner]))
     explanation = Explanation(
         rows=rows,
         strategies=seconds,

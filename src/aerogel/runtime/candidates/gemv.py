@@ -51,6 +51,7 @@ def sparse_vectors(layer: Layer, threads: int | None) -> Iterator[Candidate]:
         sparse=True,
         module=lambda: GemvLayer(layer, packed, threads),
         emit=_emit(layer, packed) if planned else None,
+        pattern=kernels.nm_pattern(packed),
     )
 
 
@@ -60,7 +61,12 @@ def sparse_head(layer: Layer, threads: int | None) -> Iterator[Candidate]:
     one_vector = layer.is_pointwise and layer.input_shape[0] == layer.columns == 1
     if one_vector and layer.zeros.sparsity >= _FAR_BELOW:
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=1)
-        yield Candidate(_name(packed), sparse=True, emit=_emit(layer, packed))
+        yield Candidate(
+            _name(packed),
+            sparse=True,
+            emit=_emit(layer, packed),
+            pattern=kernels.nm_pattern(packed),
+        )
 
 
 def _name(packed: kernels.BlockRowWeight) -> str:

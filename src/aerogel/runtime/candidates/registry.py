@@ -22,12 +22,14 @@ class Candidate:
             from torch; None if it only exists inside plans.
         emit: Appends the layer to a `kernels.PlanBuilder`: emit(builder, x, residual) -> value;
             None if it only exists outside plans.
+        pattern: (n, m) where it stores n values for every m inputs, whether they are zeros or not.
     """
 
     name: str
     sparse: bool
     module: Callable[[], nn.Module] | None = None
     emit: Callable[[Any, Any, Any], Any] | None = None
+    pattern: tuple[int, int] | None = None
 
 
 # (layer, threads or None for torch's setting at the time of the call) -> candidates
