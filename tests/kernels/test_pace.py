@@ -28,13 +28,13 @@ def play(pace: Pace, seconds: Seconds, calls: range) -> tuple[list[bool], float]
 
 def test_the_faster_way_stays_and_asking_costs_half_a_percent() -> None:
     for slower in (1.0, 1.2, 1.9, 8.0):
-        others, total = play(Pace(2.0), lambda _, s=slower: (1.0, s), range(20_000))
+        others, total = play(Pace(), lambda _, s=slower: (1.0, s), range(20_000))
         assert total <= 1.006 * 20_000
         assert 0 < sum(others) <= 2000
 
 
 def test_a_way_that_has_become_slower_is_left_soon_and_taken_again_later() -> None:
-    pace = Pace(2.0)
+    pace = Pace()
     play(pace, lambda _: (1.0, 1.8), range(5000))
     others, total = play(pace, lambda _: (5.0, 1.8), range(5000))
     assert others.index(True) < 200
@@ -45,14 +45,14 @@ def test_a_way_that_has_become_slower_is_left_soon_and_taken_again_later() -> No
 
 
 def test_one_slow_moment_decides_nothing() -> None:
-    pace = Pace(2.0)
+    pace = Pace()
     others, _ = play(pace, lambda call: (9.0 if 2000 <= call < 2030 else 1.0, 1.8), range(9000))
     longest = max(len(run) for run in "".join("x" if o else " " for o in others).split())
     assert longest == 3  # bursts only
 
 
 def test_a_call_that_overlapped_a_change_of_way_is_not_taken_for_the_other() -> None:
-    pace = Pace(2.0)
+    pace = Pace()
     while not pace.other:
         pace.took(False, 1.0)
     pace.took(False, 100.0)  # began before the burst

@@ -21,20 +21,16 @@ _OVERHEAD = 0.005  # of all the time may go into bursts
 class Pace:
     """Chooses between two ways to do the same, from the times of the calls themselves.
 
-    Bursts cost about 0.5 % of all the time at most, counted as what they take beyond calls of the
-    way in use; while the other way is the faster one, they cost nothing. Calls may overlap in
-    several threads.
-
-    Args:
-        most: How many times longer the other way could take at worst, before it was timed.
+    Bursts cost about 0.5 % of all the time, counted as what they take beyond calls of the way in
+    use, and the first one; while the other way is the faster one, they cost nothing. Calls may
+    overlap in several threads.
     """
 
-    def __init__(self, most: float) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._other = False  # whether the second way is in use
         self._total = self._spent = 0.0
-        self._most = most
-        self._burst: float | None = None  # seconds of the last one
+        self._burst = 0.0  # seconds that the next one may take
         self._rest = _REST
         self._left = 0  # calls of the burst that goes on
         self._usual: deque[float] = deque(maxlen=_BURST)
@@ -70,17 +66,17 @@ class Pace:
 
     def _affordable(self) -> bool:
         """Whether another burst like the last would stay within what bursts may cost."""
-        usual = min(self._usual)
-        burst = self._most * _BURST * usual if self._burst is None else self._burst
-        return self._spent + max(0.0, burst - _BURST * usual) <= _OVERHEAD * self._total
+        extra = max(0.0, self._burst - sum(self._usual))
+        return self._spent + extra <= _OVERHEAD * self._total
 
     def _judge(self) -> None:
-        usual, self._burst = min(self._usual), sum(self._trial)
-        self._spent += max(0.0, self._burst - _BURST * usual)
-        self._ratios.append(min(self._trial[1:]) / max(usual, 1e-9))
+        usual, self._burst = sum(self._usual), sum(self._trial)
+        # What a burst saves counts too: on a busy machine either may be the longer one by chance.
+        self._spent = max(0.0, self._spent + self._burst - usual)
+        self._ratios.append(min(self._trial[1:]) / max(min(self._usual), 1e-9))
         self._rest = _REST
         self._usual.clear()
         if len(self._ratios) == _BURSTS and statistics.median(self._ratios) < _WORTH:
             self._other = not self._other
             self._ratios.clear()
-            self._burst = None
+            self._burst = usual

@@ -165,9 +165,7 @@ class Plan:
         What is compared is the way that is set with one thread alone, or with all threads if it is
         one thread already. The results of a run do not depend on it.
         """
-        threads = self.threads or torch.get_num_threads()
-        alone = self.way.most_threads == 1
-        self._others = Way() if alone else Way(1), Pace(most=2.0 if alone else threads)
+        self._others = Way() if self.way.most_threads == 1 else Way(1), Pace()
 
     def ways(self) -> list[Way]:
         """The ways worth timing with the threads that a run has now, from one thread upwards."""

@@ -47,9 +47,11 @@ class CompiledModule(nn.Module):
     Called with the original's arguments, it returns the original's outputs, structure included,
     detached from autograd. Other input sizes are planned on their first call (seconds) and kept
     for later ones; beyond `MAX_PROGRAMS` the least recently used is dropped. Calls from several
-    threads are safe. `state_dict` is that of the original with its masks baked in; new weights
-    need a new `aerogel.compile`. Copies share the plans. Attributes that a compiled model does
-    not have (`config`, ...) are looked up on the original.
+    threads are safe. Where several cores are used, a few calls now and then run on one, or the
+    other way round, and what is faster is kept: a core that another process has taken is not waited
+    for. `state_dict` is that of the original with its masks baked in; new weights need a new
+    `aerogel.compile`. Copies share the plans. Attributes that a compiled model does not have
+    (`config`, ...) are looked up on the original.
     """
 
     def __init__(
