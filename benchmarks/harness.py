@@ -299,7 +299,7 @@ def _record(doc: str, findings: Findings, setup: Setup) -> dict[str, Any]:
     return {
         "benchmark": Path(sys.argv[0]).stem,
         "title": doc.splitlines()[0],
-        "command": _command(),
+        "command": _command(setup.threads),
         **pages.provenance(),
         "threads": setup.threads,
         "rounds": setup.rounds * setup.sweeps,
@@ -316,17 +316,19 @@ def _plain(row: Any) -> dict[str, Any]:
     return dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
 
 
-def _command() -> str:
-    """What a reader types to repeat this."""
+def _command(threads: int) -> str:
+    """What a reader types to repeat this; the same for the same work, so that it is kept once."""
     chosen = os.environ.get("AEROGEL_ISA")
     arguments, skip = [], False
     for argument in sys.argv[1:]:
         if skip and not argument.startswith("-"):
             skip = False
             continue
-        skip = argument == "--save"
-        if not skip and argument not in ("--json", "--check"):
+        skip = argument in ("--save", "--threads")
+        if not skip and not argument.startswith(("--save=", "--threads=", "--json", "--check")):
             arguments.append(argument)
+    if threads != 1:
+        arguments += ["--threads", str(threads)]
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     prefix = [f"AEROGEL_ISA={chosen}"] if chosen else []
     return " ".join([*prefix, "python", script, *map(shlex.quote, arguments)])

@@ -84,7 +84,7 @@ def test_check_fails_below_a_floor(harness, monkeypatch, capsys, value, argument
 def test_saved_results_make_pages_and_replace_only_their_own_kind(
     harness, monkeypatch, tmp_path, capsys
 ) -> None:
-    for arguments, value in (([], 3.0), (["--threads", "2"], 4.0), ([], 5.0)):
+    for arguments, value in (([], 3.0), (["--threads", "2"], 4.0), (["--threads=1"], 5.0)):
         run(harness, monkeypatch, *arguments, "--save", str(tmp_path), value=value)
     records = json.loads((tmp_path / "tiny.json").read_text())
     assert [(r["threads"], r["figures"][0]["value"]) for r in records] == [(1, 5.0), (2, 4.0)]
