@@ -308,7 +308,7 @@ def gate_loss(
         yield total
 
 
-@add_calibration("seerattention")
+@add_calibration("seerattention", make_gates, SeerGate, SeerDecodeGate, SeerAttentionSelector)
 def calibrate_gates(
     model: nn.Module,
     windows: Tensor,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerogel.attention import AttentionContext, Plan, Selector
+from aerogel.attention import AttentionContext, Plan, Selector, select
 
 DECODED = 16  # tokens
 
@@ -44,11 +44,24 @@ def counted(selector: Selector) -> Iterator[Densities]:
     found = Densities()
     for name, into in (("plan_prefill", found.prefill), ("plan_decode", found.decode)):
         selector.__dict__[name] = _counting(getattr(selector, name), into)
+    selector.__dict__["attention"] = _planned_too(selector, selector.attention)
     try:
         yield found
     finally:
-        for name in ("plan_prefill", "plan_decode"):
+        for name in ("plan_prefill", "plan_decode", "attention"):
             del selector.__dict__[name]
+
+
+def _planned_too(selector: Selector, attention: Callable[..., Any]) -> Callable[..., Any]:
+    """A selector's own attention, whose plan nobody asks for otherwise."""
+
+    def attended(ctx: AttentionContext, **options: Any) -> Any:
+        out = attention(ctx, **options)
+        if out is not None:
+            select(selector, ctx)
+        return out
+
+    return attended
 
 
 def _counting(
