@@ -70,7 +70,7 @@ def test_options_reach_what_a_calibration_hands_them_to():
     make = CALIBRATIONS["seerattention"]
     check_options("seerattention", {"steps": 1, "gate_dim": 8, "k_pool": ("max",)}, make)
     check_options("seerattention", {"mode": "decode", "budget": 64, "grouping": "mean"}, make)
-    with pytest.raises(ValueError, match="no option gate; expected some of .*gate_dim"):
+    with pytest.raises(ValueError, match=r"no option gate; expected some of .*gate_dim"):
         check_options("seerattention", {"gate": 8}, make)
 
 
