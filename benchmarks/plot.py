@@ -77,7 +77,7 @@ class _Linear:
     def ticks(self) -> list[float]:
         """Four to ten round numbers."""
         power = 10.0 ** math.floor(math.log10(self.high))
-        step = next(s * power for s in (0.1, 0.2, 0.25, 0.5, 1) if self.high / (s * power) <= 8)
+        step = next(s * power for s in (0.1, 0.2, 0.25, 0.5, 1, 2) if self.high / (s * power) <= 8)
         return [i * step for i in range(int(self.high / step) + 1)]
 
 
