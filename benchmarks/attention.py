@@ -8,18 +8,20 @@ always among them; 10 % are 10 % of the causal half. Decoding reads 1/16 of 32k 
 given: what a selector costs is not in these figures, what it costs to make tiles of them is in the
 column "tiles", and counts.
 
+"minference" is a whole call: columns and diagonals are estimated from the queries and keys, tiles
+are made of them, and attention runs; the estimate's share stands in the column "tiles", too.
+Queries and keys there are made to have what heads have that were trained: columns, and runs of
+diagonals at a few distances.
+
 The limit is what the multiply-adds that are left would take at the measured peak, or the keys and
 values at the bandwidth of memory, which is measured again before every such row. FlexAttention is
-compiled, and meets our kernel in a process of its own for every length, since a second length in
-one process may fail to compile.
+compiled for each length, with static shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +32,15 @@ from torch import Tensor
 
 import harness
 from aerogel import kernels
-from harness import OURS, Call, Column, Contest, Figure, Findings, Setup, Timer
+from aerogel.attention import (
+    AttentionContext,
+    AttentionShape,
+    Plan,
+    select,
+    sparse_attention,
+)
+from aerogel.attention.prompt_patterns import VerticalSlashSelector
+from harness import OURS, Call, Column, Contest, Figure, Findings, Setup
 
 BLOCK = 64
 DIM = 64
@@ -40,14 +50,22 @@ DENSITIES = (1.0, 0.25, 0.1, 0.05)
 BACKWARD_TOKENS, BACKWARD_HEADS = 4096, 4
 DECODE_TOKENS, DECODE_HEADS, DECODE_SHARE = 32768, 8, 16
 RUNS = (64, 16, 1)
-FLEX_TOKENS = (4096, 8192)
+FLEX_TOKENS = (8192, 16384)
 FLEX_DENSITY = 0.1
-FLEX_SECONDS = 1800  # compiling included
+PROMPT_TOKENS, PROMPT_HEADS, PROMPT_DENSITY = 16384, 4, 0.1
+PROMPT_COLUMNS = 256
+SLOWEST = 1e-4  # radians a token; the fastest turns a thousand times as fast
+PLACES, COLUMN_KEYS, PLAIN = (
+    6,
+    64,
+    8,
+)  # of an estimated head's diagonals; columns; unturned channels
 SHARE_OF_DENSE = 0.8  # of 1 / density, up to a quarter: what must be reached
 # (rows, tokens at least, density or run): what must be reached, where it should be.
 PREFILL_AIMS = {1.0: (1.0, 1.1), 0.1: (9.0, 11.5)}
 DECODE_AIMS = {64: (12.0, 20.0), 16: (12.0, 20.0), 1: (5.0, 8.0)}
 FLEX_AIMS = (1.8, 2.4)
+PROMPT_AIMS = (5.0, 7.0)
 
 COLUMNS = (
     Column("what", "what"),
@@ -57,7 +75,7 @@ COLUMNS = (
     Column("peer", "dense call"),
     Column("peer_ms", "dense ms", ".2f"),
     Column("ours_ms", "ours ms", ".2f"),
-    Column("tiles_ms", "tiles ms", ".3f"),
+    Column("tiles_ms", "tiles, choice ms", ".3f"),
     Column("times", "x dense", ".2f"),
     Column("limit", "limit", ".1f"),
     Column("rate", "GFLOP/s, GB/s", ".1f"),
@@ -66,7 +84,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One contest's result; `times` counts the making of tiles as ours."""
+    """One contest's result; `times` counts the making of tiles, and a choice, as ours."""
 
     what: str
     tokens: int
@@ -297,49 +315,98 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Call:
         mask_mod=causal,
         seq_lengths=(tiles * BLOCK, tiles * BLOCK),
     )
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
-def flex_worker(tokens: int, threads: int, rounds: int) -> dict[str, float]:
-    """Both on one mask, in this process."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def flex_row(tokens: int, setup: Setup) -> Row | str:
+    """The row, or why there is none."""
     heads = PREFILLS[tokens]
     q, k, v = operands(heads, tokens)
     blocks = Blocks.random(heads, tokens, FLEX_DENSITY)
     make = tiles_of(blocks)
     stream = make()
-    with torch.no_grad():
-        flex = flex_call(q, k, v, blocks)
-        torch.testing.assert_close(flex(), attend(q, k, v, stream)[0], rtol=1e-4, atol=1e-5)
-        contest = Contest({"flex": flex, "tiles": make, OURS: lambda: attend(q, k, v, stream)})
-        contest.sweep(Timer(threads), rounds)
-    flops = half_flops(heads, tokens, 2) * blocks.density
-    name = ("prefill", tokens, blocks.density, BLOCK)
-    row = row_of(name, contest, "flex", flops, 1e-9 * flops / contest.seconds())
-    return vars(row)
-
-
-def flex_row(tokens: int, setup: Setup) -> Row | str:
-    """The row, or why there is none."""
-    rounds = str(setup.rounds * setup.sweeps)
-    arguments = ["--flex", str(tokens), "--threads", str(setup.threads), "--rounds", rounds]
+    flex = flex_call(q, k, v, blocks)
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=FLEX_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return f"FlexAttention at {tokens} tokens took more than {FLEX_SECONDS} s."
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        out = flex()
+    except Exception as error:  # whatever its compiler did not like
+        last = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"FlexAttention at {tokens} tokens did not run: {last}"
-    found = json.loads(done.stdout.splitlines()[-1])
-    found["limit"] = 1e-3 * found["peer_ms"] * 1e9 * setup.roof.fma_gflops / found["limit"]
-    return Row(**found)
+    torch.testing.assert_close(out, attend(q, k, v, stream)[0], rtol=1e-4, atol=1e-5)
+    contest = Contest({"flex": flex, "tiles": make, OURS: lambda: attend(q, k, v, stream)})
+    contest.sweep(setup.timer, setup.rounds * setup.sweeps)
+    flops = half_flops(heads, tokens, 2) * blocks.density
+    limit = contest.seconds("flex") * 1e9 * setup.roof.fma_gflops / flops
+    name = ("prefill", tokens, blocks.density, BLOCK)
+    return row_of(name, contest, "flex", limit, 1e-9 * flops / contest.seconds())
+
+
+def trained_like(heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of heads that look at some columns and at some distances.
+
+    Channels but for the last few are turned by position, as rotary embeddings do: a query is a
+    head's vector at its own position, a key the sum of that vector at later ones.
+    """
+    turned = DIM - PLAIN
+    frequency = SLOWEST * 1e3 ** (torch.arange(turned // 2) * 2 / turned)
+    places = torch.randint(0, tokens // 2, (heads, PLACES)).float()
+    places[:, 0] = 0
+    angle = torch.arange(tokens)[:, None] * frequency
+    phase = torch.rand(heads, 1, turned // 2) * 2 * torch.pi
+
+    def at(angles: Tensor) -> Tensor:
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+    q = at(angle + phase)
+    k = sum(at(angle + places[:, i, None, None] * frequency + phase) for i in range(PLACES))
+    columns = torch.zeros(heads, tokens, 1)
+    for head in range(heads):
+        columns[head, torch.randperm(tokens)[:COLUMN_KEYS]] = 24 / PLAIN
+    q = torch.cat([q, torch.ones(heads, tokens, PLAIN)], -1) * 2
+    k = torch.cat([k, columns.expand(-1, -1, PLAIN)], -1) * 2
+    noise = torch.randn(2, 1, heads, tokens, DIM)
+    return q[None] + noise[0], k[None] + noise[1], torch.randn(1, heads, tokens, DIM)
+
+
+def minference_row(setup: Setup) -> Row:
+    heads, tokens = PROMPT_HEADS, PROMPT_TOKENS
+    q, k, v = trained_like(heads, tokens)
+    shape = AttentionShape.of(q, k, causal=True)
+    context = AttentionContext(q, k, v, shape, DIM**-0.5)
+
+    def chosen(diagonals: int) -> VerticalSlashSelector:
+        return VerticalSlashSelector(PROMPT_COLUMNS, diagonals)
+
+    # As many diagonals as make a tenth of the pairs.
+    low, high = 50, tokens
+    while high - low > 4:
+        middle = (low + high) // 2
+        kept = select(chosen(middle), context).density(shape)
+        low, high = (middle, high) if kept <= PROMPT_DENSITY else (low, middle)
+    selector = chosen(low)
+    density = select(selector, context).density(shape)
+    contest = Contest(
+        {
+            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            "tiles": lambda: select(selector, context),
+            OURS: lambda: whole_call(q, k, v, select(selector, context)),
+        }
+    )
+    contest.sweep(setup.timer, setup.rounds * setup.sweeps)
+    flops = half_flops(heads, tokens, 2) * density
+    limit = contest.seconds("sdpa") * 1e9 * setup.roof.fma_gflops / flops
+    times = {name: 1e3 * contest.seconds(name) for name in ("sdpa", OURS, "tiles")}
+    return Row(
+        *("minference", tokens, density, 0, "sdpa"),
+        *times.values(),
+        contest.times_faster("sdpa"),
+        limit,
+        1e-9 * flops / contest.seconds(),
+    )
+
+
+def whole_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> object:
+    return sparse_attention(q, k, v, plan=plan, causal=True, validate=False)
 
 
 def figure_of(row: Row) -> Figure:
@@ -350,6 +417,9 @@ def figure_of(row: Row) -> Figure:
     if row.peer == "flex":
         name = f"prefill, {row.tokens} tokens, {row.density:.0%} of blocks"
         floor, aim = FLEX_AIMS if row.tokens >= 8192 else (None, None)
+    elif row.what == "minference":
+        name = f"minference, {row.tokens} tokens, {1 - row.density:.0%} zeros, choice included"
+        floor, aim = PROMPT_AIMS
     elif row.what == "decode":
         single = "one by one" if row.run == 1 else f"in runs of {row.run}"
         name = f"decode, 1/{DECODE_SHARE} of {row.tokens} keys {single}"
@@ -376,13 +446,14 @@ def measure(setup: Setup) -> Findings:
         for tokens in list(PREFILLS)[: 1 if setup.quick else None]:
             rows += [prefill_row(tokens, density, setup) for density in densities]
         rows += [backward_row(density, setup) for density in densities]
+        rows.append(minference_row(setup))
         rows += [decode_row(run, setup) for run in RUNS]
-    for tokens in () if setup.quick or setup.options.no_flex else FLEX_TOKENS:
-        found = flex_row(tokens, setup)
-        if isinstance(found, Row):
-            rows.append(found)
-        else:
-            notes.append(found)
+        for tokens in () if setup.quick or setup.options.no_flex else FLEX_TOKENS:
+            found = flex_row(tokens, setup)
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                notes.append(found)
     return Findings(COLUMNS, rows, [figure_of(row) for row in rows], notes)
 
 
@@ -390,16 +461,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
 
 
-def main() -> int:
-    if "--flex" in sys.argv:
-        parser = argparse.ArgumentParser()
-        for name in ("--flex", "--threads", "--rounds"):
-            parser.add_argument(name, type=int, required=True)
-        options = parser.parse_args()
-        print(json.dumps(flex_worker(options.flex, options.threads, options.rounds)))
-        return 0
-    return harness.run(__doc__, measure, rounds=3, quick_rounds=2, options=add_options)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, measure, rounds=3, quick_rounds=2, options=add_options))

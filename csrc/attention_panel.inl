@@ -53,6 +53,18 @@ AEROGEL_INLINE void for_width(int width, const F& f) {
   return f(Size<1>{});
 }
 
+// Where a panel's columns lie in x, x.row floats apart, if they fill its lanes and are float32 rows of
+// one head; else null.
+AEROGEL_INLINE float* panel_rows(const AttendTask& t, const Columns& columns, const AttendPanel& p,
+                                 const AttendTensor& x) {
+  const AttendArgs& a = *t.args;
+  const int64_t last = p.first + p.count - 1;
+  const bool whole = p.count == p.width * kLanes && a.type == AttendType::kFloat32;
+  if (!whole || p.first / columns.rows != last / columns.rows) return nullptr;
+  return static_cast<float*>(
+      row_of(a, x, t.batch, columns.head(t, p.first), columns.query(p.first)));
+}
+
 // x [columns of the panel][dim] of a tensor with a row per query becomes to[dim][width], times
 // `factor`; columns beyond the last are zero. `rows` keeps them as they were, if it is not null.
 AEROGEL_NOINLINE void take_columns(const AttendTask& t, const Columns& columns,
@@ -61,7 +73,8 @@ AEROGEL_NOINLINE void take_columns(const AttendTask& t, const Columns& columns,
   const AttendArgs& a = *t.args;
   const int64_t width = p.width * kLanes, stride = padded_dim(dim);
   float* const wide = rows ? rows : scratch;
-  for (int64_t c = 0; c < width; ++c) {
+  const float* const straight = rows ? nullptr : panel_rows(t, columns, p, x);
+  for (int64_t c = 0; !straight && c < width; ++c) {
     float* row = wide + c * stride;
     int64_t filled = 0;
     if (c < p.count) {
@@ -72,7 +85,7 @@ AEROGEL_NOINLINE void take_columns(const AttendTask& t, const Columns& columns,
     }
     for (int64_t d = filled; d < stride; ++d) row[d] = 0.0f;
   }
-  transpose(wide, stride, to, width, width, dim);
+  transpose(straight ? straight : wide, straight ? x.row : stride, to, width, width, dim);
   if (factor == 1.0f) return;
   const Vec by = broadcast(factor);
   for (int64_t i = 0; i < dim * width; i += kLanes) store(to + i, mul(load(to + i), by));
@@ -89,6 +102,9 @@ AEROGEL_NOINLINE void put_columns(const AttendTask& t, const Columns& columns,
     for (int64_t c = 0; c < width; c += kLanes) {
       store(row + c, mul(load(row + c), load(factors + c)));
     }
+  }
+  if (float* const straight = panel_rows(t, columns, p, x)) {
+    return transpose(from, width, straight, x.row, dim, width);
   }
   const int64_t stride = padded_dim(dim);
   transpose(from, width, scratch, stride, dim, width);

@@ -114,8 +114,18 @@ def test_more_tokens_than_the_cache_was_sized_for_are_refused():
     shape = AttentionShape(1, 4, 2, 40, 40, causal=True)
     with pytest.raises(ValueError, match="40 keys"):
         selector.plan_prefill(context(shape, make.tensors(shape)))
-    with pytest.raises(ValueError, match="length=None"):
-        MoASelector(MIXED).cache_layer(0, 2)
+
+
+def test_without_a_length_the_first_prompt_makes_the_sizes():
+    _, k, v = make.tensors(AttentionShape(1, 4, 2, 1, 33))
+    cache = MoASelector(MIXED, max_new=2).cache_layer(1, 2)
+    for length in (30, 16):
+        cache.update(k[:, :, :length], v[:, :, :length])
+        fixed = MoASelector(MIXED, max_new=2, length=length).cache_layer(1, 2)
+        assert torch.equal(cache.offsets, fixed.offsets)
+        with pytest.raises(ValueError, match=f"sized for {length + 2}"):
+            cache.update(k[:, :, :3], v[:, :, :3])
+        cache.reset()
 
 
 def test_plan_files_and_options_survive_a_round_trip(tmp_path):

@@ -13,6 +13,8 @@ from tile_reference import stream_planes
 
 from aerogel.attention import (
     AttentionShape,
+    Bank,
+    BankPlan,
     BlockPlan,
     DensePlan,
     GroupPlan,
@@ -196,6 +198,35 @@ def test_stats_and_device_moves():
     assert (stats.min_row, stats.max_row) == (1, 64)
     assert stats.kv_bytes == 2 * 4 * 8 * 128 * 2
     assert plan.to("cpu").col.equal(plan.col)
+
+
+def test_stats_of_every_plan_count_what_its_rows_and_tiles_read():
+    shape = AttentionShape(2, 4, 2, 150, 150, causal=True)
+    draw = torch.Generator().manual_seed(0)
+    groups = make.random_groups(shape, draw, 2, 4, "scatter")
+    summary = KeyListPlan.from_bitmask(torch.ones(1, 1, 150, 3, dtype=torch.bool))
+    bank = Bank(summary, *torch.zeros(2, 2, 2, 3, 8), causal_rule="none")
+    blocks = BlockPlan.from_mask(torch.eye(3, dtype=torch.bool)[None, None])
+    plans = {
+        **make.masked_plans(shape, 0),
+        "dense": DensePlan(),
+        "groups": groups,
+        "tokens": make.random_tokens(shape, draw, "both"),
+        "banks": BankPlan((Bank(blocks), bank)),
+        "mix": HeadMixPlan.of({(0, 2): blocks, (1, 3): SpanPlan.uniform(3, 20)}),
+    }
+    for name, plan in plans.items():
+        stats, counts = plan.stats(shape, head_dim=8), plan.row_counts(shape)
+        assert (stats.min_row, stats.max_row) == (int(counts.min()), int(counts.max())), name
+        assert stats.density == pytest.approx(plan.density(shape)), name
+        assert stats.kv_bytes >= int(counts.max()), name
+    read = {name: plans[name].keys_read(shape) for name in ("dense", "groups", "banks", "mix")}
+    assert read["dense"] == 64 + 128 + 150
+    assert read["groups"] == int((groups.kv_idx >= 0).sum()) / (2 * 4)
+    assert read["banks"] == 150 + 3 * 150
+    assert read["mix"] == (150 + plans["mix"].parts[1][1].keys_read(shape)) / 2
+    with pytest.raises(ValueError, match="banks have"):
+        plans["banks"].to_dense_mask(shape)
 
 
 def _key_list(keys, ptr=(0, 2)):

@@ -19,6 +19,8 @@ from aerogel.attention import (
     load_selector,
     save_selector,
 )
+from aerogel.attention.calibration import check_options
+from aerogel.finetune import attention_gate  # noqa: F401
 
 WINDOWS = torch.randint(2, 63, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +64,14 @@ def test_bad_calls_are_named(registered):
         add_calibration("mine")(Selector)
     with pytest.raises(ValueError, match="no option lastq"):
         calibrate(model, "minference", WINDOWS, lastq=4)
+
+
+def test_options_reach_what_a_calibration_hands_them_to():
+    make = CALIBRATIONS["seerattention"]
+    check_options("seerattention", {"steps": 1, "gate_dim": 8, "k_pool": ("max",)}, make)
+    check_options("seerattention", {"mode": "decode", "budget": 64, "grouping": "mean"}, make)
+    with pytest.raises(ValueError, match=r"no option gate; expected some of .*gate_dim"):
+        check_options("seerattention", {"gate": 8}, make)
 
 
 def test_patterns_of_minference_survive_their_file(tmp_path):

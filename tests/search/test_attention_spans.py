@@ -15,7 +15,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aerogel.attention import ElasticSpan, MoAPlan
+from aerogel.attention import (
+    ElasticSpan,
+    MoAPlan,
+    attach,
+    calibrate,
+    detach,
+    load_selector,
+    save_selector,
+)
+from aerogel.attention.cache import AerogelCache
 from aerogel.search import SpanSearch, pareto_front, profile_influence, validate
 from aerogel.search.attention_spans import influence, removal_effect, rule_mask
 from aerogel.search.span_program import SpanProgram
@@ -176,3 +185,32 @@ def test_a_model_is_profiled_searched_and_left_as_it_was():
     )
     weights = small[1][:, 1:]
     assert loss == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
+
+
+def test_spans_are_calibrated_on_text_and_survive_their_file(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    windows = torch.randint(2, 63, (4, 128), generator=draw)
+    seen: list[tuple[int, int]] = []
+    options = {"density": 0.4, "block": 8, "max_new": 16}
+    found = calibrate(model, "moa", windows, on_progress=lambda *x: seen.append(x), **options)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(0.3 < found.plan.density(n) <= 0.4 for n in (64, 128, 256))
+    save_selector(found, model, tmp_path / "spans.safetensors")
+    loaded = load_selector(tmp_path / "spans.safetensors", model)
+    assert loaded.options() == found.options()
+    attach(model, loaded)
+    cache = AerogelCache(model)
+    model.generate(windows[:1, :64], past_key_values=cache, max_new_tokens=4, min_new_tokens=4)
+    detach(model)
+    sizes = found.plan.cache_sizes(64, 16).sum(1)
+    assert [layer.keys.shape[1] for layer in cache.layers] == sizes.tolist()
+    for count, length in ((1, 128), (4, 120)):
+        with pytest.raises(ValueError, match="expected two or more, of a multiple"):
+            calibrate(model, "moa", windows[:count, :length], block=8)

@@ -65,7 +65,7 @@ class BankPlan(Plan):
             bank.plan.validate(bank.shape(shape))
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
-        raise NotImplementedError("BankPlan runs bank by bank")
+        raise ValueError("plan: a BankPlan has no key ranges of its own, its banks have")
 
     def row_counts(self, shape: AttentionShape) -> Tensor:
         total = torch.zeros(*self.dims, shape.q_len, dtype=torch.int64)
@@ -73,8 +73,11 @@ class BankPlan(Plan):
             total = total + bank.plan.row_counts(bank.shape(shape))
         return total
 
+    def keys_read(self, shape: AttentionShape) -> float:
+        return sum(bank.plan.keys_read(bank.shape(shape)) for bank in self.banks)
+
     def _mask(self, shape: AttentionShape) -> Tensor:
-        raise NotImplementedError("BankPlan: each bank has its own mask")
+        raise ValueError("plan: a BankPlan has no mask over the call's keys, its banks have")
 
     def to(self, device: torch.device | str) -> BankPlan:
         moved = (

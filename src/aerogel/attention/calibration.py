@@ -46,8 +46,16 @@ CALIBRATIONS: dict[str, Calibration] = {}
 C = TypeVar("C", bound=Callable[..., Selector])
 
 
-def add_calibration(slug: str) -> Callable[[C], C]:
+_NOT_OPTIONS = ("model", "windows", "on_progress")
+_HANDED_TO: dict[str, tuple[Callable[..., Any], ...]] = {}
+
+
+def add_calibration(slug: str, *handed_to: Callable[..., Any]) -> Callable[[C], C]:
     """Decorator: registers a selector's calibration.
+
+    Args:
+        slug: the selector's name.
+        handed_to: what gets the options that the function does not name; default the selector.
 
     Raises:
         ValueError: the slug has one already.
@@ -57,6 +65,7 @@ def add_calibration(slug: str) -> Callable[[C], C]:
         if slug in CALIBRATIONS:
             raise ValueError(f"slug={slug!r}: has a calibration already, {CALIBRATIONS[slug]}")
         CALIBRATIONS[slug] = function
+        _HANDED_TO[slug] = handed_to
         return function
 
     return register
@@ -105,7 +114,7 @@ def calibrate(
 def check_options(slug: str, options: dict[str, Any], calibration: Any = None) -> None:
     """Raises ValueError if a selector, or its calibration, has no option of a given name.
 
-    A calibration that takes any keywords hands them to its selector.
+    A calibration that takes any keywords hands them on: to its selector, or to what it says.
     """
     names: list[str] = []
     passes_on = calibration is None
@@ -115,9 +124,13 @@ def check_options(slug: str, options: dict[str, Any], calibration: Any = None) -
         names += [
             n for n, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-    if passes_on and slug in SELECTORS:
-        names += inspect.signature(SELECTORS[slug].factory).parameters
-    names = [n for n in dict.fromkeys(names) if n not in ("model", "windows", "on_progress")]
+    if passes_on:
+        own = (SELECTORS[slug].factory,) if slug in SELECTORS else ()
+        handed_to = () if calibration is None else _HANDED_TO.get(slug, ())
+        for target in handed_to or own:
+            known = inspect.signature(target).parameters
+            names += [n for n, p in known.items() if p.kind is not p.VAR_KEYWORD]
+    names = [n for n in dict.fromkeys(names) if n not in _NOT_OPTIONS]
     if unknown := sorted(options.keys() - set(names)):
         raise ValueError(
             f"{slug}: has no option {', '.join(unknown)}; expected some of {', '.join(names)}"

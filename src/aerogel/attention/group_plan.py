@@ -97,7 +97,10 @@ class GroupPlan(Plan):
         return mask
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
-        raise NotImplementedError("GroupPlan runs on gathered groups, not on key ranges")
+        raise ValueError("plan: a GroupPlan runs on gathered groups and has no key ranges")
+
+    def keys_read(self, shape: AttentionShape) -> float:
+        return int((self.kv_idx >= 0).sum()) / max(1, self.dims[0] * self.dims[1])
 
     def row_counts(self, shape: AttentionShape) -> Tensor:
         flat = self.q_idx.flatten(2).long()

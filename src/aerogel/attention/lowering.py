@@ -20,6 +20,7 @@ from aerogel.kernels import lower_ranges, native_available, reference_mode
 
 EDGE, GATHER, NO_WINDOW = 1, 2, 4
 TILE_KEYS = 64
+_COUNTED = 4096  # tiles of single keys whose pairs are listed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +104,39 @@ class TileStream:
         return mask.view(self.batch, self.heads, size, shape.k_len)
 
     def row_counts(self, shape: AttentionShape) -> Tensor:
-        """Keys of each query row: (batch, heads, q_len) int64."""
-        total = torch.zeros(self.batch * self.heads * shape.q_len, dtype=torch.int64)
-        for part in self.chunks():
-            row = part.tile_pairs(shape)[0]
-            total += count_rows(row.cpu(), total.numel())
-        return total.view(self.batch, self.heads, shape.q_len)
+        """Keys of each query row: (batch, heads, q_len) int64.
+
+        Only tiles of single keys that the causal rule or a window cuts are looked at pair by pair.
+        """
+        tiles = shape.tiles(self.block_q)
+        row = row_numbers(self.tile_ptr)
+        edge, gathered = (self.kind & EDGE) > 0, (self.kind & GATHER) > 0
+        counts = torch.zeros(self.batch * self.heads * tiles, self.block_q, dtype=torch.int64)
+        whole, cut = ~edge, edge & ~gathered
+        counts += torch.bincount(
+            row[whole].cpu(), self.length[whole].double().cpu(), len(counts)
+        ).long()[:, None]
+        counts.index_add_(0, row[cut].cpu(), self._range_counts(shape, row, cut).cpu())
+        counts = counts.view(self.batch * self.heads, -1)[:, : shape.q_len].clone()
+        for part in (edge & gathered).nonzero().flatten().split(_COUNTED):
+            each = self.tile_pairs(shape, part)[0]
+            counts += count_rows(each.cpu(), counts.numel()).view_as(counts)
+        return counts.view(self.batch, self.heads, shape.q_len)
+
+    def _range_counts(self, shape: AttentionShape, row: Tensor, cut: Tensor) -> Tensor:
+        """(tiles, block_q) int64: keys that each row reads of the range tiles where `cut`."""
+        start = self.start[cut].long()[:, None]
+        end = start + self.length[cut].long()[:, None]
+        tiles = shape.tiles(self.block_q)
+        lanes = torch.arange(self.block_q, device=row.device)
+        position = shape.q_offset + (row[cut] % tiles * self.block_q)[:, None] + lanes
+        if shape.causal:
+            end = torch.minimum(end, position + 1)
+        if self.window is not None:
+            own = self.window[row[cut] // tiles % self.heads]
+            own = own.masked_fill((self.kind[cut] & NO_WINDOW) > 0, 0)[:, None]
+            start = torch.where(own > 0, torch.maximum(start, position - own + 1), start)
+        return (end - start).clamp(min=0).expand(-1, self.block_q)
 
     def chunks(self, tiles: int = 4096) -> list[TileStream]:
         """The same rows in streams of at most `tiles` tiles each."""

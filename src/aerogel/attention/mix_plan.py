@@ -72,6 +72,12 @@ class HeadMixPlan(Plan):
             counts[:, list(numbers)] = plan.row_counts(self.part_shape(numbers, shape))
         return counts
 
+    def keys_read(self, shape: AttentionShape) -> float:
+        read = (
+            len(heads) * plan.keys_read(self.part_shape(heads, shape)) for heads, plan in self.parts
+        )
+        return sum(read) / max(1, self.dims[1])
+
     def _mask(self, shape: AttentionShape) -> Tensor:
         batch, heads = self.dims
         mask = torch.zeros(batch, heads, shape.q_len, shape.k_len, dtype=torch.bool)

@@ -181,7 +181,8 @@ class MoASelector(Selector):
     Args:
         plan: the spans, or the path of a plan file.
         max_new: tokens that may follow a prompt.
-        length: prompt length that sizes are made for; default that of the first prompt.
+        length: prompt length that sizes are made for; default that of each cache's first tokens,
+            which a prompt in chunks outgrows after `max_new` more.
         block: of a plan that is read from a file.
         sink: the same.
 
@@ -273,13 +274,11 @@ class MoASelector(Selector):
     def cache_layer(self, layer_idx: int, kv_heads: int) -> Any:
         from aerogel.attention.cache import SpanCacheLayer
 
+        def sized(length: int) -> tuple[SpanPlan, SpanPlan, int]:
+            step, prompt = (self.span(layer_idx, length, unit) for unit in ("token", "block"))
+            return step, prompt, length + self.max_new
+
         if self.length is None:
-            raise ValueError(
-                "length=None: a cache needs sizes; make the selector with the prompt's length"
-            )
-        return SpanCacheLayer(
-            self.span(layer_idx, self.length, "token"),
-            kv_heads,
-            prompt=self.span(layer_idx, self.length),
-            longest=self.length + self.max_new,
-        )
+            return SpanCacheLayer(SpanPlan.uniform(0, 1), kv_heads, sized=sized)
+        step, prompt, longest = sized(self.length)
+        return SpanCacheLayer(step, kv_heads, prompt=prompt, longest=longest)

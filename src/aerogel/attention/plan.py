@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from aerogel.attention.lowering import count_pairs
+from aerogel.attention.lowering import count_pairs, lower
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
 
@@ -28,7 +28,8 @@ class PlanStats:
     Attributes:
         density: kept pairs divided by the pairs of dense (causal, if asked) attention.
         min_row, max_row: fewest and most keys that one query row reads.
-        kv_bytes: bytes of K and V that the query tiles read, for one batch element and all heads.
+        kv_bytes: bytes of K and V that the query tiles (or groups) of all query heads read, for one
+            batch element; a key counts once for each tile that reads it.
     """
 
     density: float
@@ -88,16 +89,22 @@ class Plan(abc.ABC):
     def stats(self, shape: AttentionShape, *, head_dim: int, item_bytes: int = 4) -> PlanStats:
         """What the plan costs for heads of `head_dim` with elements of `item_bytes`."""
         counts = self.row_counts(shape)
-        read = 0
-        for part in self.passes(shape):
-            read += int(part.ranges.length.sum()) + part.ranges.token.numel()
-        per_head = read / max(1, self.dims[0] * self.dims[1])
+        allowed = shape.pairs() * self.dims[0] * self.dims[1]
         return PlanStats(
-            self.density(shape),
+            float(counts.sum()) / allowed if allowed else 0.0,
             int(counts.min()) if counts.numel() else 0,
             int(counts.max()) if counts.numel() else 0,
-            int(2 * item_bytes * head_dim * per_head * shape.q_heads),
+            round(2 * item_bytes * head_dim * self.keys_read(shape) * shape.q_heads),
         )
+
+    def keys_read(self, shape: AttentionShape) -> float:
+        """Keys that the query tiles of a head read together, mean over the plan's heads and batch.
+
+        Keys that no row of a tile may see do not count.
+        """
+        streams = lower(self.passes(shape), self.shaped(shape))
+        read = sum(int(stream.length.sum()) for stream in streams)
+        return read / max(1, self.dims[0] * self.dims[1])
 
     def to(self: PlanT, device: torch.device | str) -> PlanT:
         """The plan with its tensors on `device`."""
@@ -164,6 +171,11 @@ class DensePlan(Plan):
 
     def _mask(self, shape: AttentionShape) -> Tensor:
         return torch.ones(1, 1, shape.q_len, shape.k_len, dtype=torch.bool)
+
+    def row_counts(self, shape: AttentionShape) -> Tensor:
+        if not shape.causal:
+            return torch.full((1, 1, shape.q_len), shape.k_len)
+        return (shape.positions() + 1).clamp(0, shape.k_len).view(1, 1, -1)
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
         tiles = shape.tiles(64)

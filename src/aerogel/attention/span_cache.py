@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ class SpanCacheLayer(CountedCacheLayer):
         kv_heads: key heads; a key head keeps what the widest of its query heads reads.
         prompt: spans of prompts, where they differ (they may read no more than `span` keeps).
         longest: tokens that the sizes are made for; None for any number.
+        sized: makes (span, prompt, longest) for the number of tokens that come first, in place of
+            those above.
 
     Raises:
         ValueError: a head has no bounded size.
@@ -43,8 +46,20 @@ class SpanCacheLayer(CountedCacheLayer):
         *,
         prompt: SpanPlan | None = None,
         longest: int | None = None,
+        sized: Callable[[int], tuple[SpanPlan, SpanPlan, int]] | None = None,
     ) -> None:
         super().__init__()
+        self._sized, self._kv_heads = sized, kv_heads
+        self._most_padded = 0
+        self._steady: tuple[int, BlockPlan] | None = None
+        self.positions = torch.empty(0, dtype=torch.int64)
+        self.padded = torch.empty(0, dtype=torch.int64)
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self._size(span, prompt, longest)
+
+    def _size(self, span: SpanPlan, prompt: SpanPlan | None, longest: int | None) -> None:
+        """Takes the spans of every head, with room for none of the strided blocks yet."""
+        kv_heads = self._kv_heads
         if bool(span.dense.any()) or bool((span.stride > 0).any()):
             span = _strided(span, kv_heads)
         unit = 1 if span.granularity == "token" else span.block
@@ -55,11 +70,6 @@ class SpanCacheLayer(CountedCacheLayer):
         self.strides = self._widest(span.stride, kv_heads)
         self.firsts = -self._widest(span.phase, kv_heads) % self.strides.clamp(min=1)
         self._has_rings = bool((self.windows > 0).all())
-        self._most_padded = 0
-        self._steady: tuple[int, BlockPlan] | None = None
-        self.positions = torch.empty(0, dtype=torch.int64)
-        self.padded = torch.empty(0, dtype=torch.int64)
-        self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._lay_out(torch.zeros_like(self.sinks))
 
     @staticmethod
@@ -104,6 +114,8 @@ class SpanCacheLayer(CountedCacheLayer):
             ValueError: more tokens than the cache was sized for.
         """
         new = key_states.shape[2]
+        if self._sized is not None and not self.seen:
+            self._size(*self._sized(new))
         if self.longest is not None and self.seen + new > self.longest:
             raise ValueError(
                 f"{self.seen} tokens and {new} more, but the cache was sized for {self.longest}; "

@@ -79,6 +79,9 @@ class TokenPlan(Plan):
     def row_counts(self, shape: AttentionShape) -> Tensor:
         return self.groups(shape).row_counts(shape)
 
+    def keys_read(self, shape: AttentionShape) -> float:
+        return self.groups(shape).keys_read(shape)
+
     def _mask(self, shape: AttentionShape) -> Tensor:
         return self.groups(shape)._mask(shape)
 

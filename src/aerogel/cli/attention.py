@@ -72,6 +72,9 @@ def evaluate(
     probes: Annotated[int, typer.Option(min=0, help="Of each kind, 0 for none.")] = 5,
     rounds: Annotated[int, typer.Option(min=0, help="Of timing, 0 for none.")] = 3,
     seed: Annotated[int, typer.Option(help="Of texts and probes.")] = 0,
+    chunk: Annotated[
+        str | None, typer.Option(help="Tokens of a timed prompt at a time, such as 8k.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
@@ -83,8 +86,8 @@ def evaluate(
     Examples:
 
     - `aerogel attention evaluate smollm2 --methods dense,minference --lengths 1k,4k`
-    - `aerogel attention evaluate smollm2 --methods minference --lengths 128k --sequences 0 --probes
-      0 --rounds 1` : a long prompt alone
+    - `aerogel attention evaluate smollm2 --methods minference --lengths 128k --chunk 8k --sequences
+      0 --probes 0 --rounds 1` : a long prompt alone, in pieces
     """
     with terminal.guarded("The same command goes on from here."):
         from aerogel.atomic import write_atomic
@@ -98,6 +101,7 @@ def evaluate(
             probes,
             rounds,
             seed,
+            None if chunk is None else _lengths("chunk", chunk)[0],
         )
         console = terminal.Terminal()
         longest = max(study.lengths)

@@ -98,7 +98,10 @@ def _rope(model: nn.Module, gate_dim: int) -> tuple[Tensor, Tensor] | None:
     config.head_dim = gate_dim
     config.hidden_size = gate_dim * config.num_attention_heads
     made: Any = type(rotary)(config)
-    return made.inv_freq.float(), torch.tensor(float(getattr(made, "attention_scaling", 1.0)))
+    turned = made.inv_freq.float()
+    # A model that turns a part of its channels (GPT-NeoX) has a gate that turns that share.
+    turned = nn.functional.pad(turned, (0, gate_dim // 2 - len(turned)))
+    return turned, torch.tensor(float(getattr(made, "attention_scaling", 1.0)))
 
 
 class _Teacher(Selector):
@@ -305,7 +308,7 @@ def gate_loss(
         yield total
 
 
-@add_calibration("seerattention")
+@add_calibration("seerattention", make_gates, SeerGate, SeerDecodeGate, SeerAttentionSelector)
 def calibrate_gates(
     model: nn.Module,
     windows: Tensor,

@@ -7,7 +7,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerogel.attention import AttentionContext, Plan, Selector
+from aerogel.attention import AttentionContext, Plan, Selector, select
 
 DECODED = 16  # tokens
 
@@ -25,11 +25,17 @@ class Densities:
     """Kept share of the allowed pairs, of every call of a selector.
 
     Attributes:
-        prefill, decode: one entry for each layer and call.
+        prefill, decode: (kept pairs, allowed pairs) of a head, one entry for each layer and call.
     """
 
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
+    prefill: list[tuple[float, int]] = field(default_factory=list)
+    decode: list[tuple[float, int]] = field(default_factory=list)
+
+
+def kept_share(counts: Sequence[tuple[float, int]]) -> float | None:
+    """Kept pairs of all calls divided by the allowed ones; None without calls."""
+    allowed = sum(pairs for _, pairs in counts)
+    return sum(kept for kept, _ in counts) / allowed if allowed else None
 
 
 @contextlib.contextmanager
@@ -38,19 +44,33 @@ def counted(selector: Selector) -> Iterator[Densities]:
     found = Densities()
     for name, into in (("plan_prefill", found.prefill), ("plan_decode", found.decode)):
         selector.__dict__[name] = _counting(getattr(selector, name), into)
+    selector.__dict__["attention"] = _planned_too(selector, selector.attention)
     try:
         yield found
     finally:
-        for name in ("plan_prefill", "plan_decode"):
+        for name in ("plan_prefill", "plan_decode", "attention"):
             del selector.__dict__[name]
 
 
+def _planned_too(selector: Selector, attention: Callable[..., Any]) -> Callable[..., Any]:
+    """A selector's own attention, whose plan nobody asks for otherwise."""
+
+    def attended(ctx: AttentionContext, **options: Any) -> Any:
+        out = attention(ctx, **options)
+        if out is not None:
+            select(selector, ctx)
+        return out
+
+    return attended
+
+
 def _counting(
-    plan_of: Callable[[AttentionContext], Plan], into: list[float]
+    plan_of: Callable[[AttentionContext], Plan], into: list[tuple[float, int]]
 ) -> Callable[[AttentionContext], Plan]:
     def planned(ctx: AttentionContext) -> Plan:
         plan = plan_of(ctx)
-        into.append(plan.density(ctx.shape))
+        pairs = ctx.shape.pairs()
+        into.append((plan.density(ctx.shape) * pairs, pairs))
         return plan
 
     return planned
@@ -76,7 +96,12 @@ class Generation:
 
 @torch.no_grad()
 def generate_timed(
-    model: nn.Module, prompt: Tensor, *, cache: Any = None, tokens: int = DECODED
+    model: nn.Module,
+    prompt: Tensor,
+    *,
+    cache: Any = None,
+    tokens: int = DECODED,
+    chunk: int | None = None,
 ) -> Generation:
     """Run a prompt and decode greedily, with the clock running.
 
@@ -85,14 +110,16 @@ def generate_timed(
         prompt: (length,) token ids.
         cache: an empty KV cache; default transformers' own.
         tokens: to decode, at least 1.
+        chunk: tokens of the prompt at a time; default all.
     """
     device = next(model.parameters()).device
-    feed = prompt[None].to(device)
     with peak_memory(device) as peak:
         started = _now(device)
-        output = model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for feed in prompt[None].to(device).split(chunk or len(prompt), 1):
+            output = model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
         prefill = _now(device) - started
-    cache, seconds = output.past_key_values, []
+    seconds = []
     size = cache_bytes(cache)
     for _ in range(tokens):
         feed = output.logits[:, -1:].argmax(-1)

@@ -25,7 +25,7 @@ from aerogel.atomic import write_atomic
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.data import recall
 from aerogel.insight import retrieval
-from aerogel.insight.attention_cost import Generation, counted, generate_timed
+from aerogel.insight.attention_cost import Generation, counted, generate_timed, kept_share
 from aerogel.insight.attention_methods import Method, attending, empty_cache
 from aerogel.insight.language import passage_nats
 from aerogel.insight.language_source import LanguageModel
@@ -46,6 +46,7 @@ class Study:
         probes: of each kind, for each method and length; 0 for none.
         rounds: timed prompts for each method and length; 0 for none.
         seed: of windows and probes.
+        chunk: tokens of a timed prompt at a time; None for all.
     """
 
     methods: tuple[Method, ...]
@@ -54,6 +55,7 @@ class Study:
     probes: int = 5
     rounds: int = 3
     seed: int = 0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -63,9 +65,12 @@ class Study:
             raise ValueError(f"lengths = {self.lengths}: expected some, from {_SHORTEST} tokens")
         if min(self.sequences, self.probes, self.rounds) < 0:
             raise ValueError("sequences, probes and rounds: expected no negative number")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk = {self.chunk}: expected at least one token")
 
 
 _SHORTEST = 32
+_WARMED = 16384  # longer prompts of dense attention need no run before the timed one
 
 
 @dataclass
@@ -183,6 +188,7 @@ def _jobs(study: Study, subject: LanguageModel, text: Tensor) -> Iterator[Job]:
                 "length": length,
                 "rounds": study.rounds,
                 "methods": [method.identity() for method in study.methods],
+                "chunk": study.chunk,
             }
             work = partial(_costs, study, subject, text, length)
             yield f"time and memory, {length} tokens", setting, work
@@ -262,14 +268,14 @@ def _costs(study: Study, subject: LanguageModel, text: Tensor, length: int) -> d
     facts: dict[str, Facts] = {}
     taken: dict[str, list[Generation]] = {}
     for method in study.methods:
-        facts[method.label] = _tried(partial(_densities, subject, method, prompt))
+        facts[method.label] = _tried(partial(_densities, study, subject, method, prompt))
     for number in range(study.rounds):
         for method in study.methods:
             known, times = facts[method.label], taken.setdefault(method.label, [])
             slow = bool(times) and times[0].prefill_seconds > SLOW_SECONDS
             if "missing" in known or (number and slow):
                 continue
-            known |= _tried(partial(_timed, subject, method, prompt, times))
+            known |= _tried(partial(_timed, study, subject, method, prompt, times))
     for label, times in taken.items():
         if times:
             facts[label] |= {
@@ -282,27 +288,30 @@ def _costs(study: Study, subject: LanguageModel, text: Tensor, length: int) -> d
 
 
 def _timed(
-    subject: LanguageModel, method: Method, prompt: Tensor, times: list[Generation]
+    study: Study, subject: LanguageModel, method: Method, prompt: Tensor, times: list[Generation]
 ) -> Facts:
     with attending(subject.model, method):
         cache = empty_cache(subject.model)
-        times.append(generate_timed(subject.model, prompt, cache=cache))
+        times.append(generate_timed(subject.model, prompt, cache=cache, chunk=study.chunk))
     return {}
 
 
-def _densities(subject: LanguageModel, method: Method, prompt: Tensor) -> Facts:
+def _densities(study: Study, subject: LanguageModel, method: Method, prompt: Tensor) -> Facts:
     with attending(subject.model, method) as selector:
         if selector is None:
-            generate_timed(subject.model, prompt, tokens=1)
+            if len(prompt) <= _WARMED:
+                generate_timed(subject.model, prompt, tokens=1, chunk=study.chunk)
             return {"density": 1.0, "decode_density": 1.0}
         with counted(selector) as found:
             cache = empty_cache(subject.model)
-            generate_timed(subject.model, prompt, cache=cache, tokens=2)
+            generate_timed(subject.model, prompt, cache=cache, tokens=2, chunk=study.chunk)
             if not found.prefill:  # its cache attends by itself
                 with torch.no_grad():
                     subject.model(input_ids=prompt[None], use_cache=False, logits_to_keep=1)
-    means = [statistics.mean(x) if x else None for x in (found.prefill, found.decode)]
-    return {"density": means[0], "decode_density": means[1]}
+    return {
+        "density": kept_share(found.prefill),
+        "decode_density": kept_share(found.decode),
+    }
 
 
 def _gathered(label: str, length: int, found: list[tuple[str, int, Facts]]) -> Row:

@@ -278,20 +278,15 @@ def _key_gradient(x: Tensor) -> Tensor:
 
 def _arguments(call: AttentionCall) -> Any:
     """The native call, but for the results."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, stream = call.q, call.k, call.v, call.stream
     args = native().AttendArgs()
-    args.sizes(_TYPES[q.dtype], *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[-1])
+    batch, q_heads, q_len, dim = q.shape
+    _, kv_heads, k_len, value_dim = v.shape
+    args.sizes(_TYPES[q.dtype], batch, q_heads, kv_heads, q_len, k_len, dim, value_dim)
     args.q(q.data_ptr(), *q.stride()[:3])
     args.k(k.data_ptr(), *k.stride()[:3])
     args.v(v.data_ptr(), *v.stride()[:3])
-    *tensors, bias = call.stream
-    args.stream(
-        *(t.data_ptr() for t in tensors),
-        address(bias),
-        *call.plan,
-        call.stream[1].numel(),
-        call.stream[4].numel(),
-    )
+    args.stream(*map(address, stream), *call.plan, stream[1].numel(), stream[4].numel())
     args.rules(
         call.q_offset,
         call.scale,

@@ -24,7 +24,7 @@ _STREAM = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """What a kernel reads; `of` checks it.
 
@@ -69,8 +69,11 @@ class AttentionCall:
             ValueError: naming the argument, its value and what was expected.
         """
         q_offset, scale, causal, window, window_block, key_padding, softcap, sink_logit = rules
-        _check_tensors(q, k, v)
-        _check_plan(q, k, plan)
+        # A step of decoding makes this call once a layer, on cold caches: every attribute is read
+        # once, and what is right already is not touched.
+        shape, k_shape = q.shape, k.shape
+        _check_tensors(q, k, v, shape, k_shape)
+        _check_plan(shape, k_shape, plan)
         threads = torch.get_num_threads() if threads is None else threads
         if threads < 1:
             raise ValueError(f"threads={threads}: expected at least 1")
@@ -78,24 +81,24 @@ class AttentionCall:
             raise ValueError(f"window_block={window_block}: expected at least 1")
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap={softcap}: expected a positive number, or None")
-        batch, q_heads, q_len, dim = q.shape
-        padding = _checked("key_padding", key_padding, (batch, k.shape[2]), torch.bool, q)
+        batch, q_heads, q_len, dim = shape
+        padding = _checked("key_padding", key_padding, (batch, k_shape[2]), torch.bool, q)
         sink = _checked("sink_logit", sink_logit, (q_heads,), torch.float32, q)
         return cls(
-            q=unit_rows(q),
-            k=unit_rows(k),
-            v=unit_rows(v),
-            stream=_checked_stream(stream, plan, q),
-            plan=plan,
-            q_offset=k.shape[2] - q_len if q_offset is None else q_offset,
-            scale=dim**-0.5 if scale is None else float(scale),
-            causal=bool(causal),
-            window=_window(window, plan[1], q),
-            window_block=window_block,
-            key_padding=padding,
-            softcap=0.0 if softcap is None else float(softcap),
-            sink_logit=sink,
-            threads=threads,
+            unit_rows(q),
+            unit_rows(k),
+            unit_rows(v),
+            _checked_stream(stream, plan, q, q_len),
+            plan,
+            k_shape[2] - q_len if q_offset is None else q_offset,
+            dim**-0.5 if scale is None else float(scale),
+            bool(causal),
+            _window(window, plan[1], q),
+            window_block,
+            padding,
+            0.0 if softcap is None else float(softcap),
+            sink,
+            threads,
         )
 
     def check_results(self, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None) -> None:
@@ -115,30 +118,31 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected 4 dimensions")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: {x.dtype} on {x.device}, expected {q.dtype} on {q.device}")
-        if not 1 <= x.shape[-1] <= MAX_DIM:
-            raise ValueError(f"{name}: {x.shape[-1]} dimensions a head, expected 1 to {MAX_DIM}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k: shape {tuple(k.shape)}, expected B and D of q, {tuple(q.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: shape {tuple(v.shape)}, expected B, Hkv, Lk of k, {tuple(k.shape)}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of k's {k.shape[1]}")
-    if k.shape[2] >= MAX_KEYS:
-        raise ValueError(f"k: {k.shape[2]} keys, expected fewer than {MAX_KEYS}")
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, shape: torch.Size, k_shape: torch.Size) -> None:
+    v_shape, dtype, device = v.shape, q.dtype, q.device
+    for name, x, size in (("q", q, shape), ("k", k, k_shape), ("v", v, v_shape)):
+        if len(size) != 4:
+            raise ValueError(f"{name}: shape {tuple(size)}, expected 4 dimensions")
+        if x.dtype is not dtype or x.device != device:
+            raise ValueError(f"{name}: {x.dtype} on {x.device}, expected {dtype} on {device}")
+        if not 1 <= size[3] <= MAX_DIM:
+            raise ValueError(f"{name}: {size[3]} dimensions a head, expected 1 to {MAX_DIM}")
+    if k_shape[0] != shape[0] or k_shape[3] != shape[3]:
+        raise ValueError(f"k: shape {tuple(k_shape)}, expected B and D of q, {tuple(shape)}")
+    if v_shape[:3] != k_shape[:3]:
+        raise ValueError(f"v: shape {tuple(v_shape)}, expected B, Hkv, Lk of k, {tuple(k_shape)}")
+    if k_shape[1] < 1 or shape[1] % k_shape[1]:
+        raise ValueError(f"q: {shape[1]} heads, expected a multiple of k's {k_shape[1]}")
+    if k_shape[2] >= MAX_KEYS:
+        raise ValueError(f"k: {k_shape[2]} keys, expected fewer than {MAX_KEYS}")
 
 
-def _check_plan(q: Tensor, k: Tensor, plan: tuple[int, int, int]) -> None:
+def _check_plan(shape: torch.Size, k_shape: torch.Size, plan: tuple[int, int, int]) -> None:
     batch, heads, block_q = plan
-    if batch not in (1, q.shape[0]):
-        raise ValueError(f"Bp={batch}: expected 1 or {q.shape[0]}")
-    if heads not in (1, k.shape[1], q.shape[1]):
-        raise ValueError(f"Hp={heads}: expected 1, {k.shape[1]} or {q.shape[1]}")
+    if batch not in (1, shape[0]):
+        raise ValueError(f"Bp={batch}: expected 1 or {shape[0]}")
+    if heads not in (1, k_shape[1], shape[1]):
+        raise ValueError(f"Hp={heads}: expected 1, {k_shape[1]} or {shape[1]}")
     if not 1 <= block_q <= MAX_BLOCK_Q:
         raise ValueError(f"block_q={block_q}: expected 1 to {MAX_BLOCK_Q}")
 
@@ -158,22 +162,24 @@ def _checked(
 
 
 def _checked_stream(
-    stream: tuple[Tensor | None, ...], plan: tuple[int, int, int], q: Tensor
+    stream: tuple[Tensor | None, ...], plan: tuple[int, int, int], q: Tensor, q_len: int
 ) -> tuple[Tensor | None, ...]:
     batch, heads, block_q = plan
-    rows = batch * heads * -(-q.shape[2] // block_q)
-    kind = stream[1]
+    rows = batch * heads * -(-q_len // block_q)
+    kind, device = stream[1], q.device
     tiles = 0 if kind is None else kind.numel()
     sizes = (rows + 1, tiles, tiles, tiles, None, tiles)
+    whole = True
     for (name, dtype), x, size in zip(_STREAM, stream, sizes, strict=True):
         if x is None and name == "tile_bias":
             continue
-        if x is None or x.dtype is not dtype or x.dim() != 1 or x.device != q.device:
+        if x is None or x.dtype is not dtype or x.dim() != 1 or x.device != device:
             found = "None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}"
-            raise ValueError(f"{name}: {found}, expected one dimension of {dtype} on {q.device}")
+            raise ValueError(f"{name}: {found}, expected one dimension of {dtype} on {device}")
         if size is not None and x.numel() != size:
             raise ValueError(f"{name}: {x.numel()} entries, expected {size}")
-    return tuple(None if x is None else x.detach().contiguous() for x in stream)
+        whole = whole and x.is_contiguous()
+    return stream if whole else tuple(None if x is None else x.contiguous() for x in stream)
 
 
 def _window(window: int | Tensor | None, heads: int, q: Tensor) -> Tensor | None:

@@ -2,5 +2,6 @@
 
 from aerogel.search.attention_spans import SpanSearch, profile_influence, validate
 from aerogel.search.pareto import pareto_front
+from aerogel.search.span_calibration import calibrate_spans
 
-__all__ = ["SpanSearch", "pareto_front", "profile_influence", "validate"]
+__all__ = ["SpanSearch", "calibrate_spans", "pareto_front", "profile_influence", "validate"]
