@@ -42,7 +42,7 @@ class RoutingSelector(Selector):
         window: tokens w that each cluster takes; default n / c.
         context_window: keys that each cluster takes in cross attention; default keys / c.
         share_qk: queries are the keys, so one list serves both.
-        mask_self: a token does not attend to itself.
+        mask_self: a token attends to itself only where it sees nothing else of its cluster.
         causal_selection: clusters are filled for every token from the tokens up to it.
         fit: shorter sequences take a smaller window, and n need not be a multiple of c; else
             both are errors.
