@@ -95,7 +95,8 @@ class RoutingSelector(Selector):
         return loss if self.share_qk else loss + self.kmeans(ctx.k, False, ctx.key_padding)[2]
 
     def _similarities(self, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
-        keys = self.kmeans.similarity(ctx.k)
+        groups = ctx.shape.q_heads // ctx.shape.kv_heads
+        keys = self.kmeans.similarity(ctx.k.repeat_interleave(groups, 1))
         if self.share_qk:
             return keys, keys
         return self.kmeans.similarity(ctx.q), keys
