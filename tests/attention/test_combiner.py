@@ -194,6 +194,16 @@ def test_pooling_leaves_padding_out(how):
     assert pool(x, 2, how, real).flatten().tolist() == want
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_acts_inside_summaries_too(variant):
+    q, k, v = tensors(24)
+    chosen = selector(variant, dropout=0.5)
+    torch.manual_seed(1)
+    first = output(chosen, q, k, v)
+    assert not torch.equal(output(chosen, q, k, v), first)
+    assert torch.equal(output(chosen.eval(), q, k, v), output(selector(variant), q, k, v))
+
+
 @pytest.mark.parametrize(
     "options",
     [

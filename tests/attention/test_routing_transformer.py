@@ -132,6 +132,20 @@ def test_an_update_is_the_moving_average_by_hand():
     torch.testing.assert_close(loss, torch.tensor(1e-4 * (5 + 1 + 2) / 12))
 
 
+def test_centroids_may_be_parameters_that_a_second_loss_draws():
+    means = SphericalKMeans(1, 2, 4, ema=False, init="random").train()
+    x = means.normalise(torch.randn(1, 1, 6, 4)).requires_grad_()
+    before = means.mu.detach().clone()
+    _, nearest, loss = means(x, True)
+    assert torch.equal(means.mu, before)
+    loss.backward()
+    own, rest = before[0, nearest[0, 0]], x.detach()[0, 0]
+    gap = (rest - own) * 2 / 24
+    torch.testing.assert_close(x.grad[0, 0], gap * 1e-4)
+    want = torch.zeros(2, 4).index_add(0, nearest[0, 0], -gap)
+    torch.testing.assert_close(means.mu.grad[0], want)
+
+
 def test_l2_centroids_step_towards_the_mean_direction_and_empty_ones_stay():
     means = SphericalKMeans(1, 2, 2, decay=0.5, norm="l2", init="random")
     means.mu.copy_(torch.tensor([[[1.0, 0], [-1, 0]]]))

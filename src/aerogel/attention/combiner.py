@@ -63,7 +63,7 @@ class CombinerSelector(Selector):
         share_summary_over_group: pool queries over the heads of a group too.
         head_dim, key_heads, d_model: sizes, for the learned parts ("proj", `deepset`).
         deepset: pool learned maps of queries and keys (linear without bias, relu).
-        dropout: of "proj".
+        dropout: of "proj", and of attention inside the summaries, in training.
 
     Raises:
         ValueError: an option is unknown or a size is missing.
@@ -159,8 +159,8 @@ class CombinerSelector(Selector):
         if self.variant == "logsparse":
             return BankPlan(tuple(self._spans(ctx)))
         if self.variant == "axial":
-            return BankPlan(axial_banks(ctx, self.seg_len, self._row_keys))
-        return BankPlan(mixture_banks(ctx, self.seg_len))
+            return BankPlan(axial_banks(ctx, self.seg_len, self._row_keys, self._dropped()))
+        return BankPlan(mixture_banks(ctx, self.seg_len, self._dropped()))
 
     def plan_decode(self, ctx: AttentionContext) -> Plan:
         return self.plan_prefill(ctx)
@@ -174,8 +174,11 @@ class CombinerSelector(Selector):
             maps = (self.query_map(q).relu(), self.key_map(k).relu())
         return combiner_summary(
             q, k, v, size, self.summary, scale=scale, key_padding=real, pooled_from=maps,
-            share_over_group=self.share_summary_over_group,
+            share_over_group=self.share_summary_over_group, dropout_p=self._dropped(),
         )  # fmt: skip
+
+    def _dropped(self) -> float:
+        return self.dropout.p if self.training else 0.0
 
     def _own(self, shape: AttentionShape, ctx: AttentionContext) -> Bank:
         return Bank(run_plan(shape.k_len, self.seg_len, ctx.q.device))

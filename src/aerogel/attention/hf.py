@@ -131,9 +131,9 @@ def attach(
     if isinstance(selector, Selector):
         chosen = selector
     elif slug in SELECTORS:
-        config: Any = model.config
-        known = configured(slug, config.get_text_config(decoder=True))
-        chosen = make_selector(slug, **(known | options))
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+        chosen = make_selector(slug, **(configured(slug, text) | options))
     else:
         chosen = load_selector(Path(selector), model)
     layers = attention_layers(model)

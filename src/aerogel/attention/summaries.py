@@ -111,6 +111,7 @@ def combiner_summary(
     key_padding: Tensor | None = None,
     pooled_from: tuple[Tensor, Tensor] | None = None,
     share_over_group: bool = False,
+    dropout_p: float = 0.0,
 ) -> Summaries:
     """Summaries of consecutive runs of `size` tokens; differentiable.
 
@@ -127,6 +128,7 @@ def combiner_summary(
         pooled_from: queries and keys to pool instead of `q` and `k` (learned maps of them).
         share_over_group: pool queries over the heads that share a key head too; the summaries then
             have Hkv heads.
+        dropout_p: of the weights inside the runs.
 
     Returns:
         Summaries of ceil(L / size) runs.
@@ -140,7 +142,10 @@ def combiner_summary(
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
     runs = torch.arange(queries.shape[2], device=k.device)[None, None, :, None]
     plan = BlockPlan.from_ranges(runs * size, torch.full_like(runs, size), 1, size)
-    values = attend(queries, k, v, plan=plan, scale=scale, key_padding=key_padding, validate=False)
+    values = attend(
+        queries, k, v, plan=plan, scale=scale, key_padding=key_padding, validate=False,
+        dropout_p=dropout_p,
+    )  # fmt: skip
     assert isinstance(values, Tensor)
     real = None if key_padding is None else _runs(key_padding, k, size).any(-1)[:, 0]
     return Summaries(keys, values, real)
@@ -154,6 +159,7 @@ def running_summary(
     *,
     scale: float | None = None,
     key_padding: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Summaries:
     """For every token, the summary (by maximum) of its run up to and including it.
 
@@ -164,6 +170,7 @@ def running_summary(
         size: tokens of a run; L is a multiple.
         scale: factor of the logits, default ``D ** -0.5``.
         key_padding: (B, L) bool, True at real tokens.
+        dropout_p: of the weights inside the runs.
 
     Returns:
         Summaries of L starts of runs.
@@ -178,7 +185,8 @@ def running_summary(
         tops.append(top if real is None else top.masked_fill(~real[:, None, :, None], 0))
     plan = run_plan(k.shape[2], size, k.device)
     values = attend(
-        tops[0], k, v, plan=plan, scale=scale, causal=True, key_padding=key_padding, validate=False
-    )
+        tops[0], k, v, plan=plan, scale=scale, causal=True, key_padding=key_padding,
+        validate=False, dropout_p=dropout_p,
+    )  # fmt: skip
     assert isinstance(values, Tensor)
     return Summaries(tops[1].repeat_interleave(q.shape[1] // k.shape[1], 1), values, real)
