@@ -186,6 +186,21 @@ def test_decoding_is_prefill(variant):
         assert cache[0].finished.k.shape[2] == 22 // 4
 
 
+def test_log_sparse_decoding_makes_each_summary_once(monkeypatch):
+    layer = CombinerAttention(32, 4, 2, variant="logsparse").eval()
+    made = []
+    once = layer.selector.summarise
+    monkeypatch.setattr(
+        layer.selector, "summarise", lambda q, *rest: made.append(q.shape[2]) or once(q, *rest)
+    )
+    x, cache = torch.randn(2, 33, 32), CombinerCache()
+    with torch.no_grad():
+        parts = [layer(x[:, i : i + 1], cache=cache) for i in range(20)]
+        parts.append(layer(x[:, 20:], cache=cache))
+        assert sorted(made) == [2] * 8 + [4] * 4 + [8] * 2 + [16] + [32]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["max", "mean", "sum"])
 def test_pooling_leaves_padding_out(how):
     x = torch.arange(1.0, 6).view(1, 1, 5, 1)

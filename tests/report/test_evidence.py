@@ -118,11 +118,6 @@ def test_damaged_evidence_is_refused(tmp_path):
 # Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
 # that begins to hold must leave this list.
 NOT_REPRODUCED = {
-    # Seen -13.6 points where -13 was asked, on three seeds that differ by 3.
-    "combiner": {
-        "digits from the last token: accuracy of Combiner's fixed blocks, at most 13 points below "
-        "dense"
-    },
     # One small layer; two whole rows say more of a digit than its like tokens, however they are
     # found (more epochs, unscaled logits, shared keys and faster centroids leave the order as it
     # is). The paper measures long text and large pictures.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aerogel.attention.combiner import CombinerSelector
-from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks
+from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend
 from aerogel.attention.selector import AttentionContext, select
@@ -21,7 +21,7 @@ from aerogel.attention.shape import AttentionShape
 class CombinerCacheLayer(CountedCacheLayer):
     """The variant "fixed" keeps one block of raw tokens and a summary of each block before.
 
-    The other variants keep all raw tokens, and attend anew for every step.
+    The other variants keep all raw tokens; "axial" and "mixture" attend anew for every step.
 
     Args:
         selector: of the model.
@@ -81,6 +81,8 @@ class CombinerCacheLayer(CountedCacheLayer):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if self.selector.variant == "fixed":
             return attend_by_blocks(self.selector, self.state, q, k, v, scale)
+        if self.selector.variant == "logsparse":
+            return attend_by_spans(self.selector, self.state, q, k, v, scale)
         rows = q.shape[2]
         q, k, v = self.state.append((q, k, v))
         ctx = AttentionContext(q, k, v, AttentionShape.of(q, k, causal=True), scale)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aerogel.attention.combiner import CombinerSelector, RowSummary, Variant
-from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks
+from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.engine import attend
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
@@ -99,6 +99,8 @@ class CombinerAttention(nn.Module):
             self._check_cache(cache, key_padding)
             if variant == "fixed":
                 out = attend_by_blocks(self.selector, cache, q, k, v, self.head_dim**-0.5)
+            elif variant == "logsparse":
+                out = attend_by_spans(self.selector, cache, q, k, v, self.head_dim**-0.5)
             else:
                 q, k, v, x_all = cache.append((q, k, v, x))
                 out = self._whole(q, k, v, x_all, None)[:, :, -x.shape[1] :]
