@@ -22,7 +22,7 @@ from digit_tokens import WIDTH, accuracy
 
 SLUG = "combiner"
 SEEDS = (0, 1, 2)
-HEADS, SEGMENT, EPOCHS = 4, 8, 12
+HEADS, SEGMENT, EPOCHS = 4, 8, 25
 
 
 def run(seed: int) -> Result:

@@ -57,8 +57,6 @@ def accuracy(make: Callable[[], nn.Module], pool: str, epochs: int, seed: int) -
     model = DigitReader(make(), pool)
     x, y, test_x, test_y = tokens()
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
-    steps = epochs * (len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         order = torch.randperm(len(x))
         for rows in order[: len(x) // BATCH * BATCH].split(BATCH):
@@ -68,7 +66,6 @@ def accuracy(make: Callable[[], nn.Module], pool: str, epochs: int, seed: int) -
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
     model.eval()
     with torch.no_grad():
         return 100.0 * float((model(test_x).argmax(-1) == test_y).float().mean())

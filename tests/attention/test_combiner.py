@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
+from tiny_models import prompts, tiny
 from torch.nn.functional import scaled_dot_product_attention
 
-from aerogel.attention import AttentionContext, AttentionShape, Bank, BankPlan, DensePlan, attend
+from aerogel.attention import (
+    AttentionContext,
+    AttentionShape,
+    Bank,
+    BankPlan,
+    DensePlan,
+    attach,
+    attend,
+    detach,
+)
+from aerogel.attention.cache import AerogelCache
 from aerogel.attention.combiner import CombinerSelector, span_numbers
-from aerogel.attention.combiner_layer import CombinerAttention, CombinerCache
+from aerogel.attention.combiner_cache import CombinerCache
+from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.attention.selector import select
 from aerogel.attention.summaries import combiner_summary, pool
 from aerogel.models.combiner import CombinerLM
+
+transformers = pytest.importorskip("transformers")
 
 VARIANTS = ["fixed", "logsparse", "axial", "mixture"]
 
@@ -171,12 +186,37 @@ def test_decoding_is_prefill(variant):
         assert cache[0].finished.k.shape[2] == 22 // 4
 
 
+def test_log_sparse_decoding_makes_each_summary_once(monkeypatch):
+    layer = CombinerAttention(32, 4, 2, variant="logsparse").eval()
+    made = []
+    once = layer.selector.summarise
+    monkeypatch.setattr(
+        layer.selector, "summarise", lambda q, *rest: made.append(q.shape[2]) or once(q, *rest)
+    )
+    x, cache = torch.randn(2, 33, 32), CombinerCache()
+    with torch.no_grad():
+        parts = [layer(x[:, i : i + 1], cache=cache) for i in range(20)]
+        parts.append(layer(x[:, 20:], cache=cache))
+        assert sorted(made) == [2] * 8 + [4] * 4 + [8] * 2 + [16] + [32]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["max", "mean", "sum"])
 def test_pooling_leaves_padding_out(how):
     x = torch.arange(1.0, 6).view(1, 1, 5, 1)
     real = torch.tensor([[True, False, True, True, False]])
     want = {"max": [1, 4, 0], "mean": [1, 3.5, 0], "sum": [1, 7, 0]}[how]
     assert pool(x, 2, how, real).flatten().tolist() == want
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_acts_inside_summaries_too(variant):
+    q, k, v = tensors(24)
+    chosen = selector(variant, dropout=0.5)
+    torch.manual_seed(1)
+    first = output(chosen, q, k, v)
+    assert not torch.equal(output(chosen, q, k, v), first)
+    assert torch.equal(output(chosen.eval(), q, k, v), output(selector(variant), q, k, v))
 
 
 @pytest.mark.parametrize(
@@ -247,3 +287,129 @@ def test_a_cache_of_another_variant_is_an_error():
     CombinerAttention(32, 4, variant="fixed", seg_len=4)(x, cache=cache)
     with pytest.raises(ValueError, match="filled by"):
         CombinerAttention(32, 4, variant="mixture", seg_len=4)(x, cache=cache)
+
+
+OPTIONS = {"variant": "fixed", "seg_len": 4}
+
+
+def built(**changes):
+    """A tiny Llama that was made with Combiner in its configuration."""
+    model = tiny("Llama")
+    model.config.aerogel_combiner = {**OPTIONS, **changes}
+    model.set_attn_implementation("aerogel:combiner")
+    return model
+
+
+def test_a_transformers_model_built_with_it_trains_and_loads_by_name(tmp_path):
+    model = built()
+    ids = prompts(length=22)[0]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    want = model(input_ids=ids, use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="aerogel:combiner"
+    )
+    torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, want)
+    later = ids.clone()
+    later[:, 15:] = 5
+    got = model(input_ids=later, use_cache=False).logits
+    torch.testing.assert_close(got[:, :15], want[:, :15], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_generates_from_a_cache_what_it_generates_without(variant):
+    model = built(variant=variant, row_summary="wsum")
+    ids = torch.randint(2, 63, (2, 14))
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    want = model.generate(ids, use_cache=False, **options)
+    attach(model, "combiner")
+    cache = AerogelCache(model)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), want)
+    assert cache.get_seq_length() == 22
+    if variant == "fixed":  # 22 tokens: five summaries, and two raw tokens
+        state = cache.layers[0].state
+        assert (state.finished.k.shape[2], state.raw[0].shape[2]) == (5, 2)
+    beams = {**options, "num_beams": 3}
+    with_cache = model.generate(ids, past_key_values=AerogelCache(model), **beams)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **beams))
+
+
+def test_a_model_trained_densely_is_refused():
+    model = tiny("Llama")
+    ids, mask = prompts(length=12)
+    with pytest.raises(ValueError, match="aerogel_combiner"):
+        attach(model, "combiner")
+    model.set_attn_implementation("aerogel:combiner")
+    with pytest.raises(ValueError, match="aerogel_combiner"):
+        model(input_ids=ids)
+    model = built()
+    with pytest.raises(ValueError, match="built with"):
+        attach(model, CombinerSelector(seg_len=8))
+    with pytest.raises(ValueError, match="AerogelCache"):
+        model.generate(ids, max_new_tokens=2)
+    attach(model, "combiner")
+    with pytest.raises(ValueError, match="left padding"):
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=2, past_key_values=AerogelCache(model)
+        )
+    detach(model)
+    with pytest.raises(ValueError, match="crop"):
+        CombinerSelector().cache_layer(0, 2).crop(-1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_authors_parameters_load(variant):
+    """Parameters as flax lays them out: (in, heads, width) and (heads, width, out)."""
+    model = CombinerLM(
+        9, 16, 2, 24, 4, variant=variant, seg_len=4, activation="relu", norm_eps=1e-6, hidden=20,
+        head_bias=True,
+    ).eval()  # fmt: skip
+    nn = {name: p.detach() for name, p in model.named_parameters()}
+
+    def norm(name):
+        return {"scale": nn[f"{name}.weight"], "bias": nn[f"{name}.bias"]}
+
+    def dense(name):
+        return {"kernel": nn[f"{name}.weight"].T, "bias": nn[f"{name}.bias"]}
+
+    def into(name):
+        return {"kernel": nn[f"{name}.weight"].T.reshape(16, 4, 4)}
+
+    def out(name):
+        return {"kernel": nn[f"{name}.weight"].T.reshape(4, 4, 16)}
+
+    layers = {}
+    for i in range(2):
+        at = f"blocks.{i}.attention"
+        attention = {name: into(f"{at}.{name}") for name in ("query", "key", "value")}
+        if variant == "axial":
+            attention["DenseGeneral_0"] = out(f"{at}.selector.row_out")
+            attention["LayerNorm_0"] = norm(f"{at}.selector.row_norm")
+            attention["DenseGeneral_1"] = into(f"{at}.selector.row_key")
+            attention["DenseGeneral_2"] = out(f"{at}.out")
+        else:
+            attention["DenseGeneral_0"] = out(f"{at}.out")
+        kind = "_SelfAttAxialRowmajor_0" if variant == "axial" else "_SelfAttSqrtn_0"
+        layers[f"transformer_layer_{i}"] = {
+            "LayerNorm_0": norm(f"blocks.{i}.before"),
+            "LayerNorm_1": norm(f"blocks.{i}.between"),
+            kind: attention,
+            "MlpBlock_0": {
+                "Dense_0": dense(f"blocks.{i}.mlp.0"),
+                "Dense_1": dense(f"blocks.{i}.mlp.2"),
+            },
+        }
+    places = {"AddPositionEmbs_0": {"pos_embedding": nn["place.weight"][None]}}
+    outer = {"LayerNorm_0": norm("norm"), "Dense_0": dense("head")}
+    params = {"Embed_0": {"embedding": nn["embed.weight"]}}
+    params["autoreg_model"] = {**layers, **places, **outer}
+    ids = torch.randint(9, (2, 24))
+    again = CombinerLM.from_published({"params": params}, 24, variant=variant, seg_len=4).eval()
+    torch.testing.assert_close(again(ids), model(ids))
+    del params["autoreg_model"]["AddPositionEmbs_0"]
+    fixed = CombinerLM.from_published(params, 24, variant=variant, seg_len=4).place.weight.detach()
+    assert float(fixed[3, 0]) == pytest.approx(math.sin(3))
+    assert float(fixed[3, 8]) == pytest.approx(math.cos(3))
+    with pytest.raises(ValueError, match="authors' model"):
+        CombinerLM.from_published({"lm": {}}, 24, variant=variant)

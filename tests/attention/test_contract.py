@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import contract
 import pytest
@@ -16,12 +17,14 @@ from aerogel.attention import (
     AttentionContext,
     AttentionShape,
     ChannelOrder,
+    CombinerSelector,
     DoubleSparsitySelector,
     ElasticSpan,
     MInferenceSelector,
     MoAPlan,
     MoASelector,
     Plan,
+    RoutingSelector,
     S2Selector,
     ScatterbrainSelector,
     SeerAttentionSelector,
@@ -36,6 +39,7 @@ from aerogel.attention.prompt_patterns import (
     VerticalSlashSelector,
 )
 from aerogel.attention.seer_gate import SeerGate
+from aerogel.attention.spherical_kmeans import SphericalKMeans
 
 
 def minference() -> MInferenceSelector:
@@ -177,6 +181,42 @@ CASES["moa"] = Case(
     lambda: moa(ElasticSpan(0, 0.25), ElasticSpan(48, 0), ElasticSpan(0, 1), ElasticSpan(-32, 0.5)),
     lambda: moa(*[ElasticSpan(0, 1)] * 4),
 )
+
+
+class _Routed(RoutingSelector):
+    """Draws centroids for whatever heads there are."""
+
+    def __init__(self, clusters: int, window: int, **options):
+        super().__init__(1, clusters, 16, window, share_qk=False, fit=True, **options)
+
+    def plan_prefill(self, ctx):
+        torch.manual_seed(0)
+        sizes = (ctx.shape.q_heads, self.kmeans.mu.shape[1], ctx.q.shape[-1])
+        self.kmeans = SphericalKMeans(*sizes)
+        return super().plan_prefill(ctx)
+
+    plan_decode = plan_prefill
+
+
+# Both read whole sequences: earlier queries choose centroids, and pool summaries.
+WHOLE = {"whole": True, "one_softmax": False, "chunk_invariant": False}
+CASES["routing-transformer"] = Case(
+    lambda: _Routed(4, 30),
+    lambda: _Routed(1, 1000),
+    looks_ahead=True,
+    right_padding=False,
+    **WHOLE,
+)
+CASES["routing-transformer, causal"] = Case(
+    lambda: _Routed(4, 30, causal_selection=True), right_padding=False, longest=7, **WHOLE
+)
+for variant in ("fixed", "logsparse", "axial", "mixture"):
+    CASES[f"combiner, {variant}"] = Case(
+        partial(CombinerSelector, variant, 16, row_summary="wsum"), **WHOLE
+    )
+CASES["combiner, one block"] = Case(
+    partial(CombinerSelector, "fixed", 16), partial(CombinerSelector, "fixed", 1000), **WHOLE
+)
 SHAPES = {
     "one token": AttentionShape(3, 8, 2, 1, 65, causal=True),
     "few": AttentionShape(1, 4, 4, 7, 7, causal=True),
@@ -185,48 +225,51 @@ SHAPES = {
     "long": AttentionShape(1, 8, 2, 300, 300, causal=True),
 }
 
-each = pytest.mark.parametrize("slug", CASES)
-every_shape = pytest.mark.parametrize("size", SHAPES)
+
+def calls(*sizes: str, one_softmax: bool = False):
+    """Parametrizes over the selectors and the shapes that each plans."""
+    return pytest.mark.parametrize(
+        ("slug", "size"),
+        [
+            (slug, size)
+            for slug, case in CASES.items()
+            for size in sizes or SHAPES
+            if case.takes(SHAPES[size]) and (case.one_softmax or not one_softmax)
+        ],
+    )
 
 
-@each
-@every_shape
+@calls()
 @pytest.mark.parametrize("dim", [16, 96])
 def test_native_is_the_reference(slug, size, dim):
     contract.check_native_is_the_reference(CASES[slug], SHAPES[size], dim)
 
 
-@each
-@every_shape
+@calls()
 def test_a_full_budget_is_dense_attention(slug, size):
     contract.check_full_budget_is_dense(CASES[slug], SHAPES[size])
 
 
-@each
-@every_shape
+@calls()
 def test_no_row_sees_later_keys(slug, size):
     contract.check_no_row_sees_later_keys(CASES[slug], SHAPES[size])
 
 
-@each
-@every_shape
+@calls(one_softmax=True)
 def test_a_step_is_the_last_row_of_the_prompt(slug, size):
     contract.check_decode_is_the_last_row(CASES[slug], SHAPES[size])
 
 
-@each
-@pytest.mark.parametrize("size", ["block", "chunk", "long"])
+@calls("block", "chunk", "long")
 def test_chunks_are_one_prompt(slug, size):
     contract.check_chunks_are_one_prompt(CASES[slug], SHAPES[size])
 
 
-@each
-@every_shape
+@calls()
 def test_counts_batches_and_threads(slug, size):
     contract.check_counts_batches_and_threads(CASES[slug], SHAPES[size])
 
 
-@each
-@every_shape
+@calls(one_softmax=True)
 def test_splits_merge(slug, size):
     contract.check_splits_merge(CASES[slug], SHAPES[size])

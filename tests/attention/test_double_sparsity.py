@@ -182,6 +182,7 @@ def test_channel_files_are_ours_or_the_authors(tmp_path):
     again = ChannelOrder.load(tmp_path / "ours.json")
     assert all(torch.equal(again.layers[i], ours.layers[i]) for i in (0, 1))
     official = {f"model.layers.{i}.self_attn.qk_proj": ours.layers[i].tolist() for i in (0, 1)}
+    official |= {"model.layers.0.self_attn.o_proj": [[0]], "model.layers.0.mlp.down_proj": [[1]]}
     (tmp_path / "official.json").write_text(json.dumps(official))
     again = ChannelOrder.load(tmp_path / "official.json")
     assert again.metric == "qk"

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import prompts, tiny
 
-from aerogel.attention import AttentionContext, AttentionShape, DensePlan, HeadMixPlan, attend
+from aerogel.attention import (
+    AttentionContext,
+    AttentionShape,
+    DensePlan,
+    HeadMixPlan,
+    attach,
+    attend,
+)
 from aerogel.attention.minference import MInferenceSelector
 from aerogel.attention.pattern_file import (
     HeadPattern,
@@ -277,3 +284,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="offset 0"):
         one = torch.ones(1, 1, 1, dtype=torch.int64)
         vertical_slash_plan(one, one, 10)
+
+
+def test_a_configuration_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="3 layers, but the model has 2"):
+        attach(tiny("Llama"), MInferenceSelector(PatternConfig(({}, {}, {}))))

@@ -64,10 +64,10 @@ def test_a_token_gets_the_mean_over_its_clusters(mask_self):
         for group in plan.q_idx[0, head].long():
             q, v = ctx.q[0, head, group], ctx.v[0, head, group]
             keep = torch.ones(8, 8, dtype=torch.bool).tril(-1 if mask_self else 0)
+            keep[0, 0] = True  # the first of a cluster sees nothing else
             scores = (q @ q.T * 0.25).masked_fill(~keep, -torch.inf)
             for row, token in enumerate(group.tolist()):
-                if keep[row].any():
-                    got.setdefault(token, []).append(scores[row].softmax(-1) @ v)
+                got.setdefault(token, []).append(scores[row].softmax(-1) @ v)
         for token in range(20):
             want = torch.stack(got[token]).mean(0) if token in got else torch.zeros(16)
             torch.testing.assert_close(out[0, head, token], want, rtol=1e-4, atol=1e-5)
@@ -130,6 +130,20 @@ def test_an_update_is_the_moving_average_by_hand():
     sums = torch.tensor([[1.8 + 0.4, 0.1, 0.1, 0], [0, 1.8 + 0.2, 0, 0.1]])
     torch.testing.assert_close(means.mu[0], sums / smooth[:, None])
     torch.testing.assert_close(loss, torch.tensor(1e-4 * (5 + 1 + 2) / 12))
+
+
+def test_centroids_may_be_parameters_that_a_second_loss_draws():
+    means = SphericalKMeans(1, 2, 4, ema=False, init="random").train()
+    x = means.normalise(torch.randn(1, 1, 6, 4)).requires_grad_()
+    before = means.mu.detach().clone()
+    _, nearest, loss = means(x, True)
+    assert torch.equal(means.mu, before)
+    loss.backward()
+    own, rest = before[0, nearest[0, 0]], x.detach()[0, 0]
+    gap = (rest - own) * 2 / 24
+    torch.testing.assert_close(x.grad[0, 0], gap * 1e-4)
+    want = torch.zeros(2, 4).index_add(0, nearest[0, 0], -gap)
+    torch.testing.assert_close(means.mu.grad[0], want)
 
 
 def test_l2_centroids_step_towards_the_mean_direction_and_empty_ones_stay():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import prompts, tiny
+from tiny_models import prompts, tiny, transformers
 
 from aerogel.attention import (
     AttentionContext,
@@ -224,3 +224,28 @@ def test_a_model_generates_the_same_with_any_cache_and_padding():
 def _call():
     shape = AttentionShape(1, 4, 2, 8, 8, causal=True)
     return shape, *make.tensors(shape)
+
+
+def test_the_name_s2_takes_its_pattern_from_the_configuration(tmp_path):
+    model = tiny("Llama")
+    ids = torch.randint(2, 63, (2, 40))
+    shards = {"block": 4, "local_blocks": 2, "stride": 2}
+    attach(model, S2Selector(**shards))
+    want = model(input_ids=ids).logits
+    detach(model)
+    model.config.aerogel_s2 = shards
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="aerogel:s2"
+        )
+        torch.testing.assert_close(again(input_ids=ids).logits, want)
+    attach(again, "s2", stride=1)
+    assert not torch.allclose(again(input_ids=ids).logits, want)
+
+
+def test_a_model_trained_densely_is_served_with_a_warning():
+    model = tiny("Llama")
+    with pytest.warns(UserWarning, match="aerogel_s2"):
+        attach(model, S2Selector(4, 2, 2))

@@ -175,3 +175,27 @@ def test_bad_arguments_are_named() -> None:
         sparsify_frequency(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="taps=0"):
         shorten_filters(LongConv(2, 8), 0)
+
+
+def test_a_long_convolution_of_the_authors_reads_to_both_sides():
+    d, length = 3, 20
+    state = {
+        "D": torch.randn(1, d),
+        "kernel": torch.randn(1, d, 2 * length),
+        "output_linear.0.weight": torch.randn(2 * d, d),
+        "output_linear.0.bias": torch.randn(2 * d),
+        "flashfftconv.twid": torch.zeros(1),
+    }
+    layer = LongConv.from_published(state, squash=0.3).eval()
+    u = torch.randn(2, d, length)
+    k = state["kernel"][0]
+    k = k.sign() * (k.abs() - 0.3).relu()
+    apart = torch.arange(length)[:, None] - torch.arange(length)
+    y = torch.einsum("bhj,hij->bhi", u, k[:, apart % (2 * length)]) + state["D"].T * u
+    y = nn.functional.gelu(y).transpose(1, 2) @ state["output_linear.0.weight"].T
+    want = nn.functional.glu(y + state["output_linear.0.bias"], -1).transpose(1, 2)
+    torch.testing.assert_close(layer(u), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected"):
+        LongConv.from_published({"D": state["D"]})
+    with pytest.raises(ValueError, match="kernel"):
+        LongConv.from_published(state | {"kernel": torch.randn(2, d, 8)})

@@ -10,7 +10,8 @@ from aerogel.attention.calibration import CALIBRATIONS, add_calibration, calibra
 from aerogel.attention.channel_calibration import calibrate_channels
 from aerogel.attention.channel_order import ChannelOrder
 from aerogel.attention.combiner import CombinerSelector
-from aerogel.attention.combiner_layer import CombinerAttention, CombinerCache
+from aerogel.attention.combiner_cache import CombinerCache
+from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.attention.double_sparsity import DoubleSparsitySelector
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan

@@ -86,7 +86,7 @@ def check_call(call: Call, sink_logit: Tensor | None) -> None:
         raise ValueError(f"softcap={call.softcap}: expected above 0")
     if not 0 <= call.dropout_p < 1:
         raise ValueError(f"dropout_p={call.dropout_p}: expected in [0, 1)")
-    if call.dropout_p and shape.q_len == 1 and shape.k_len > 1:
+    if call.dropout_p and shape.causal and shape.q_len == 1 and shape.k_len > 1:
         raise ValueError(f"dropout_p={call.dropout_p}: expected 0 in decoding")
     if sink_logit is not None and sink_logit.shape != (shape.q_heads,):
         raise ValueError(

@@ -14,7 +14,8 @@ from torch import Tensor
 from aerogel.atomic import write_atomic
 
 FORMAT = "aerogel-channels-1"
-_OFFICIAL = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q|k|qk)_proj")
+_OFFICIAL = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj")
+_METRICS = ("q", "k", "qk")  # the authors' files may hold orders of further projections
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,8 @@ class ChannelOrder:
     def from_json(cls, data: Any, metric: str = "") -> ChannelOrder:
         """Reads our JSON, or the authors': keys ``model.layers.N.self_attn.{q,k,qk}_proj``.
 
+        Orders of their other projections (``v_proj``, ``o_proj``, ``down_proj``) are left out.
+
         Args:
             data: the parsed file.
             metric: which of the authors' projections; may be left out if there is only one.
@@ -106,7 +109,8 @@ class ChannelOrder:
             match = _OFFICIAL.fullmatch(key)
             if match is None:
                 raise ValueError(f"channels: key {key!r}, expected {_OFFICIAL.pattern}")
-            kinds.setdefault(match[2], {})[int(match[1])] = _order(rows)
+            if match[2] in _METRICS:
+                kinds.setdefault(match[2], {})[int(match[1])] = _order(rows)
         chosen = metric or (next(iter(kinds)) if len(kinds) == 1 else "")
         if chosen not in kinds:
             raise ValueError(f"metric={metric!r}: expected one of {sorted(kinds)}")

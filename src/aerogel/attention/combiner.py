@@ -16,23 +16,23 @@ means nothing to a model trained densely.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.attention.bank_plan import Bank, BankPlan
-from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.combiner_grid import axial_banks, mixture_banks
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan
-from aerogel.attention.selector import AttentionContext, Selector
+from aerogel.attention.selector import AttentionContext, Selector, add_selector, configured
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.summaries import (
     POOLINGS,
     Pooling,
     Summaries,
     combiner_summary,
+    others_plan,
     run_plan,
 )
 
@@ -40,12 +40,16 @@ Variant = Literal["fixed", "logsparse", "axial", "mixture"]
 RowSummary = Literal["proj", "wsum", "none"]
 VARIANTS = ("fixed", "logsparse", "axial", "mixture")
 ROW_SUMMARIES = ("proj", "wsum", "none")
+_NORM_EPS = 1e-6  # the authors' code's
 
 
+@add_selector
 class CombinerSelector(Selector):
     """Direct tokens and summaries of all other visible positions, by one of four patterns.
 
-    A call holds the whole sequence (`q_len` = `k_len`).
+    A call holds the whole sequence (`q_len` = `k_len`). A transformers model is built with it by
+    ``config.aerogel_combiner`` (options of this class) before it is made: "aerogel:combiner" trains
+    and reads prompts; `attach` and `AerogelCache` generate.
 
     Args:
         variant: "fixed" (own block; earlier blocks summarised), "logsparse" (aligned spans of the
@@ -59,7 +63,7 @@ class CombinerSelector(Selector):
         share_summary_over_group: pool queries over the heads of a group too.
         head_dim, key_heads, d_model: sizes, for the learned parts ("proj", `deepset`).
         deepset: pool learned maps of queries and keys (linear without bias, relu).
-        dropout: of "proj".
+        dropout: of "proj", and of attention inside the summaries, in training.
 
     Raises:
         ValueError: an option is unknown or a size is missing.
@@ -69,8 +73,9 @@ class CombinerSelector(Selector):
     """
 
     slug = "combiner"
+    config_key = "aerogel_combiner"
+    built_in = True
     differentiable = True
-    needs = frozenset({"layer_input"})
 
     def __init__(
         self,
@@ -109,16 +114,43 @@ class CombinerSelector(Selector):
             heads = _known("key_heads", key_heads, "row_summary='proj'")
             size = _known("head_dim", head_dim, "row_summary='proj'")
             self.row_out = nn.Linear(width, width, bias=False)
-            self.row_norm = nn.LayerNorm(width)
+            self.row_norm = nn.LayerNorm(width, eps=_NORM_EPS)
+            self.needs = frozenset({"layer_input"})  # type: ignore[misc]
             self.row_key = nn.Linear(width, heads * size, bias=False)
         self.dropout = nn.Dropout(dropout)
+
+    def options(self) -> dict[str, Any]:
+        if any(True for _ in self.parameters()):
+            raise ValueError("row_summary='proj', deepset: learned parts are no options of a name")
+        return {
+            "variant": self.variant,
+            "seg_len": self.seg_len,
+            "summary": self.summary,
+            "row_summary": self.row_summary,
+            "exclude_own": self.exclude_own,
+            "share_summary_over_group": self.share_summary_over_group,
+        }
+
+    def on_attach(self, model: nn.Module) -> None:
+        """Checks that the model was built with these options."""
+        transformer: Any = model
+        known = configured(self.slug, transformer.config.get_text_config(decoder=True))
+        mine, built = self.options(), CombinerSelector(**known).options()
+        if mine != built:
+            raise ValueError(f"combiner: {mine}, but the model was built with {built}")
+
+    def cache_layer(self, layer_idx: int, kv_heads: int) -> Any:
+        from aerogel.attention.combiner_kv import CombinerCacheLayer
+
+        return CombinerCacheLayer(self)
 
     def plan_prefill(self, ctx: AttentionContext) -> Plan:
         shape = ctx.shape
         if shape.q_len != shape.k_len:
             raise ValueError(
                 f"combiner: {shape.q_len} queries on {shape.k_len} keys, expected the whole "
-                "sequence; decode through CombinerAttention"
+                "sequence; generate with past_key_values=AerogelCache(model) on an attached model, "
+                "or through CombinerAttention"
             )
         if self.variant in ("logsparse", "axial") and not shape.causal:
             raise ValueError(f"variant={self.variant!r}: expected causal attention")
@@ -127,8 +159,8 @@ class CombinerSelector(Selector):
         if self.variant == "logsparse":
             return BankPlan(tuple(self._spans(ctx)))
         if self.variant == "axial":
-            return BankPlan(axial_banks(ctx, self.seg_len, self._row_keys))
-        return BankPlan(mixture_banks(ctx, self.seg_len))
+            return BankPlan(axial_banks(ctx, self.seg_len, self._row_keys, self._dropped()))
+        return BankPlan(mixture_banks(ctx, self.seg_len, self._dropped()))
 
     def plan_decode(self, ctx: AttentionContext) -> Plan:
         return self.plan_prefill(ctx)
@@ -142,8 +174,11 @@ class CombinerSelector(Selector):
             maps = (self.query_map(q).relu(), self.key_map(k).relu())
         return combiner_summary(
             q, k, v, size, self.summary, scale=scale, key_padding=real, pooled_from=maps,
-            share_over_group=self.share_summary_over_group,
+            share_over_group=self.share_summary_over_group, dropout_p=self._dropped(),
         )  # fmt: skip
+
+    def _dropped(self) -> float:
+        return self.dropout.p if self.training else 0.0
 
     def _own(self, shape: AttentionShape, ctx: AttentionContext) -> Bank:
         return Bank(run_plan(shape.k_len, self.seg_len, ctx.q.device))
@@ -155,18 +190,8 @@ class CombinerSelector(Selector):
         count = found.k.shape[2]
         if count == 1 and (shape.causal or self.exclude_own):
             return []
-        number = torch.arange(count, device=ctx.q.device)
-        if shape.causal:
-            start, length = torch.zeros_like(number)[:, None], number[:, None]
-        elif self.exclude_own:
-            start = torch.stack([torch.zeros_like(number), number + 1], -1)
-            length = torch.stack([number, count - 1 - number], -1)
-        else:
-            start, length = (
-                torch.zeros_like(number)[:, None],
-                torch.full_like(number, count)[:, None],
-            )
-        plan = BlockPlan.from_ranges(start[None, None], length[None, None], size, size)
+        own = None if shape.causal else not self.exclude_own
+        plan = others_plan(shape.k_len, size, ctx.q.device, own)
         return [found.bank(plan)]
 
     def _spans(self, ctx: AttentionContext) -> list[Bank]:

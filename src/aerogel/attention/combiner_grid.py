@@ -23,6 +23,7 @@ def axial_banks(
     ctx: AttentionContext,
     width: int,
     row_keys: Callable[[AttentionContext, Tensor, Tensor], Tensor],
+    dropout_p: float = 0.0,
 ) -> tuple[Bank, ...]:
     """Own row directly; each earlier row through the own column.
 
@@ -31,11 +32,19 @@ def axial_banks(
         width: tokens of a row.
         row_keys: from the call, the attention of each token over its whole row, and the same
             attention over the row's keys, to the keys of the summaries.
+        dropout_p: of the weights inside the rows.
     """
     own = run_plan(ctx.shape.k_len, width, ctx.q.device)
     rows, weighted = (
         attend(
-            ctx.q, ctx.k, x, plan=own, scale=ctx.scale, key_padding=ctx.key_padding, validate=False
+            ctx.q,
+            ctx.k,
+            x,
+            plan=own,
+            scale=ctx.scale,
+            key_padding=ctx.key_padding,
+            validate=False,
+            dropout_p=dropout_p,
         )
         for x in (ctx.v, ctx.k)
     )
@@ -51,7 +60,7 @@ def axial_banks(
     return Bank(own), Summaries(keys, rows, ctx.key_padding).bank(plan)
 
 
-def mixture_banks(ctx: AttentionContext, width: int) -> tuple[Bank, ...]:
+def mixture_banks(ctx: AttentionContext, width: int, dropout_p: float = 0.0) -> tuple[Bank, ...]:
     """Own row and column directly; columns above, and rows to both sides, as running summaries.
 
     Without the causal rule, columns below and later rows too.
@@ -59,6 +68,7 @@ def mixture_banks(ctx: AttentionContext, width: int) -> tuple[Bank, ...]:
     Args:
         ctx: the call.
         width: tokens of a row.
+        dropout_p: of the weights inside the summaries.
 
     Raises:
         ValueError: not causal, and the length is no multiple of `width`.
@@ -91,7 +101,8 @@ def mixture_banks(ctx: AttentionContext, width: int) -> tuple[Bank, ...]:
         wanted.append((down, True, True))
     for index, by_column, backward in wanted:
         if bool((index >= 0).any()):
-            banks.append(_running(grid, height, width, by_column, backward).bank(_lists(index)))
+            found = _running(grid, height, width, by_column, backward, dropout_p)
+            banks.append(found.bank(_lists(index)))
     return tuple(banks)
 
 
@@ -100,7 +111,12 @@ def _lists(index: Tensor) -> KeyListPlan:
 
 
 def _running(
-    ctx: AttentionContext, height: int, width: int, by_column: bool, backward: bool
+    ctx: AttentionContext,
+    height: int,
+    width: int,
+    by_column: bool,
+    backward: bool,
+    dropout_p: float,
 ) -> Summaries:
     """Running summaries along rows or columns, from either end, in the order of the tokens."""
     order = torch.arange(height * width, device=ctx.q.device).view(height, width)
@@ -119,6 +135,7 @@ def _running(
         height if by_column else width,
         scale=ctx.scale,
         key_padding=real,
+        dropout_p=dropout_p,
     )
     kept = None if found.real is None else found.real[:, back]
     return Summaries(found.k[:, :, back], found.v[:, :, back], kept)

@@ -7,52 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from aerogel.attention.bank_plan import Bank, BankPlan
 from aerogel.attention.combiner import CombinerSelector, RowSummary, Variant
+from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.engine import attend
-from aerogel.attention.plan import DensePlan
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.summaries import Pooling, Summaries
-
-
-class CombinerCache:
-    """State of one layer between steps of decoding.
-
-    "fixed" keeps the raw queries, keys and values of the current block only, and one summary of
-    every finished block. The other variants keep all raw tensors and the layer's input.
-
-    Attributes:
-        variant: of the layer that filled it, None before.
-        tokens: tokens seen.
-        raw: tensors whose second-last dimension is the token.
-        finished: summaries of finished blocks.
-    """
-
-    def __init__(self) -> None:
-        self.variant: tuple[str, int] | None = None
-        self.tokens = 0
-        self.raw: tuple[Tensor, ...] = ()
-        self.finished: Summaries | None = None
-
-    def append(self, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Raw tensors with the new ones behind them."""
-        self.tokens += new[0].shape[-2]
-        if self.raw:
-            new = tuple(torch.cat(pair, -2) for pair in zip(self.raw, new, strict=True))
-        self.raw = new
-        return new
-
-    def finish(self, summaries: Summaries) -> None:
-        """Replaces the raw block by its summary."""
-        old = self.finished
-        if old is not None:
-            k, v = torch.cat([old.k, summaries.k], 2), torch.cat([old.v, summaries.v], 2)
-            summaries = Summaries(k, v)
-        self.finished, self.raw = summaries, ()
+from aerogel.attention.summaries import Pooling
 
 
 class CombinerAttention(nn.Module):
@@ -136,7 +98,9 @@ class CombinerAttention(nn.Module):
         else:
             self._check_cache(cache, key_padding)
             if variant == "fixed":
-                out = self._by_blocks(q, k, v, cache)
+                out = attend_by_blocks(self.selector, cache, q, k, v, self.head_dim**-0.5)
+            elif variant == "logsparse":
+                out = attend_by_spans(self.selector, cache, q, k, v, self.head_dim**-0.5)
             else:
                 q, k, v, x_all = cache.append((q, k, v, x))
                 out = self._whole(q, k, v, x_all, None)[:, :, -x.shape[1] :]
@@ -164,23 +128,3 @@ class CombinerAttention(nn.Module):
         if not self.causal or key_padding is not None:
             raise ValueError("cache: expected causal attention without key_padding")
         cache.variant = mine
-
-    def _by_blocks(self, q: Tensor, k: Tensor, v: Tensor, cache: CombinerCache) -> Tensor:
-        """New tokens block by block; a block that is full becomes a summary."""
-        size, scale = self.selector.seg_len, self.head_dim**-0.5
-        parts, begin = [], 0
-        while begin < q.shape[2]:
-            room = size - (cache.raw[0].shape[2] if cache.raw else 0)
-            rows = slice(begin, min(q.shape[2], begin + room))
-            block = cache.append((q[:, :, rows], k[:, :, rows], v[:, :, rows]))
-            banks = [Bank(DensePlan())]
-            if cache.finished is not None:
-                banks.append(cache.finished.bank(DensePlan()))
-            plan = BankPlan(tuple(banks))
-            out = attend(q[:, :, rows], block[1], block[2], plan=plan, scale=scale, causal=True)
-            assert isinstance(out, Tensor)
-            parts.append(out)
-            if block[0].shape[2] == size:
-                cache.finish(self.selector.summarise(block[0], block[1], block[2], size, scale))
-            begin = rows.stop
-        return torch.cat(parts, 2)

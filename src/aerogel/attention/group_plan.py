@@ -23,7 +23,8 @@ class GroupPlan(Plan):
         reduce: what a query in several groups gets: "scatter" (the group that owns it), "mean" of
             its groups' outputs, or "lse" (one softmax over all its groups).
         uncovered: queries in no group get "zero", or are an "error".
-        mask_self: a query may not read the key of its own position.
+        mask_self: a query reads the key of its own position only if it may read no other of its
+            group.
         owner_slot: (Bp, Hp, q_len) int32, for "scatter": the slot ``n * Wq + w`` that writes row
             i; -1 = none. Default: the last slot that holds the row.
     """
@@ -93,7 +94,9 @@ class GroupPlan(Plan):
         if shape.causal:
             mask &= kv <= q + shape.q_offset
         if self.mask_self:
-            mask &= kv != q + shape.q_offset
+            own = kv == q + shape.q_offset
+            others = mask & ~own
+            mask = others | (mask & own & ~others.any(-1, keepdim=True))
         return mask
 
     def passes(self, shape: AttentionShape) -> list[Pass]:

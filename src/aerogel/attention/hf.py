@@ -1,6 +1,7 @@
 """Sparse attention in any transformers model, by name or attached.
 
     AutoModelForCausalLM.from_pretrained(path, attn_implementation="aerogel:minference")
+    config.aerogel_s2 = {"stride": 4, ...}    # options of a name go with the configuration
     attach(model, "double-sparsity", ...)     # selectors that need the cache, or q before RoPE
     detach(model)                             # the model is bit-identical to before
 
@@ -10,6 +11,7 @@ the name of its attention.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +25,11 @@ from aerogel.attention.engine import attend
 from aerogel.attention.hooks import LayerState, add_hooks, attention_layers, link_layers
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.selector import (
+    ALIASES,
     SELECTORS,
     AttentionContext,
     Selector,
+    configured,
     make_selector,
     select,
 )
@@ -50,7 +54,7 @@ _HARMLESS = frozenset(
     }
 )
 _states: WeakKeyDictionary[nn.Module, LayerState] = WeakKeyDictionary()
-_defaults: dict[str, Selector] = {}
+_defaults: dict[tuple[str, str], Selector] = {}
 _warned: set[str] = set()
 
 
@@ -64,9 +68,10 @@ def register() -> bool:
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError:
         return False
-    for slug in SELECTORS:
-        AttentionInterface.register(PREFIX + slug, _function(slug))
-        AttentionMaskInterface.register(PREFIX + slug, padding_mask)
+    names = {slug: slug for slug in SELECTORS} | ALIASES
+    for name, slug in names.items():
+        AttentionInterface.register(PREFIX + name, _function(slug))
+        AttentionMaskInterface.register(PREFIX + name, padding_mask)
     return True
 
 
@@ -122,12 +127,15 @@ def attach(
     """
     if attached_layers(model):
         raise ValueError("model: attached already; call detach(model) first")
-    if isinstance(selector, (str, Path)) and str(selector) not in SELECTORS:
-        chosen = load_selector(Path(selector), model)
-    elif isinstance(selector, Selector):
+    slug = ALIASES.get(str(selector), str(selector))
+    if isinstance(selector, Selector):
         chosen = selector
+    elif slug in SELECTORS:
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+        chosen = make_selector(slug, **(configured(slug, text) | options))
     else:
-        chosen = make_selector(str(selector), **options)
+        chosen = load_selector(Path(selector), model)
     layers = attention_layers(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no attention layer with a layer_idx")
@@ -191,7 +199,7 @@ def _function(slug: str) -> Callable[..., tuple[Tensor, None]]:
     return attention
 
 
-def _selector(slug: str, state: LayerState | None) -> Selector:
+def _selector(slug: str, state: LayerState | None, module: nn.Module) -> Selector:
     if state is not None:
         return state.selector
     if slug not in SELECTORS or SELECTORS[slug].needs:
@@ -199,9 +207,15 @@ def _selector(slug: str, state: LayerState | None) -> Selector:
             f"{PREFIX}{slug}: needs more than q, k and v; call "
             f"aerogel.attention.attach(model, {slug!r}, ...) instead of naming it"
         )
-    if slug not in _defaults:
-        _defaults[slug] = make_selector(slug)
-    return _defaults[slug]
+    options = configured(slug, getattr(module, "config", None))
+    key = (slug, json.dumps(options, sort_keys=True))
+    if key not in _defaults:
+        made = make_selector(slug, **options)
+        if any(True for _ in made.parameters()):
+            raise ValueError(f"{PREFIX}{slug}: the options {options} need parameters of their own")
+        made.on_name(options)
+        _defaults[key] = made
+    return _defaults[key]
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -225,7 +239,7 @@ def _attention(
     _check_options(options)
     q, k, v = tensors
     state = _states.get(module)
-    selector = _selector(slug, state)
+    selector = _selector(slug, state, module)
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig, load_patterns
@@ -34,6 +34,7 @@ from aerogel.attention.prompt_patterns import (
     VerticalSlashSelector,
 )
 from aerogel.attention.selector import AttentionContext, add_selector
+from aerogel.attention.selector_file import model_fingerprint
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
 
@@ -98,6 +99,14 @@ class MInferenceSelector(PromptSelector):
             "force_local": self.force_local,
             "block": self.block,
         }
+
+    def on_attach(self, model: nn.Module) -> None:
+        """Checks the configuration's layers against the model's."""
+        layers = model_fingerprint(model)["layers"]
+        if self.config is not None and len(self.config.layers) != layers:
+            raise ValueError(
+                f"config: {len(self.config.layers)} layers, but the model has {layers}"
+            )
 
     def patterns(self, layer: int, heads: int) -> list[HeadPattern]:
         """The pattern of every head of a layer.

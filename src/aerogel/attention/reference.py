@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from aerogel.attention.bank_plan import BankPlan
 from aerogel.attention.call import Call
+from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.lowering import lower
 from aerogel.attention.softmax import accumulator, dropout_factors, masked_attention
 
@@ -24,6 +27,8 @@ def reference_attention(
     """
     if isinstance(call.plan, BankPlan):
         raise ValueError("BankPlan has no dense mask; `attend` runs its banks one by one")
+    if isinstance(call.plan, GroupPlan) and call.plan.reduce == "mean":
+        return _mean_of_groups(q, k, v, call, call.plan)
     shape = call.shape
     mask = by_group(call.mask().to(q.device), shape.q_heads, shape.kv_heads)
     bias = call.plan.bias(shape)
@@ -42,6 +47,24 @@ def reference_attention(
         keep=None if keep is None else keep.unflatten(1, (shape.kv_heads, -1)),
     )
     return o.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), p.flatten(1, 2)
+
+
+def _mean_of_groups(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, plan: GroupPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A softmax for each group; a row gets the mean over the groups in which it sees a key."""
+    total = q.new_zeros(*q.shape[:3], v.shape[-1])
+    count, probabilities = q.new_zeros(q.shape[:3]), q.new_zeros(*q.shape[:3], k.shape[2])
+    for n in range(plan.q_idx.shape[2]):
+        one = slice(n, n + 1)
+        group = GroupPlan(plan.q_idx[:, :, one], plan.kv_idx[:, :, one], mask_self=plan.mask_self)
+        o, lse, p = reference_attention(q, k, v, replace(call, plan=group))
+        seen = (~torch.isinf(lse)).to(o.dtype)
+        total, count = total + o * seen[..., None], count + seen
+        probabilities = probabilities + p * seen[..., None].to(p.dtype)
+    lse = torch.where(count > 0, 0.0, -torch.inf)
+    count = count.clamp(min=1)[..., None]
+    return total / count, lse, probabilities / count
 
 
 def by_group(x: Tensor, q_heads: int, kv_heads: int) -> Tensor:

@@ -37,10 +37,12 @@ class RoutingAttention(nn.Module):
         num_mem_kv: learned keys and values per cluster; default 1 if causal and not shared, so
             that no row is empty.
         causal: a token reads no later token.
-        rel_pos: "rope" turns queries and keys by position before they are routed, or "none".
+        rel_pos: "rope" turns queries and keys by position before they are routed, "rope_values"
+            the values of routing heads too (as the PyTorch code by lucidrains), or "none".
         scale: factor of the logits of routing heads, default ``head_dim ** -0.5``; the authors'
             code has 1.0 in effect.
         update: whether training steps move the centroids.
+        bias: whether the projections to queries, keys and values have biases.
         options: further options of `RoutingSelector` (``fit``, ``mask_self``, ``norm``, ...).
 
     Attributes:
@@ -61,9 +63,10 @@ class RoutingAttention(nn.Module):
         share_qk: bool | None = None,
         num_mem_kv: int | None = None,
         causal: bool = True,
-        rel_pos: Literal["rope", "none"] = "rope",
+        rel_pos: Literal["rope", "rope_values", "none"] = "rope",
         scale: float | None = None,
         update: bool = True,
+        bias: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -75,11 +78,11 @@ class RoutingAttention(nn.Module):
             )
         if local_window < 1:
             raise ValueError(f"local_window={local_window}: expected at least 1")
-        if rel_pos not in ("rope", "none"):
-            raise ValueError(f"rel_pos={rel_pos!r}: expected 'rope' or 'none'")
+        if rel_pos not in ("rope", "rope_values", "none"):
+            raise ValueError(f"rel_pos={rel_pos!r}: expected 'rope', 'rope_values' or 'none'")
         self.head_dim = d_model // num_heads
-        if rel_pos == "rope" and self.head_dim % 2:
-            raise ValueError(f"head size {self.head_dim}: expected even for rel_pos='rope'")
+        if rel_pos != "none" and self.head_dim % 2:
+            raise ValueError(f"head size {self.head_dim}: expected even for rel_pos={rel_pos!r}")
         share_qk = causal if share_qk is None else share_qk
         self.num_heads, self.num_local_heads = num_heads, num_local_heads
         self.local_window, self.share_qk, self.causal = local_window, share_qk, causal
@@ -95,9 +98,9 @@ class RoutingAttention(nn.Module):
         memory = (2, routed, num_clusters * num_mem_kv, self.head_dim)
         self.memory = nn.Parameter(torch.randn(memory) * 0.02) if num_mem_kv and routed else None
         keys = num_local_heads if share_qk else num_heads
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, keys * self.head_dim, bias=False) if keys else None
-        self.value = nn.Linear(d_model, d_model, bias=False)
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key = nn.Linear(d_model, keys * self.head_dim, bias=bias) if keys else None
+        self.value = nn.Linear(d_model, d_model, bias=bias)
         self.out = nn.Linear(d_model, d_model)
         self.auxiliary: Tensor | None = None
 
@@ -128,12 +131,15 @@ class RoutingAttention(nn.Module):
         start = 0 if cache is None else int(cache.get_seq_length())
         local = self.num_local_heads
         q, v = self._split(self.query(x)), self._split(self.value(source))
-        if self.rel_pos == "rope" and context is None:
+        rope = self.rel_pos != "none" and context is None
+        if rope:
             q = turn(q, start)
+        if rope and self.rel_pos == "rope_values":
+            v = torch.cat([v[:, :local], turn(v[:, local:], start)], 1)
         keys = []
         if self.key is not None:
             k = self._split(self.key(source))
-            keys.append(turn(k, start) if self.rel_pos == "rope" and context is None else k)
+            keys.append(turn(k, start) if rope else k)
         if self.share_qk:
             keys.append(q[:, local:])
         k = torch.cat(keys, 1)

@@ -42,7 +42,7 @@ class RoutingSelector(Selector):
         window: tokens w that each cluster takes; default n / c.
         context_window: keys that each cluster takes in cross attention; default keys / c.
         share_qk: queries are the keys, so one list serves both.
-        mask_self: a token does not attend to itself.
+        mask_self: a token attends to itself only where it sees nothing else of its cluster.
         causal_selection: clusters are filled for every token from the tokens up to it.
         fit: shorter sequences take a smaller window, and n need not be a multiple of c; else
             both are errors.
@@ -95,7 +95,8 @@ class RoutingSelector(Selector):
         return loss if self.share_qk else loss + self.kmeans(ctx.k, False, ctx.key_padding)[2]
 
     def _similarities(self, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
-        keys = self.kmeans.similarity(ctx.k)
+        groups = ctx.shape.q_heads // ctx.shape.kv_heads
+        keys = self.kmeans.similarity(ctx.k.repeat_interleave(groups, 1))
         if self.share_qk:
             return keys, keys
         return self.kmeans.similarity(ctx.q), keys

@@ -33,6 +33,9 @@ from aerogel.attention.selector_file import model_fingerprint
 class S2Selector(Selector):
     """The same shards in every layer but the dense ones; works in training and in decoding.
 
+    A model that is built with it has its options in ``config.aerogel_s2``; then the name
+    "aerogel:s2" is all that loading it takes.
+
     Args:
         block: see `LocalStridePattern`.
         local_blocks: the same.
@@ -51,6 +54,8 @@ class S2Selector(Selector):
     """
 
     slug = "s2-attention"
+    alias = "s2"
+    config_key = "aerogel_s2"
 
     def __init__(
         self,
@@ -117,6 +122,21 @@ class S2Selector(Selector):
 
     def on_attach(self, model: nn.Module) -> None:
         """Checks the sizes against the model's, whose query heads set the default step."""
+        transformer: Any = model
+        if getattr(transformer.config.get_text_config(decoder=True), self.config_key, None) is None:
+            _warn_of_dense()
         sizes = model_fingerprint(model)
         self._q_heads = sizes["q_heads"]
         self.pattern(sizes["q_heads"], sizes["kv_heads"])
+
+    def on_name(self, options: dict[str, Any]) -> None:
+        if not options:
+            _warn_of_dense()
+
+
+def _warn_of_dense() -> None:
+    warnings.warn(
+        "the model's configuration has no aerogel_s2, so it was not trained on shards: a model "
+        "trained densely loses by them",
+        stacklevel=3,
+    )

@@ -79,6 +79,9 @@ class Selector(nn.Module):
     """
 
     slug: ClassVar[str] = ""
+    alias: ClassVar[str] = ""  # a second name
+    config_key: ClassVar[str] = ""  # attribute of a model's configuration that holds the options
+    built_in: ClassVar[bool] = False  # only for models whose configuration has that attribute
     needs: ClassVar[frozenset[str]] = frozenset()
     differentiable: ClassVar[bool] = False
 
@@ -99,6 +102,9 @@ class Selector(nn.Module):
         Raises:
             ValueError: the selector does not fit the model.
         """
+
+    def on_name(self, options: dict[str, Any]) -> None:
+        """Called once when models use it by name, with what their configuration holds."""
 
     def attention(self, ctx: AttentionContext, **options: Any) -> Tensor | None:
         """(B, Hq, Lq, Dv), for weights that are no softmax over a plan; None: the engine attends.
@@ -146,6 +152,9 @@ class Entry(NamedTuple):
 SELECTORS: dict[str, Entry] = {}
 """Every selector by its slug."""
 
+ALIASES: dict[str, str] = {}
+"""Slugs by their second names."""
+
 # transformers dispatches on these parts of an implementation's name.
 _RESERVED = ("/", "sdpa", "flash", "flex_attention")
 
@@ -164,7 +173,26 @@ def add_selector(kind: type[Selector]) -> type[Selector]:
     if not kind.needs <= NEEDS:
         raise ValueError(f"needs={set(kind.needs)}: expected some of {set(NEEDS)}")
     SELECTORS[slug] = Entry(kind, kind.needs)
+    if kind.alias:
+        ALIASES[kind.alias] = slug
     return kind
+
+
+def configured(slug: str, config: Any) -> dict[str, Any]:
+    """A selector's options as a model's configuration holds them, such as ``config.aerogel_s2``.
+
+    Raises:
+        ValueError: it holds none, and the selector is only for models that were built with it.
+    """
+    kind = SELECTORS[slug].factory
+    key = getattr(kind, "config_key", "")
+    found = getattr(config, key, None) if key else None
+    if found is None and getattr(kind, "built_in", False):
+        raise ValueError(
+            f"{slug}: expected a model that was built with it, which means nothing to one trained "
+            f"densely; set config.{key} = {{...}} before the model is made"
+        )
+    return dict(found or {})
 
 
 def make_selector(slug: str, **options: Any) -> Selector:
@@ -173,6 +201,7 @@ def make_selector(slug: str, **options: Any) -> Selector:
     Raises:
         ValueError: no selector has this name.
     """
+    slug = ALIASES.get(slug, slug)
     if slug not in SELECTORS:
         raise ValueError(f"selector={slug!r}: expected one of {sorted(SELECTORS)}")
     return SELECTORS[slug].factory(**options)

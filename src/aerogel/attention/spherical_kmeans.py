@@ -31,6 +31,8 @@ class SphericalKMeans(nn.Module):
             (vectors and centroids of length 1).
         init: "lloyd": ten steps of k-means on the first batch; "random": normalised noise.
         frozen: never update: random directions, for comparison.
+        ema: centroids are moving means; else they are parameters, drawn to their vectors by a
+            second term of the loss.
 
     Raises:
         ValueError: a size, factor or name is out of range.
@@ -51,6 +53,7 @@ class SphericalKMeans(nn.Module):
         norm: Literal["layernorm", "l2"] = "layernorm",
         init: Literal["lloyd", "random"] = "lloyd",
         frozen: bool = False,
+        ema: bool = True,
     ) -> None:
         super().__init__()
         if min(num_heads, num_clusters, dim) < 1:
@@ -67,8 +70,12 @@ class SphericalKMeans(nn.Module):
                 f"norm={norm!r}, init={init!r}: expected 'layernorm' or 'l2', 'lloyd' or 'random'"
             )
         self.decay, self.commitment, self.norm, self.frozen = decay, commitment, norm, frozen
+        self.ema = ema
         mu = self.normalise(torch.randn(num_heads, num_clusters, dim))
-        self.register_buffer("mu", mu)
+        if ema or frozen:
+            self.register_buffer("mu", mu)
+        else:
+            self.mu = nn.Parameter(mu)
         self.register_buffer("ema_count", torch.ones(num_heads, num_clusters))
         self.register_buffer("ema_sum", mu.clone())
         self.register_buffer("initialised", torch.tensor(init == "random" or frozen))
@@ -95,7 +102,8 @@ class SphericalKMeans(nn.Module):
 
         Returns:
             similarity (B, H, n, c) before the update, nearest centroid (B, H, n) int64, and the
-            commitment loss, a scalar with gradient to `x` only.
+            commitment loss, a scalar with gradient to `x` only (without `ema` the centroids' loss
+            is added, with gradient to them).
 
         Raises:
             ValueError: `update` in eval mode, or a centroid is not finite.
@@ -110,10 +118,13 @@ class SphericalKMeans(nn.Module):
                 self._start(x, real)
             similarity = self.similarity(x.detach())
             nearest = similarity.argmax(-1)
-            own = self._own(nearest)
-        spread = ((x - own.to(x.dtype)) ** 2).mean(-1)
-        loss = self.commitment * (spread * real).sum() / real.sum().clamp(min=1)
-        if update and not self.frozen:
+        own = self._own(nearest).to(x.dtype)
+        tokens = real.sum().clamp(min=1)
+        spread = ((x - own.detach()) ** 2).mean(-1)
+        loss = self.commitment * (spread * real).sum() / tokens
+        if self.mu.requires_grad:
+            loss = loss + (((x.detach() - own) ** 2).mean(-1) * real).sum() / tokens
+        if update and self.ema and not self.frozen:
             with torch.no_grad():
                 self._learn(x, nearest, real)
         return similarity, nearest, loss

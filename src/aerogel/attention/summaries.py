@@ -15,6 +15,7 @@ from aerogel.attention.bank_plan import Bank
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.engine import attend
 from aerogel.attention.plan import Plan
+from aerogel.kernels.attention_call import MAX_BLOCK_Q
 
 Pooling = Literal["max", "mean", "sum"]
 POOLINGS = ("max", "mean", "sum")
@@ -38,11 +39,42 @@ class Summaries(NamedTuple):
         return Bank(plan, self.k, self.v, "none", self.real)
 
 
-def run_plan(length: int, size: int, device: torch.device, rows: int | None = None) -> BlockPlan:
-    """Every run of `size` tokens reads itself: `rows` query rows a run, default `size`."""
+def run_plan(length: int, size: int, device: torch.device) -> BlockPlan:
+    """Every run of `size` tokens reads itself."""
     runs = -(-length // size)
-    ptr = torch.arange(runs + 1, device=device).view(1, 1, -1)
-    return BlockPlan(size if rows is None else rows, size, ptr, ptr.flatten()[:-1].int())
+    start = torch.arange(runs, device=device)[:, None] * size
+    return _of_tiles(start, torch.full_like(start, size), size, length)
+
+
+def others_plan(length: int, size: int, device: torch.device, own: bool | None = None) -> BlockPlan:
+    """The queries of every run of `size` tokens read the summaries of other runs.
+
+    Args:
+        length: tokens.
+        size: tokens of a run.
+        device: of the plan.
+        own: None: earlier runs only; True or False: all runs, with or without the own one.
+    """
+    count = -(-length // size)
+    number = torch.arange(count, device=device)
+    if own is None:
+        first, reach = torch.zeros_like(number)[:, None], number[:, None]
+    elif own:
+        first, reach = torch.zeros_like(number)[:, None], torch.full_like(number, count)[:, None]
+    else:
+        first = torch.stack([torch.zeros_like(number), number + 1], -1)
+        reach = torch.stack([number, count - 1 - number], -1)
+    return _of_tiles(first, reach, size, length)
+
+
+def _of_tiles(first: Tensor, reach: Tensor, size: int, length: int) -> BlockPlan:
+    """Ranges (runs, K) for the rows of every run, in tiles that kernels take."""
+    tile = next(n for n in range(min(size, MAX_BLOCK_Q), 0, -1) if size % n == 0)
+    tiles = -(-length // tile)
+    first, reach = (
+        t.repeat_interleave(size // tile, 0)[None, None, :tiles] for t in (first, reach)
+    )
+    return BlockPlan.from_ranges(first, reach, tile, tile)
 
 
 def pool(x: Tensor, size: int, how: Pooling, key_padding: Tensor | None = None) -> Tensor:
@@ -79,6 +111,7 @@ def combiner_summary(
     key_padding: Tensor | None = None,
     pooled_from: tuple[Tensor, Tensor] | None = None,
     share_over_group: bool = False,
+    dropout_p: float = 0.0,
 ) -> Summaries:
     """Summaries of consecutive runs of `size` tokens; differentiable.
 
@@ -95,6 +128,7 @@ def combiner_summary(
         pooled_from: queries and keys to pool instead of `q` and `k` (learned maps of them).
         share_over_group: pool queries over the heads that share a key head too; the summaries then
             have Hkv heads.
+        dropout_p: of the weights inside the runs.
 
     Returns:
         Summaries of ceil(L / size) runs.
@@ -106,8 +140,12 @@ def combiner_summary(
         queries = {"max": grouped.amax, "mean": grouped.mean, "sum": grouped.sum}[how](2)
     else:
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    plan = run_plan(k.shape[2], size, k.device, rows=1)
-    values = attend(queries, k, v, plan=plan, scale=scale, key_padding=key_padding, validate=False)
+    runs = torch.arange(queries.shape[2], device=k.device)[None, None, :, None]
+    plan = BlockPlan.from_ranges(runs * size, torch.full_like(runs, size), 1, size)
+    values = attend(
+        queries, k, v, plan=plan, scale=scale, key_padding=key_padding, validate=False,
+        dropout_p=dropout_p,
+    )  # fmt: skip
     assert isinstance(values, Tensor)
     real = None if key_padding is None else _runs(key_padding, k, size).any(-1)[:, 0]
     return Summaries(keys, values, real)
@@ -121,6 +159,7 @@ def running_summary(
     *,
     scale: float | None = None,
     key_padding: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Summaries:
     """For every token, the summary (by maximum) of its run up to and including it.
 
@@ -131,6 +170,7 @@ def running_summary(
         size: tokens of a run; L is a multiple.
         scale: factor of the logits, default ``D ** -0.5``.
         key_padding: (B, L) bool, True at real tokens.
+        dropout_p: of the weights inside the runs.
 
     Returns:
         Summaries of L starts of runs.
@@ -145,7 +185,8 @@ def running_summary(
         tops.append(top if real is None else top.masked_fill(~real[:, None, :, None], 0))
     plan = run_plan(k.shape[2], size, k.device)
     values = attend(
-        tops[0], k, v, plan=plan, scale=scale, causal=True, key_padding=key_padding, validate=False
-    )
+        tops[0], k, v, plan=plan, scale=scale, causal=True, key_padding=key_padding,
+        validate=False, dropout_p=dropout_p,
+    )  # fmt: skip
     assert isinstance(values, Tensor)
     return Summaries(tops[1].repeat_interleave(q.shape[1] // k.shape[1], 1), values, real)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,16 +15,25 @@ class DecoderBlock(nn.Module):
         attention: (batch, n, dim) and keyword arguments to (batch, n, dim).
         dropout: of both branches.
         hidden: width of the perceptron, default four times `dim`.
+        activation: of the perceptron, "gelu" or "relu".
+        norm_eps: of both normalisations.
     """
 
     def __init__(
-        self, dim: int, attention: nn.Module, dropout: float = 0.0, hidden: int | None = None
+        self,
+        dim: int,
+        attention: nn.Module,
+        dropout: float = 0.0,
+        hidden: int | None = None,
+        activation: Literal["gelu", "relu"] = "gelu",
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        self.before, self.between = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.before, self.between = (nn.LayerNorm(dim, eps=norm_eps) for _ in range(2))
         self.attention = attention
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        middle = nn.GELU() if activation == "gelu" else nn.ReLU()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), middle, nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:

@@ -27,7 +27,8 @@ def s2_decoder(config: Any, *, dense_layers: Iterable[int] = (0, 1), **pattern: 
     Returns:
         The transformers model, attached; `aerogel.attention.detach` makes it dense, and
         `aerogel.attention.cache.AerogelCache(model)` is the cache that drops what no head reads
-        again.
+        again. Its configuration keeps the pattern: once saved, it loads by
+        ``attn_implementation="aerogel:s2"``.
 
     Raises:
         ValueError: a size is out of range, or there is no such layer.
@@ -40,6 +41,8 @@ def s2_decoder(config: Any, *, dense_layers: Iterable[int] = (0, 1), **pattern: 
     numbers = tuple(dense_layers)
     if any(not 0 <= number < layers for number in numbers):
         raise ValueError(f"dense_layers={numbers}: expected numbers from 0 to {layers - 1}")
+    selector = S2Selector(dense_layers=numbers, **pattern)
+    config.get_text_config(decoder=True).aerogel_s2 = selector.options()
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    attach(model, S2Selector(dense_layers=numbers, **pattern))
+    attach(model, selector)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,45 @@ class LongConv(nn.Module):
         self.skip = nn.Parameter(torch.randn(d))
         self.conv = FlashFFTConv(transform_length(length))
         self.project = nn.Linear(d, 2 * d)
+
+    @classmethod
+    def from_published(
+        cls, state_dict: Mapping[str, Tensor], *, squash: float = 0.1, dropout: float = 0.1
+    ) -> LongConv:
+        """The authors' layer (``LongConv`` of ``flashfftconv_long_convs.py``) from its weights.
+
+        Its filters have twice as many taps as the sequence: the later half reaches ahead, as the
+        transform is circular.
+
+        Args:
+            state_dict: ``D``, ``kernel`` and ``output_linear.0.*``; ``flashfftconv.*`` is left out.
+            squash: its ``kernel_lam``.
+            dropout: its own.
+
+        Raises:
+            ValueError: other weights, or more than one channel.
+        """
+        names = {
+            "D": "skip",
+            "kernel": "kernel",
+            "output_linear.0.weight": "project.weight",
+            "output_linear.0.bias": "project.bias",
+        }
+        given = {k: v for k, v in state_dict.items() if not k.startswith("flashfftconv.")}
+        if set(given) != set(names):
+            raise ValueError(f"state_dict: {sorted(given)}, expected {sorted(names)}")
+        if given["kernel"].dim() != 3 or len(given["kernel"]) != 1 or given["kernel"].shape[2] % 2:
+            raise ValueError(
+                f"kernel: shape {tuple(given['kernel'].shape)}, expected (1, channels, twice the "
+                "length)"
+            )
+        given |= {name: given[name][0] for name in ("D", "kernel")}
+        d, taps = given["kernel"].shape
+        made = cls(d, taps // 2, squash=squash, dropout=dropout)
+        made.kernel = nn.Parameter(torch.empty_like(given["kernel"]))
+        made.conv = FlashFFTConv(taps)
+        made.load_state_dict({names[name]: weight for name, weight in given.items()})
+        return made
 
     def filters(self) -> Tensor:
         """(d, taps): the filters in force."""
