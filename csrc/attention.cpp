@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -103,6 +104,11 @@ std::vector<AttendTask> query_tasks(const AttendArgs& a) {
   return tasks;
 }
 
+// Queries of the largest task.
+int64_t most_columns(const AttendArgs& a) {
+  return heads_together(a) * std::min(a.block_q, a.q_len);
+}
+
 int64_t columns_of(const AttendTask& t) {
   return t.heads * std::min(t.args->block_q, t.args->q_len);
 }
@@ -140,26 +146,28 @@ void cut_parts(const AttendTask& task, std::vector<AttendTask>& parts) {
   parts.push_back(part);
 }
 
-void run_decode(const AttendArgs& a, const std::vector<AttendTask>& tasks, int threads) {
+void run_decode(const AttendArgs& a, std::vector<AttendTask>& tasks, int threads) {
   const AttendKernels& kernels = *active_table().attention;
+  const int64_t columns = most_columns(a), size = attend_part(a, columns);
   std::vector<AttendTask> parts;
   std::vector<int64_t> first{0};
-  for (const AttendTask& task : tasks) {
+  for (AttendTask& task : tasks) {
+    task.part_columns = columns;
     cut_parts(task, parts);
     first.push_back(static_cast<int64_t>(parts.size()));
   }
-  std::vector<float> results(parts.size() * attend_part(a));
-  const int64_t floats = attend_scratch(a, kDecodeColumns, false);
+  std::vector<float> results(parts.size() * size);
+  const int64_t floats = attend_scratch(a, columns, false);
   parallel_tasks(static_cast<int64_t>(parts.size()), threads, [&](int64_t i) {
     thread_local Scratch scratch;
     AttendTask t = parts[i];
-    t.part = results.data() + i * attend_part(a);
+    t.part = results.data() + i * size;
     t.scratch = scratch.at_least(floats);
     kernels.decode(t);
   });
   Scratch scratch;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    AttendMerge merge{tasks[i], results.data() + first[i] * attend_part(a),
+    AttendMerge merge{tasks[i], results.data() + first[i] * size,
                       first[i + 1] - first[i]};
     merge.task.scratch = scratch.at_least(floats);
     kernels.decode_merge(merge);
@@ -202,7 +210,8 @@ void attend_forward(const AttendArgs& a, int threads) {
   check_tiles(a);
   if (a.batches == 0 || a.q_len == 0) return;
   std::vector<AttendTask> tasks = query_tasks(a);
-  if (heads_together(a) * std::min(a.block_q, a.q_len) <= kDecodeColumns) {
+  static const int64_t limit = std::getenv("TMPCOLS") ? std::atoi(std::getenv("TMPCOLS")) : kDecodeColumns;
+  if (most_columns(a) <= limit) {
     run_decode(a, tasks, threads);
   } else {
     run_forward(tasks, threads);

@@ -293,8 +293,9 @@ def test_sparse_steps_with_a_cache_are_the_rows_of_a_sparse_prompt():
     ids = prompts()[0][:1]
     channels = calibrate_channels(model, [WINDOWS], "qk")
     selector = DoubleSparsitySelector(
-        channels, heavy_tokens=6, group_factor=2, dense_layers=(0,), sparse_prefill=True
-    )
+        channels, heavy_tokens=6, group_factor=2, dense_layers=(0,), sparse_prefill=True,
+        dense_when_short=False,
+    )  # fmt: skip
     attach(model, selector)
     with torch.no_grad():
         whole = model(ids).logits
