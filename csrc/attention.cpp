@@ -2,7 +2,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -18,6 +17,8 @@ namespace {
 constexpr int64_t kTaskColumns = 256;  // queries of one task, unless one head's tile has more
 constexpr int64_t kMostColumns = 512;  // whose panels fit in a task's table on every machine
 constexpr int64_t kPartKeys = 1024;    // keys in one part of a decoded list
+constexpr int64_t kPanelPartKeys = 2048;  // the same where queries fill panels,
+constexpr size_t kFewTasks = 8;           // and so few lists are there that threads would idle
 constexpr int64_t kSegmentsPerThread = 2;  // of the keys, where heads do not give work enough
 constexpr int64_t kSegmentKeys = 64;       // at least so many keys in one
 
@@ -129,12 +130,12 @@ void run_forward(std::vector<AttendTask>& tasks, int threads) {
 }
 
 // The parts of a task's list, at least one; cut between tiles.
-void cut_parts(const AttendTask& task, std::vector<AttendTask>& parts) {
+void cut_parts(const AttendTask& task, int64_t part_keys, std::vector<AttendTask>& parts) {
   const AttendArgs& a = *task.args;
   AttendTask part = task;
   int64_t keys = 0;
   for (int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
-    if (keys >= kPartKeys) {
+    if (keys >= part_keys) {
       part.tile_end = tile;
       parts.push_back(part);
       part.tile_begin = tile;
@@ -146,14 +147,26 @@ void cut_parts(const AttendTask& task, std::vector<AttendTask>& parts) {
   parts.push_back(part);
 }
 
-void run_decode(const AttendArgs& a, std::vector<AttendTask>& tasks, int threads) {
+// Whether threads could be left without work: the number of threads plays no part, so that it
+// changes no result.
+bool has_few_long_lists(const AttendArgs& a, const std::vector<AttendTask>& tasks) {
+  if (tasks.size() >= kFewTasks) return false;
+  return std::any_of(tasks.begin(), tasks.end(), [&](const AttendTask& t) {
+    return std::accumulate(a.length + t.tile_begin, a.length + t.tile_end, int64_t{0}) >
+           kPanelPartKeys;
+  });
+}
+
+// Cuts every list into parts of `part_keys` and merges what `kernel` finds in them, in order.
+void run_parts(const AttendArgs& a, std::vector<AttendTask>& tasks,
+               void (*kernel)(const AttendTask&), int64_t part_keys, int threads) {
   const AttendKernels& kernels = *active_table().attention;
   const int64_t columns = most_columns(a), size = attend_part(a, columns);
   std::vector<AttendTask> parts;
   std::vector<int64_t> first{0};
   for (AttendTask& task : tasks) {
     task.part_columns = columns;
-    cut_parts(task, parts);
+    cut_parts(task, part_keys, parts);
     first.push_back(static_cast<int64_t>(parts.size()));
   }
   std::vector<float> results(parts.size() * size);
@@ -163,7 +176,7 @@ void run_decode(const AttendArgs& a, std::vector<AttendTask>& tasks, int threads
     AttendTask t = parts[i];
     t.part = results.data() + i * size;
     t.scratch = scratch.at_least(floats);
-    kernels.decode(t);
+    kernel(t);
   });
   Scratch scratch;
   for (size_t i = 0; i < tasks.size(); ++i) {
@@ -210,9 +223,11 @@ void attend_forward(const AttendArgs& a, int threads) {
   check_tiles(a);
   if (a.batches == 0 || a.q_len == 0) return;
   std::vector<AttendTask> tasks = query_tasks(a);
-  static const int64_t limit = std::getenv("TMPCOLS") ? std::atoi(std::getenv("TMPCOLS")) : kDecodeColumns;
-  if (most_columns(a) <= limit) {
-    run_decode(a, tasks, threads);
+  const AttendKernels& kernels = *active_table().attention;
+  if (most_columns(a) <= kDecodeColumns) {
+    run_parts(a, tasks, kernels.decode, kPartKeys, threads);
+  } else if (has_few_long_lists(a, tasks)) {
+    run_parts(a, tasks, kernels.forward, kPanelPartKeys, threads);
   } else {
     run_forward(tasks, threads);
   }

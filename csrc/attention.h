@@ -86,7 +86,7 @@ struct AttendTask {
   int64_t tile_begin, tile_end;  // of the stream
   int64_t key_begin, key_end;
   float* scratch;
-  float* part;             // decode: this part's maxima, totals and sums of values
+  float* part;             // if the list is cut: this part's maxima, totals and sums of values
   int64_t part_columns;    // room in a part
   bool grad_q, grad_kv;    // backward: which of them
   int64_t bias_copy;
