@@ -127,7 +127,9 @@ class OffloadedCacheLayer(LabelCacheLayer):
             causal=False, keep_own=False, key_padding=padding,
         )  # fmt: skip
         keys, found = keys[:, :, 0].long(), found[:, :, 0]
-        return keys.masked_fill(torch.arange(keys.shape[-1], device=keys.device) >= found[..., None], -1)
+        return keys.masked_fill(
+            torch.arange(keys.shape[-1], device=keys.device) >= found[..., None], -1
+        )
 
     def attend(
         self,

@@ -247,8 +247,8 @@ class SpanCacheLayer(CountedCacheLayer):
         group = q.shape[1] // kv_heads
         if self._steady is None or self._steady[0] != group:
             stream = lower_ranges(
-                torch.arange(kv_heads + 1), self.offsets[:-1], self.offsets.diff(), Bp=1, Hp=kv_heads,
-                block_q=group, q_len=group, k_len=int(self.offsets[-1]),
+                torch.arange(kv_heads + 1), self.offsets[:-1], self.offsets.diff(), Bp=1,
+                Hp=kv_heads, block_q=group, q_len=group, k_len=int(self.offsets[-1]),
             )  # fmt: skip
             self._steady = (group, stream)
         o, lse = attention_forward(
