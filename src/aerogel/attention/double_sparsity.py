@@ -245,8 +245,8 @@ class DoubleSparsitySelector(Selector):
         )[0]
 
     def _fuses(self, ctx: AttentionContext, options: dict[str, Any]) -> bool:
-        tensors = (ctx.q, ctx.k, ctx.v, ctx.key_padding)
-        quiet = not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors[:3])  # type: ignore[union-attr]
+        learns = any(t.requires_grad for t in (ctx.q, ctx.k, ctx.v))
+        quiet = not torch.is_grad_enabled() or not learns
         return (
             ctx.is_decode
             and ctx.shape.causal
@@ -255,7 +255,7 @@ class DoubleSparsitySelector(Selector):
             and not options.get("dropout_p")
             and "mask" not in ctx.info
             and ctx.q.dtype != torch.float64
-            and kernels.selects_natively(*tensors)
+            and kernels.selects_natively(ctx.q, ctx.k, ctx.v, ctx.key_padding)
         )
 
     def reads_all(self, shape: AttentionShape, size: int) -> bool:

@@ -303,7 +303,7 @@ def _check_labels(query: Tensor, labels: Tensor, span: Tensor | None, bits: int)
             f"labels: {tuple(labels.shape)} of {bits} bits with queries {tuple(query.shape)}, "
             "expected the same batch and channels, and heads that divide theirs"
         )
-    if coded and (labels.dtype != torch.uint8 or span.shape != (*labels.shape[:3], 2)):
+    if span is not None and (labels.dtype != torch.uint8 or span.shape != (*labels.shape[:3], 2)):
         raise ValueError(
             f"span: {tuple(span.shape)} with {labels.dtype} codes, expected "
             f"{(*labels.shape[:3], 2)} and uint8"
@@ -318,7 +318,7 @@ def _label_args(
     query = (query.to(torch.float32) * width**-0.5).contiguous()
     labels = _dense_rows(labels)
     kind = _TYPES[labels.dtype] if span is None else _CODES[bits]
-    spans = (0, 0, 0)
+    spans: tuple[int, ...] = (0, 0, 0)
     if span is not None:
         span = _dense_rows(span.to(torch.float32))
         spans = (span.data_ptr(), *span.stride()[:2])
