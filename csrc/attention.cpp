@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kTaskColumns = 256;  // queries of one task, unless one head's tile has more
 constexpr int64_t kMostColumns = 512;  // whose panels fit in a task's table on every machine
 constexpr int64_t kPartKeys = 1024;    // keys in one part of a decoded list
+constexpr int64_t kPanelPartKeys = 2048;  // the same where queries fill panels,
+constexpr size_t kFewTasks = 8;           // and so few lists are there that threads would idle
 constexpr int64_t kSegmentsPerThread = 2;  // of the keys, where heads do not give work enough
 constexpr int64_t kSegmentKeys = 64;       // at least so many keys in one
 
@@ -103,6 +105,11 @@ std::vector<AttendTask> query_tasks(const AttendArgs& a) {
   return tasks;
 }
 
+// Queries of the largest task.
+int64_t most_columns(const AttendArgs& a) {
+  return heads_together(a) * std::min(a.block_q, a.q_len);
+}
+
 int64_t columns_of(const AttendTask& t) {
   return t.heads * std::min(t.args->block_q, t.args->q_len);
 }
@@ -123,12 +130,12 @@ void run_forward(std::vector<AttendTask>& tasks, int threads) {
 }
 
 // The parts of a task's list, at least one; cut between tiles.
-void cut_parts(const AttendTask& task, std::vector<AttendTask>& parts) {
+void cut_parts(const AttendTask& task, int64_t part_keys, std::vector<AttendTask>& parts) {
   const AttendArgs& a = *task.args;
   AttendTask part = task;
   int64_t keys = 0;
   for (int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
-    if (keys >= kPartKeys) {
+    if (keys >= part_keys) {
       part.tile_end = tile;
       parts.push_back(part);
       part.tile_begin = tile;
@@ -140,26 +147,40 @@ void cut_parts(const AttendTask& task, std::vector<AttendTask>& parts) {
   parts.push_back(part);
 }
 
-void run_decode(const AttendArgs& a, const std::vector<AttendTask>& tasks, int threads) {
+// Whether threads could be left without work: the number of threads plays no part, so that it
+// changes no result.
+bool has_few_long_lists(const AttendArgs& a, const std::vector<AttendTask>& tasks) {
+  if (tasks.size() >= kFewTasks) return false;
+  return std::any_of(tasks.begin(), tasks.end(), [&](const AttendTask& t) {
+    return std::accumulate(a.length + t.tile_begin, a.length + t.tile_end, int64_t{0}) >
+           kPanelPartKeys;
+  });
+}
+
+// Cuts every list into parts of `part_keys` and merges what `kernel` finds in them, in order.
+void run_parts(const AttendArgs& a, std::vector<AttendTask>& tasks,
+               void (*kernel)(const AttendTask&), int64_t part_keys, int threads) {
   const AttendKernels& kernels = *active_table().attention;
+  const int64_t columns = most_columns(a), size = attend_part(a, columns);
   std::vector<AttendTask> parts;
   std::vector<int64_t> first{0};
-  for (const AttendTask& task : tasks) {
-    cut_parts(task, parts);
+  for (AttendTask& task : tasks) {
+    task.part_columns = columns;
+    cut_parts(task, part_keys, parts);
     first.push_back(static_cast<int64_t>(parts.size()));
   }
-  std::vector<float> results(parts.size() * attend_part(a));
-  const int64_t floats = attend_scratch(a, kDecodeColumns, false);
+  std::vector<float> results(parts.size() * size);
+  const int64_t floats = attend_scratch(a, columns, false);
   parallel_tasks(static_cast<int64_t>(parts.size()), threads, [&](int64_t i) {
     thread_local Scratch scratch;
     AttendTask t = parts[i];
-    t.part = results.data() + i * attend_part(a);
+    t.part = results.data() + i * size;
     t.scratch = scratch.at_least(floats);
-    kernels.decode(t);
+    kernel(t);
   });
   Scratch scratch;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    AttendMerge merge{tasks[i], results.data() + first[i] * attend_part(a),
+    AttendMerge merge{tasks[i], results.data() + first[i] * size,
                       first[i + 1] - first[i]};
     merge.task.scratch = scratch.at_least(floats);
     kernels.decode_merge(merge);
@@ -202,8 +223,11 @@ void attend_forward(const AttendArgs& a, int threads) {
   check_tiles(a);
   if (a.batches == 0 || a.q_len == 0) return;
   std::vector<AttendTask> tasks = query_tasks(a);
-  if (heads_together(a) * std::min(a.block_q, a.q_len) <= kDecodeColumns) {
-    run_decode(a, tasks, threads);
+  const AttendKernels& kernels = *active_table().attention;
+  if (most_columns(a) <= kDecodeColumns) {
+    run_parts(a, tasks, kernels.decode, kPartKeys, threads);
+  } else if (has_few_long_lists(a, tasks)) {
+    run_parts(a, tasks, kernels.forward, kPanelPartKeys, threads);
   } else {
     run_forward(tasks, threads);
   }

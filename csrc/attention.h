@@ -86,7 +86,8 @@ struct AttendTask {
   int64_t tile_begin, tile_end;  // of the stream
   int64_t key_begin, key_end;
   float* scratch;
-  float* part;             // decode: this part's maxima, totals and sums of values
+  float* part;             // if the list is cut: this part's maxima, totals and sums of values
+  int64_t part_columns;    // room in a part
   bool grad_q, grad_kv;    // backward: which of them
   int64_t bias_copy;
 };
@@ -114,8 +115,9 @@ __attribute__((always_inline)) inline int64_t attend_scratch(const AttendArgs& a
   const int64_t step = kStepKeys * (dims + 3 * 64) + 64 * 16;
   return panels + step + 64 * dims;
 }
-__attribute__((always_inline)) inline int64_t attend_part(const AttendArgs& a) {
-  return kDecodeColumns * (padded_dim(a.value_dim) + 2);
+__attribute__((always_inline)) inline int64_t attend_part(const AttendArgs& a,
+                                                          int64_t columns) {
+  return columns * (padded_dim(a.value_dim) + 2);
 }
 
 // All of it. Throws std::invalid_argument if a tile leaves the keys.

@@ -225,11 +225,11 @@ AEROGEL_NOINLINE void decode_keys(const AttendTask& t, const Columns& columns,
   }
 }
 
-// A part: kDecodeColumns maxima and totals, then the sums.
-AEROGEL_INLINE void bind_part(float* part, DecodeState& state) {
-  state.maximum = part;
-  state.total = part + kDecodeColumns;
-  state.sums = part + 2 * kDecodeColumns;
+// A part: maxima and totals of all columns, then the sums.
+AEROGEL_INLINE void bind_part(const AttendTask& t, DecodeState& state) {
+  state.maximum = t.part;
+  state.total = t.part + t.part_columns;
+  state.sums = t.part + 2 * t.part_columns;
 }
 
 void decode_part(const AttendTask& t) {
@@ -238,12 +238,12 @@ void decode_part(const AttendTask& t) {
   Carver carver{t.scratch};
   DecodeState state{};
   state.columns = columns.count;
-  state.queries = carver.take(kDecodeColumns * padded_dim(a.dim));
-  state.scores = carver.take(kDecodeColumns * kStepKeys);
-  state.factor = carver.take(kDecodeColumns);
-  state.position = carver.take(kDecodeColumns);
-  state.lower = carver.take(kDecodeColumns);
-  bind_part(t.part, state);
+  state.queries = carver.take(columns.count * padded_dim(a.dim));
+  state.scores = carver.take(columns.count * kStepKeys);
+  state.factor = carver.take(columns.count);
+  state.position = carver.take(columns.count);
+  state.lower = carver.take(columns.count);
+  bind_part(t, state);
   const int64_t dim = padded_dim(a.dim), value_dim = padded_dim(a.value_dim);
   for (int64_t c = 0; c < columns.count; ++c) {
     float* const row = state.queries + c * dim;
@@ -266,21 +266,21 @@ void decode_merge(const AttendMerge& merge) {
   const AttendTask& t = merge.task;
   const AttendArgs& a = *t.args;
   const Columns columns(t);
-  const int64_t stride = padded_dim(a.value_dim);
+  const int64_t stride = padded_dim(a.value_dim), size = attend_part(a, t.part_columns);
   float* const sums = t.scratch;
   for (int64_t c = 0; c < columns.count; ++c) {
     float maximum = -kInfinity, total = 0.0f;
     for (int64_t i = 0; i < merge.count; ++i) {
-      const float own = merge.parts[i * attend_part(a) + c];
+      const float own = merge.parts[i * size + c];
       maximum = own > maximum ? own : maximum;
     }
     for (int64_t d = 0; d < stride; ++d) sums[d] = 0.0f;
     for (int64_t i = 0; i < merge.count; ++i) {
-      const float* const part = merge.parts + i * attend_part(a);
+      const float* const part = merge.parts + i * size;
       const float own = part[c], shift = maximum > -kInfinity ? maximum : 0.0f;
       const float factor = __builtin_exp2f(own - shift);
-      total += part[kDecodeColumns + c] * factor;
-      const float* const from = part + 2 * kDecodeColumns + c * stride;
+      total += part[t.part_columns + c] * factor;
+      const float* const from = part + 2 * t.part_columns + c * stride;
       for (int64_t d = 0; d < a.value_dim; ++d) sums[d] += from[d] * factor;
     }
     const int64_t head = columns.head(t, c), query = columns.query(c);

@@ -351,9 +351,22 @@ AEROGEL_INLINE void begin_panel(const AttendTask& t, const Columns& columns, Att
   for (int64_t i = 0; i < t.args->value_dim * width; ++i) p.sums[i] = 0.0f;
 }
 
+// What one part of a list leaves: maxima, totals and sums of this panel's columns.
+AEROGEL_NOINLINE void put_part(const AttendTask& t, const AttendPanel& p, float* scratch) {
+  const int64_t dim = t.args->value_dim, width = p.width * kLanes, stride = padded_dim(dim);
+  transpose(p.sums, width, scratch, stride, dim, width);
+  for (int64_t c = 0; c < p.count; ++c) {
+    t.part[p.first + c] = p.maximum[c];
+    t.part[t.part_columns + p.first + c] = p.total[c];
+    float* const sums = t.part + 2 * t.part_columns + (p.first + c) * stride;
+    for (int64_t d = 0; d < dim; ++d) sums[d] = scratch[c * stride + d];
+  }
+}
+
 AEROGEL_INLINE void end_panel(const AttendTask& t, const Columns& columns, const AttendPanel& p,
                               float* factor, float* scratch) {
   const AttendArgs& a = *t.args;
+  if (t.part) return put_part(t, p, scratch);
   for (int64_t c = 0; c < p.width * kLanes; ++c) {
     factor[c] = 0.0f;
     if (c >= p.count) continue;

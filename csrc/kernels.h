@@ -16,6 +16,7 @@ struct LayerKernels;     // layers.h: the dense layers between them
 struct RooflineKernels;  // roofline.h: micro-benchmarks of the machine's limits
 struct TokenKernels;     // tokens.h: what transformers need besides
 struct AttendKernels;    // attention.h: attention over lists of keys
+struct SelectKernels;    // attention_select.h: which keys
 
 // Constant-initialised (table.inl): loading the library runs no code of an instruction set that the
 // CPU may lack.
@@ -31,6 +32,7 @@ struct KernelTable {
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;
+  const SelectKernels* select;
   const FftConvKernels* fft_conv;
 };
 

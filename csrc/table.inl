@@ -13,12 +13,14 @@ extern const NmKernels kNmKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
+extern const SelectKernels kSelectKernels;
 extern const FftConvKernels kFftConvKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
                             &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
-                            &kTokenKernels,      &kAttendKernels,   &kFftConvKernels};
+                            &kTokenKernels,      &kAttendKernels,   &kSelectKernels,
+                            &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

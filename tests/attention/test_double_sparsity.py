@@ -294,8 +294,9 @@ def test_sparse_steps_with_a_cache_are_the_rows_of_a_sparse_prompt():
     ids = prompts()[0][:1]
     channels = calibrate_channels(model, [WINDOWS], "qk")
     selector = DoubleSparsitySelector(
-        channels, heavy_tokens=6, group_factor=2, dense_layers=(0,), sparse_prefill=True
-    )
+        channels, heavy_tokens=6, group_factor=2, dense_layers=(0,), sparse_prefill=True,
+        dense_when_short=False,
+    )  # fmt: skip
     attach(model, selector)
     with torch.no_grad():
         whole = model(ids).logits
@@ -372,3 +373,41 @@ def test_sparse_attention_is_exact_over_the_chosen_keys():
     want = torch.nn.functional.scaled_dot_product_attention(ctx.q, k, v, attn_mask=mask)
     got = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("heads", "padding"), [((4, 4), False), ((8, 2), True)])
+@pytest.mark.parametrize(("bits", "run"), [(16, 1), (4, 1), (16, 4)])
+def test_a_step_in_one_go_is_the_step_of_its_plan(heads, padding, bits, run):
+    shape = AttentionShape(2, *heads, 2, 90, causal=True)
+    selector = everywhere(
+        order(heads[0], 16), heavy_tokens=12, run=run, label_bits=bits, dense_when_short=False
+    )
+    real = torch.arange(90) >= torch.tensor([[0], [30]]) if padding else None
+    _, k, v = make.tensors(shape)
+    layer = LabelCacheLayer(selector)
+    layer.update(k, v)
+    ctx = context(shape, padding=real, cache=layer)
+    sink = torch.randn(heads[0])
+    with torch.no_grad():
+        got = selector.attention(ctx, softcap=5.0, sink_logit=sink)
+        plan = select(selector, ctx)
+    want = attend(
+        ctx.q, ctx.k, ctx.v, plan=plan, causal=True, key_padding=real, softcap=5.0, sink_logit=sink
+    )
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_short_contexts_are_read_whole_and_long_ones_are_not():
+    selector = everywhere(order(8, 64), heavy_tokens=128)
+    lengths = [128, 512, 4096, 32768]
+    whole = [selector.reads_all(AttentionShape(1, 8, 8, 1, n, causal=True), 4) for n in lengths]
+    assert whole == [True, True, False, False]
+    shape = AttentionShape(1, 8, 8, 1, 128, causal=True)
+    _, k, v = make.tensors(shape, 64)
+    layer = LabelCacheLayer(selector)
+    layer.update(k, v)
+    ctx = context(shape, 64, cache=layer)
+    want = torch.nn.functional.scaled_dot_product_attention(ctx.q, ctx.k, ctx.v)
+    with torch.no_grad():
+        assert torch.equal(selector.attention(ctx), want)
+    assert layer.side["label"].shape[-2] == 128

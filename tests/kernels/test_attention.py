@@ -69,6 +69,24 @@ def test_threads_change_no_bit_of_long_lists(q_len: int, plan_heads: str) -> Non
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_lists_of_many_queries_are_cut_without_a_trace(dtype: torch.dtype) -> None:
+    q = torch.randn(1, 12, 2, 40).to(dtype)
+    k, v = torch.randn(2, 1, 1, 5000, 40).to(dtype)
+    stream = kernels.lower_ranges(
+        torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([5000]), Bp=1, Hp=1, block_q=2,
+        q_len=2, k_len=5000, causal=True,
+    )  # fmt: skip
+    options = {"Bp": 1, "Hp": 1, "block_q": 2, "causal": True, "sink_logit": torch.randn(12)}
+    one, many = (attention_forward(q, k, v, *stream[:5], **options, threads=n) for n in (1, 3))
+    assert all(map(torch.equal, one, many))
+    wide = attention_forward_reference(*(x.double() for x in (q, k, v)), *stream[:5], **options)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(one[0].double(), wide[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(one[1].double(), wide[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("q_len", [1, 64])
 def test_all_keys_are_dense_attention(q_len: int) -> None:

@@ -22,22 +22,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aerogel import kernels
 from aerogel.attention.channel_order import ChannelOrder
+from aerogel.attention.engine import attend
 from aerogel.attention.key_list_plan import KeyListPlan
-from aerogel.attention.labels import (
-    LABEL_BITS,
-    PackedLabels,
-    gather_channels,
-    label_scores,
-    pack_labels,
-    unpack_labels,
-)
+from aerogel.attention.labels import LABEL_BITS, gather_channels, pack_labels, unpack_labels
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.topk import stable_topk
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
+# What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how
+# much slower it reads keys that lie apart. Measured at about 10 GB/s.
+_STEP_BYTES = 4 << 20
+_SCATTERED = 2.5
 
 
 @add_selector
@@ -59,6 +57,7 @@ class DoubleSparsitySelector(Selector):
         sparse_prefill: prompts select too, row by row; for studies of accuracy, not for speed.
         offload: the KV cache lies in `storage`; needs `AerogelCache`.
         storage: device of the offloaded keys and values.
+        dense_when_short: decoding steps read everything where that is faster than choosing.
 
     Raises:
         ValueError: an option is out of range.
@@ -84,6 +83,7 @@ class DoubleSparsitySelector(Selector):
         sparse_prefill: bool = False,
         offload: bool = False,
         storage: str = "cpu",
+        dense_when_short: bool = True,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -116,6 +116,7 @@ class DoubleSparsitySelector(Selector):
         self.share_group: bool | Literal["auto"] = share_group
         self.always_keep_last, self.sparse_prefill = always_keep_last, sparse_prefill
         self.offload, self.storage = offload, storage
+        self.dense_when_short = dense_when_short
         self._shared: ChannelOrder | None = None
 
     def options(self) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class DoubleSparsitySelector(Selector):
             "sparse_prefill": self.sparse_prefill,
             "offload": self.offload,
             "storage": self.storage,
+            "dense_when_short": self.dense_when_short,
         }
 
     def cache_layer(self, layer_idx: int, kv_heads: int) -> Any:
@@ -163,18 +165,30 @@ class DoubleSparsitySelector(Selector):
         packed = pack_labels(label, self.label_bits)
         return {"label": packed.codes, "span": packed.span}
 
-    def scores(self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int) -> Tensor:
-        """Approximate logits (B, Hq, Lq, L) of queries (B, Hq, Lq, D) from labels alone."""
+    def query_labels(self, q: Tensor, layer: int, kv_heads: int) -> Tensor:
+        """The labels' channels of queries (B, Hq, Lq, D): (B, Hq, Lq, r)."""
         heads, dim = q.shape[1], q.shape[-1]
         channels = self.label_channels(layer, heads, kv_heads, dim).to(q.device)
         if channels.shape[0] != heads:
             channels = channels.repeat_interleave(heads // channels.shape[0], 0)
         q = gather_channels(q, channels)
-        if self.label_bits == 16:
-            return label_scores(q, side["label"])
-        if self.quantize_query:
+        if self.quantize_query and self.label_bits != 16:
             q = unpack_labels(pack_labels(q, self.label_bits), self.label_bits)
-        return label_scores(q, PackedLabels(side["label"], side["span"]), self.label_bits)
+        return q
+
+    def scores(self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int) -> Tensor:
+        """Approximate logits (B, Hq, Lq, L) of queries (B, Hq, Lq, D) from labels alone."""
+        query = self.query_labels(q, layer, kv_heads)
+        return kernels.label_scores(query, side["label"], side.get("span"), bits=self.label_bits)
+
+    def choose(
+        self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int, **rule: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The best keys of queries (B, Hq, Lq, D) by labels; see `kernels.choose_by_labels`."""
+        query = self.query_labels(q, layer, kv_heads)
+        return kernels.choose_by_labels(
+            query, side["label"], side.get("span"), bits=self.label_bits, **rule
+        )
 
     def on_append(self, ctx: AttentionContext) -> None:
         if self.is_dense(ctx.layer_idx) or not hasattr(ctx.cache_layer, "append_labels"):
@@ -198,64 +212,101 @@ class DoubleSparsitySelector(Selector):
             )
         return self._planned(ctx, ctx.cache_layer.side)
 
+    def attention(self, ctx: AttentionContext, **options: Any) -> Tensor | None:
+        """A decoding step in one go: labels, the best keys, and attention over those.
+
+        None, so that the engine runs the plan, wherever the kernels cannot do it. A context that is
+        too short for the detour to pay is read whole.
+        """
+        layer = ctx.cache_layer
+        if not self._fuses(ctx, options) or not hasattr(layer, "append_labels"):
+            return None
+        self.on_append(ctx)
+        if self.reads_all(ctx.shape, ctx.k.element_size()):
+            out = attend(
+                ctx.q, ctx.k, ctx.v, causal=True, key_padding=ctx.key_padding, validate=False,
+                **{"scale": ctx.scale, **options},
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out
+        return kernels.label_attention(
+            ctx.q,
+            ctx.k,
+            ctx.v,
+            self.query_labels(ctx.q, ctx.layer_idx, ctx.shape.kv_heads),
+            layer.side["label"],
+            layer.side.get("span"),
+            bits=self.label_bits,
+            key_padding=ctx.key_padding,
+            scale=ctx.scale,
+            softcap=options.get("softcap"),
+            sink_logit=options.get("sink_logit"),
+            **self._rule(ctx),
+        )[0]
+
+    def _fuses(self, ctx: AttentionContext, options: dict[str, Any]) -> bool:
+        learns = any(t.requires_grad for t in (ctx.q, ctx.k, ctx.v))
+        quiet = not torch.is_grad_enabled() or not learns
+        return (
+            ctx.is_decode
+            and ctx.shape.causal
+            and quiet
+            and not self.is_dense(ctx.layer_idx)
+            and not options.get("dropout_p")
+            and "mask" not in ctx.info
+            and ctx.q.dtype != torch.float64
+            and kernels.selects_natively(ctx.q, ctx.k, ctx.v, ctx.key_padding)
+        )
+
+    def reads_all(self, shape: AttentionShape, size: int) -> bool:
+        """Whether a decoding step would take longer by labels than over all keys.
+
+        By the bytes that either reads, of keys in `size` bytes; see `_STEP_BYTES` and `_SCATTERED`.
+        """
+        if not self.dense_when_short:
+            return False
+        order = next(iter(self.channels.layers.values()))
+        dim, length = order.shape[1], shape.k_len
+        heads = shape.kv_heads if self._is_shared(order, shape.kv_heads) else shape.q_heads
+        width = dim // self.group_factor
+        label = width * self.label_bits // 8 + 8 if self.label_bits < 16 else width * size
+        scattered = _SCATTERED if self.run == 1 else 1.0
+        taken = min(self.heavy_tokens, length) * shape.q_heads * shape.q_len
+        sparse = length * heads * label + scattered * 2 * taken * dim * size
+        dense = 2 * length * shape.kv_heads * dim * size
+        return shape.batch * (dense - sparse) < _STEP_BYTES
+
+    def _is_shared(self, order: Tensor, kv_heads: int) -> bool:
+        return order.shape[0] == kv_heads or self.share_group is True
+
     def _planned(self, ctx: AttentionContext, side: dict[str, Tensor]) -> KeyListPlan:
         shape = ctx.shape
         if shape.k_len <= self.heavy_tokens:
             everything = torch.ones(1, 1, shape.q_len, shape.k_len, dtype=torch.bool)
             return KeyListPlan.from_bitmask((everything & shape.causal_mask()).to(ctx.q.device))
         step = max(1, _SCORED // (shape.batch * shape.q_heads * shape.k_len))
-        taken = []
-        for begin in range(0, shape.q_len, step):
-            q = ctx.q[:, :, begin : begin + step]
-            allowed = self.allowed(shape, ctx.key_padding, begin, q.shape[2], ctx.q.device)
-            if ctx.window is not None:
-                row = torch.arange(begin, begin + q.shape[2], device=q.device) + shape.q_offset
-                near = torch.arange(shape.k_len, device=q.device) > row[:, None] - ctx.window
-                allowed = allowed & near
-            scores = self.scores(q, side, ctx.layer_idx, shape.kv_heads)
-            taken.append(self.best(scores, allowed, begin + shape.q_offset))
-        return KeyListPlan.from_index(torch.cat(taken, 2))
+        parts = [
+            self.choose(
+                ctx.q[:, :, begin : begin + step],
+                side,
+                ctx.layer_idx,
+                shape.kv_heads,
+                q_offset=shape.q_offset + begin,
+                causal=shape.causal,
+                key_padding=ctx.key_padding,
+                **self._rule(ctx),
+            )
+            for begin in range(0, shape.q_len, step)
+        ]
+        keys, found = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+        return KeyListPlan.from_found(keys, found)
 
-    @staticmethod
-    def allowed(
-        shape: AttentionShape,
-        key_padding: Tensor | None,
-        begin: int,
-        rows: int,
-        device: torch.device,
-    ) -> Tensor:
-        """(B or 1, 1, rows, L) bool: real keys that do not lie behind the row."""
-        keys = torch.arange(shape.k_len, device=device)
-        row = torch.arange(begin, begin + rows, device=device) + shape.q_offset
-        mask = (keys <= row[:, None])[None, None]
-        if not shape.causal:
-            mask = torch.ones_like(mask)
-        return mask if key_padding is None else mask & key_padding[:, None, None]
-
-    def best(self, scores: Tensor, allowed: Tensor, first_row: int) -> Tensor:
-        """The keys that rows read, from their approximate scores.
-
-        Args:
-            scores: (B, Hq, rows, L), overwritten.
-            allowed: (B or 1, 1, rows, L) bool.
-            first_row: position of the first row.
-
-        Returns:
-            (B, Hq, rows, n) int64; -1 is no key.
-        """
-        rows, length = scores.shape[2:]
-        if self.always_keep_last:
-            row = torch.arange(rows, device=scores.device)
-            own = (first_row + row).clamp(max=length - 1)
-            scores[:, :, row, own] = torch.inf
-        scores = scores.masked_fill_(~allowed, -torch.inf)
-        if self.run == 1:
-            taken = stable_topk(scores, min(self.heavy_tokens, length))
-            return taken.masked_fill(scores.gather(-1, taken) == -torch.inf, -1)
-        short = -length % self.run
-        runs = torch.nn.functional.pad(scores, (0, short), value=-torch.inf)
-        united = runs.unflatten(-1, (-1, self.run)).amax(-1)
-        chosen = stable_topk(united, min(self.heavy_tokens // self.run, united.shape[-1]))
-        taken = chosen[..., None] * self.run + torch.arange(self.run, device=scores.device)
-        taken = taken.flatten(-2)
-        return taken.masked_fill(runs.gather(-1, taken) == -torch.inf, -1)
+    def _rule(self, ctx: AttentionContext) -> dict[str, Any]:
+        """How many keys a row reads, and which it may."""
+        runs = min(self.heavy_tokens // self.run, -(-ctx.shape.k_len // self.run))
+        return {
+            "count": runs,
+            "run": self.run,
+            "window": ctx.window,
+            "keep_own": self.always_keep_last,
+        }

@@ -268,6 +268,7 @@ def _attention(
         k_pre=None if state is None else state.k_pre,
         layer_input=None if state is None else state.layer_input,
         cache_layer=cache_layer,
+        info={"mask": mask} if mask is not None and mask.dim() == 4 else {},
     )
     own = selector.attention(context, **common)
     if own is not None:

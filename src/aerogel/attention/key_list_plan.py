@@ -46,6 +46,17 @@ class KeyListPlan(Plan):
         return cls(head_pointers(mask.sum(-1)), mask.nonzero()[:, 3].int())
 
     @classmethod
+    def from_found(cls, keys: Tensor, found: Tensor) -> KeyListPlan:
+        """What `kernels.choose_by_labels` found.
+
+        Args:
+            keys: (B, h, q_len, n) ints, ascending as far as they count.
+            found: (B, h, q_len) int64, how many of a row count.
+        """
+        kept = torch.arange(keys.shape[-1], device=keys.device) < found[..., None]
+        return cls(head_pointers(found), keys[kept].int())
+
+    @classmethod
     def from_index(
         cls, index: Tensor, *, dense_prefix_rows: int = 0, k_len: int | None = None
     ) -> KeyListPlan:

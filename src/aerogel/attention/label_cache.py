@@ -137,12 +137,17 @@ class OffloadedCacheLayer(LabelCacheLayer):
         """(B, Hq, n) the best of the first `length` rows by their labels; -1 for none."""
         selector = self.selector
         side = {name: part[..., :length, :] for name, part in self.side.items()}
-        scores = selector.scores(query, side, self.layer_idx, self.keys.shape[1])[:, :, 0]
+        padding = None
         if self.padded is not None:
-            j = torch.arange(length, device=scores.device)
-            scores = scores.masked_fill((j < self.padded[:, None])[:, None], -torch.inf)
-        taken = scores.topk(min(count, length), -1).indices
-        return taken.masked_fill(scores.gather(-1, taken) == -torch.inf, -1)
+            padding = torch.arange(length, device=query.device) >= self.padded[:, None]
+        keys, found = selector.choose(
+            query, side, self.layer_idx, self.keys.shape[1], count=min(count, length),
+            causal=False, keep_own=False, key_padding=padding,
+        )  # fmt: skip
+        keys, found = keys[:, :, 0].long(), found[:, :, 0]
+        return keys.masked_fill(
+            torch.arange(keys.shape[-1], device=keys.device) >= found[..., None], -1
+        )
 
     def attend(
         self,

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aerogel import kernels
+
 LABEL_BITS = (2, 4, 8, 16)
 
 
@@ -89,13 +91,6 @@ def label_scores(q: Tensor, labels: Tensor | PackedLabels, bits: int = 16) -> Te
     Returns:
         (B, Hq, Lq, L) float32, scaled by ``r ** -0.5``.
     """
-    heads = labels.codes.shape[1] if isinstance(labels, PackedLabels) else labels.shape[1]
-    grouped = q.float().unflatten(1, (heads, -1)).flatten(2, 3) * q.shape[-1] ** -0.5
     if isinstance(labels, PackedLabels):
-        codes = unpack_codes(labels.codes, bits).float()
-        scores = grouped @ codes.transpose(-1, -2)
-        scores *= labels.span[..., 1].unsqueeze(-2)
-        scores += grouped.sum(-1, keepdim=True) * labels.span[..., 0].unsqueeze(-2)
-    else:
-        scores = grouped @ labels.float().transpose(-1, -2)
-    return scores.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        return kernels.label_scores(q, labels.codes, labels.span, bits=bits)
+    return kernels.label_scores(q, labels)

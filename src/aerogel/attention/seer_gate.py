@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels import pool_rows
+
 POOLINGS = ("max", "min", "avg")
 BLOCKS = (16, 32, 64, 128)
 Grouping = Literal["project", "mean_project", "mean"]
@@ -33,12 +35,10 @@ def pool_blocks(
     Returns:
         (B, H, ceil(L / block), d * len(poolings)) float32; zero for blocks without real tokens.
     """
+    if real is None and not (x.requires_grad and torch.is_grad_enabled()):
+        return pool_rows(x, block, poolings)
     x = x.float()
     short = -x.shape[2] % block
-    if real is None and not short:
-        parts = x.unflatten(2, (-1, block))
-        made = {"max": parts.amax(3), "min": parts.amin(3), "avg": parts.mean(3)}
-        return torch.cat([made[name] for name in POOLINGS if name in poolings], -1)
     if real is None:
         real = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
     parts = nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block))

@@ -17,6 +17,7 @@ from aerogel.attention.plan import Plan
 from aerogel.attention.selector import DECODE_ROWS
 from aerogel.attention.softmax import apply_sink, merge
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.kernels import TileStream, attention_forward, lower_ranges, selects_natively
 
 
 class SpanCacheLayer(CountedCacheLayer):
@@ -51,7 +52,7 @@ class SpanCacheLayer(CountedCacheLayer):
         super().__init__()
         self._sized, self._kv_heads = sized, kv_heads
         self._most_padded = 0
-        self._steady: tuple[int, BlockPlan] | None = None
+        self._steady: tuple[int, TileStream] | None = None
         self.positions = torch.empty(0, dtype=torch.int64)
         self.padded = torch.empty(0, dtype=torch.int64)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
@@ -70,6 +71,10 @@ class SpanCacheLayer(CountedCacheLayer):
         self.strides = self._widest(span.stride, kv_heads)
         self.firsts = -self._widest(span.phase, kv_heads) % self.strides.clamp(min=1)
         self._has_rings = bool((self.windows > 0).all())
+        # Once rings are full, a step reads all slots of a head, if its query heads agree.
+        self._bounded = unit == 1 and not bool((self.strides > 0).any())
+        self._bounded &= self.span.sink.numel() in (1, kv_heads)
+        self._most_slots = int((self.sinks + self.windows).max())
         self._lay_out(torch.zeros_like(self.sinks))
 
     @staticmethod
@@ -150,12 +155,13 @@ class SpanCacheLayer(CountedCacheLayer):
             on = (self.strides > 0) & (number % stride == 0)
             if bool(on.any()):
                 slots.append(torch.where(on, archive, slots[0]))
-        batch = torch.arange(keys.shape[0], device=self.device)[:, None]
+        batch, count = self.positions.shape
+        begin = torch.arange(0, batch * count, count)[:, None]
         for slot in slots:
-            at = (batch, slot.to(self.device))
-            self.keys[at] = keys
-            self.values[at] = values
-            self.positions[at] = self.seen
+            at = (begin + slot).flatten().to(self.device)
+            for whole, new in ((self.keys, keys), (self.values, values)):
+                whole.view(-1, whole.shape[-1]).index_copy_(0, at, new.flatten(0, 1))
+            self.positions.view(-1).index_fill_(0, at, self.seen)
 
     def _grow(self, total: int) -> None:
         """Room for the strided blocks of so many tokens."""
@@ -224,6 +230,8 @@ class SpanCacheLayer(CountedCacheLayer):
         if dropout_p:
             raise ValueError(f"dropout_p={dropout_p}: expected 0 with a cache")
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if window is None and self._runs_steady(q, k):
+            return self._attend_steady(q, scale, softcap, sink_logit)
         if self.seen == k.shape[2]:
             o, lse = self._first_prompt(q, k, v, window=window, **options)
         else:
@@ -232,6 +240,34 @@ class SpanCacheLayer(CountedCacheLayer):
                 for keys, values, plan in self._banks(q, k, v, window)
             ]
             o, lse = parts[0] if len(parts) == 1 else merge(parts)
+        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+
+    def _runs_steady(self, q: Tensor, k: Tensor) -> bool:
+        """Whether a step reads every slot, by a kernel."""
+        if q.shape[2] != 1 or k.shape[2] == self.seen or not self._bounded:
+            return False
+        if self.seen - self._most_padded < self._most_slots or q.dtype == torch.float64:
+            return False
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        return not differentiable and selects_natively(q, self.keys)
+
+    def _attend_steady(
+        self, q: Tensor, scale: float | None, softcap: float | None, sink_logit: Tensor | None
+    ) -> Tensor:
+        """A step once all rings are full: a group's query heads are rows of its key head."""
+        kv_heads = self.sinks.numel()
+        group = q.shape[1] // kv_heads
+        if self._steady is None or self._steady[0] != group:
+            stream = lower_ranges(
+                torch.arange(kv_heads + 1), self.offsets[:-1], self.offsets.diff(), Bp=1,
+                Hp=kv_heads, block_q=group, q_len=group, k_len=int(self.offsets[-1]),
+            )  # fmt: skip
+            self._steady = (group, stream)
+        o, lse = attention_forward(
+            q.reshape(q.shape[0], kv_heads, group, -1), self.keys[:, None], self.values[:, None],
+            *self._steady[1][:5], Bp=1, Hp=kv_heads, block_q=group, scale=scale, softcap=softcap,
+        )  # fmt: skip
+        o, lse = o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
         return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
 
     def _first_prompt(
@@ -270,9 +306,7 @@ class SpanCacheLayer(CountedCacheLayer):
         return banks
 
     def _step_plan(self, q_heads: int) -> BlockPlan:
-        """The slots that the last token reads, as ranges; the same ones once all rings are full."""
-        if self._steady is not None and self._steady[0] == q_heads:
-            return self._steady[1]
+        """The slots that the last token reads, as ranges."""
         shared = torch.arange(q_heads) * self.sinks.numel() // q_heads
         sinks, rings = self.sinks[shared], self.windows[shared]
         sink, window = (_per_head(t, q_heads) for t in (self.span.sink, self.span.window))
@@ -298,13 +332,7 @@ class SpanCacheLayer(CountedCacheLayer):
         shape = low.shape
         start = torch.stack([t.expand(shape) for t in starts], -1)
         length = torch.stack([t.expand(shape) for t in lengths], -1).clamp(min=0)
-        plan = BlockPlan.from_ranges(start[:, :, None], length[:, :, None]).to(self.device)
-        bounded = self.unit == 1 and not bool((self.strides > 0).any())
-        same = self.span.sink.numel() in (1, self.sinks.numel())
-        full = self.seen - self._most_padded >= int((self.sinks + self.windows).max())
-        if bounded and same and full:
-            self._steady = (q_heads, plan)
-        return plan
+        return BlockPlan.from_ranges(start[:, :, None], length[:, :, None]).to(self.device)
 
     def _reads(
         self,
@@ -350,7 +378,7 @@ class SpanCacheLayer(CountedCacheLayer):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.seen, self._before, self._steady = 0, None, None
+        self.seen, self._before = 0, None
         self._lay_out(torch.zeros_like(self.sinks))
         self.padded = torch.empty(0, dtype=torch.int64)
 
@@ -369,7 +397,6 @@ class SpanCacheLayer(CountedCacheLayer):
             indices = indices.to(self.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.positions, self.padded = self.positions[indices], self.padded[indices]
-            self._steady = None
 
 
 def _per_head(values: Tensor, q_heads: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aerogel.kernels import largest_keys, selects_natively
+
 _SORTED_BELOW = 256  # entries: sorting all of them is as fast as finding the largest
 
 
@@ -27,6 +29,8 @@ def stable_topk(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"k={k}: expected 0 to {x.shape[-1]}")
     if k in (0, x.shape[-1]):
         return torch.arange(k, device=x.device).expand(*x.shape[:-1], k).clone()
+    if x.dtype != torch.float64 and x.is_floating_point() and selects_natively(x):
+        return largest_keys(x, k)
     if x.shape[-1] < _SORTED_BELOW or bool(x.isnan().any()):
         order = torch.sort(x, dim=-1, descending=True, stable=True).indices
         return order[..., :k].sort(dim=-1).values

@@ -17,6 +17,20 @@ from aerogel.kernels.attention_reference import (
     attention_backward_reference,
     attention_forward_reference,
 )
+from aerogel.kernels.attention_select import (
+    choose_by_labels,
+    label_attention,
+    label_scores,
+    largest_keys,
+    pool_rows,
+    selects_natively,
+)
+from aerogel.kernels.attention_select_reference import (
+    choose_by_labels_reference,
+    label_scores_reference,
+    largest_keys_reference,
+    pool_rows_reference,
+)
 from aerogel.kernels.fft_conv import PreparedFilter, fft_conv, fft_conv_reference
 from aerogel.kernels.fft_conv_ops import fft_conv_trainable
 from aerogel.kernels.fft_conv_plan import FrequencyMask
@@ -73,6 +87,8 @@ __all__ = [
     "attention_forward",
     "attention_forward_reference",
     "available_isas",
+    "choose_by_labels",
+    "choose_by_labels_reference",
     "default_variant",
     "fft_conv",
     "fft_conv_reference",
@@ -81,6 +97,11 @@ __all__ = [
     "gemv_op",
     "gemv_reference",
     "isa",
+    "label_attention",
+    "label_scores",
+    "label_scores_reference",
+    "largest_keys",
+    "largest_keys_reference",
     "largest_level",
     "lower_ranges",
     "lower_spans",
@@ -89,6 +110,8 @@ __all__ = [
     "native_nm_weight",
     "native_weight",
     "nm_pattern",
+    "pool_rows",
+    "pool_rows_reference",
     "quantize_rows",
     "reference_activation",
     "reference_mode",
@@ -96,6 +119,7 @@ __all__ = [
     "sddmm",
     "sddmm_op",
     "sddmm_reference",
+    "selects_natively",
     "set_isa",
     "sparse_conv2d",
     "sparse_conv2d_reference",

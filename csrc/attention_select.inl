@@ -1,0 +1,414 @@
+// Body of attention_select.h for one instruction set.
+#include "attention_select.h"
+
+#include "attention.h"
+#include "kernels.h"
+#include "simd_math.h"
+#include "stored_values.inl"
+#include "sum_lanes.inl"
+
+#include "attention_simd.inl"
+
+namespace aerogel::AEROGEL_ISA {
+namespace {
+
+constexpr int64_t kAhead = 2048;  // bytes: what memory brings while some 30 labels are scored
+
+// --- Scores -------------------------------------------------------------------------------------
+
+// Sixteen codes of 8, 4 or 2 bits as floats.
+#if defined(AEROGEL_USE_AVX512) || defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE void store_bytes(__m128i bytes, float* out) {
+#if defined(AEROGEL_USE_AVX512)
+  store(out, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+#else
+  store(out, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+  store(out + 8, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))));
+#endif
+}
+template <int kBits>
+AEROGEL_INLINE void unpack_sixteen(const uint8_t* from, float* out) {
+  if constexpr (kBits == 8) {
+    store_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), out);
+  } else if constexpr (kBits == 4) {
+    const __m128i mask = _mm_set1_epi8(15);
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_and_si128(b, mask);
+    store_bytes(_mm_unpacklo_epi8(low, _mm_and_si128(_mm_srli_epi16(b, 4), mask)), out);
+  } else {
+    const __m128i mask = _mm_set1_epi8(3), b = load_u32(from);
+    const __m128i p0 = _mm_and_si128(b, mask), p1 = _mm_and_si128(_mm_srli_epi16(b, 2), mask);
+    const __m128i p2 = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
+    const __m128i p3 = _mm_and_si128(_mm_srli_epi16(b, 6), mask);
+    store_bytes(_mm_unpacklo_epi16(_mm_unpacklo_epi8(p0, p1), _mm_unpacklo_epi8(p2, p3)), out);
+  }
+}
+#else
+template <int kBits>
+AEROGEL_INLINE void unpack_sixteen(const uint8_t* from, float* out) {
+  constexpr int kEach = 8 / kBits, kMask = (1 << kBits) - 1;
+  for (int i = 0; i < 16 / kEach; ++i) {
+    for (int j = 0; j < kEach; ++j) {
+      out[i * kEach + j] = static_cast<float>(from[i] >> (j * kBits) & kMask);
+    }
+  }
+}
+#endif
+
+template <int kBits>
+AEROGEL_NOINLINE void unpack_codes(const uint8_t* from, int64_t bytes, float* out) {
+  constexpr int kEach = 8 / kBits, kBytes = 16 / kEach, kMask = (1 << kBits) - 1;
+  int64_t i = 0;
+  for (; i + kBytes <= bytes; i += kBytes) unpack_sixteen<kBits>(from + i, out + i * kEach);
+  for (; i < bytes; ++i) {
+    for (int j = 0; j < kEach; ++j) {
+      out[i * kEach + j] = static_cast<float>(from[i] >> (j * kBits) & kMask);
+    }
+  }
+}
+
+// C queries x 8 / C labels: total[c * 8 / C + i], of the labels from `rows` on, the first `count` of
+// which are there. Vectors are whole but for the last of a row.
+template <class Values, int C>
+AEROGEL_INLINE void score_step(const typename Values::Stored* labels, int64_t width,
+                               const float* query, int64_t query_stride, int64_t count,
+                               float* total) {
+  constexpr int kKeys = kProducts / C;
+  const int64_t whole = width / kLanes * kLanes;
+  Vec sums[kProducts];
+#pragma GCC unroll 8
+  for (int i = 0; i < kProducts; ++i) sums[i] = zero();
+  const auto add_products = [&](int64_t d, auto load_label) {
+    Vec q[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) q[c] = load(query + c * query_stride + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec x = load_label(labels + (i < count ? i : 0) * width + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[c * kKeys + i] = fma(x, q[c], sums[c * kKeys + i]);
+    }
+  };
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    add_products(d, [](const auto* p) { return Values::load(p); });
+  }
+  if (whole < width) {
+    add_products(whole, [&](const auto* p) { return load_row<Values>(p, width - whole); });
+  }
+  sum_lanes(sums, total);
+}
+
+// scores[c * stride + j] of C queries. Labels kAhead bytes on are asked for.
+template <class Values, int C>
+AEROGEL_NOINLINE void score_labels(const typename Values::Stored* labels, int64_t width,
+                                   const float* query, int64_t query_stride, int64_t count,
+                                   float* scores, int64_t stride) {
+  constexpr int kKeys = kProducts / C;
+  const int64_t bytes = kKeys * width * static_cast<int64_t>(sizeof *labels);
+  float total[kProducts];
+  int64_t j = 0;
+  for (; j + kKeys <= count; j += kKeys) {
+    const auto* const rows = labels + j * width;
+    for (int64_t at = 0; at < bytes; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows) + kAhead + at, 0, 3);
+    }
+    score_step<Values, C>(rows, width, query, query_stride, kKeys, total);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      __builtin_memcpy(scores + c * stride + j, total + c * kKeys, kKeys * sizeof(float));
+    }
+  }
+  if (j == count) return;
+  score_step<Values, C>(labels + j * width, width, query, query_stride, count - j, total);
+  for (int c = 0; c < C; ++c) {
+    for (int64_t i = 0; j + i < count; ++i) scores[c * stride + j + i] = total[c * kKeys + i];
+  }
+}
+
+template <class Values>
+AEROGEL_INLINE void score_columns(const LabelTask& t, const typename Values::Stored* labels,
+                                  const float* queries, int64_t padded, int64_t count,
+                                  float* scores) {
+  const int64_t width = t.args->width;
+  int64_t c = 0;
+  for (; c + 4 <= t.columns; c += 4) {
+    score_labels<Values, 4>(labels, width, queries + c * padded, padded, count,
+                            scores + c * t.stride, t.stride);
+  }
+  for (; c + 2 <= t.columns; c += 2) {
+    score_labels<Values, 2>(labels, width, queries + c * padded, padded, count,
+                            scores + c * t.stride, t.stride);
+  }
+  if (c < t.columns) {
+    score_labels<Values, 1>(labels, width, queries + c * padded, padded, count,
+                            scores + c * t.stride, t.stride);
+  }
+}
+
+// Codes are scored as they are: low and step of a label join the sum at its end.
+AEROGEL_NOINLINE void finish_codes(const float* span, float query_sum, int64_t count,
+                                   float* scores) {
+  for (int64_t j = 0; j < count; ++j) {
+    scores[j] = scores[j] * span[2 * j + 1] + query_sum * span[2 * j];
+  }
+}
+
+void score_task(const LabelTask& t) {
+  const LabelArgs& a = *t.args;
+  const int64_t width = a.width, padded = (width + kLanes - 1) / kLanes * kLanes;
+  float* const codes = t.scratch;
+  float* const queries = codes + kLabelChunk * width;
+  float sums[kLabelColumns];
+  const int64_t group = a.q_heads / a.label_heads;
+  for (int64_t c = 0; c < t.columns; ++c) {
+    const int64_t head = t.label_head * group + (t.column + c) / a.q_len;
+    const float* const from =
+        a.query + ((t.batch * a.q_heads + head) * a.q_len + (t.column + c) % a.q_len) * width;
+    sums[c] = 0.0f;
+    for (int64_t d = 0; d < padded; ++d) queries[c * padded + d] = d < width ? from[d] : 0.0f;
+    for (int64_t d = 0; d < width; ++d) sums[c] += from[d];
+  }
+  const char* const base = static_cast<const char*>(a.labels) + t.batch * a.label_batch +
+                           t.label_head * a.label_head;
+  const float* const span =
+      a.span ? a.span + t.batch * a.span_batch + t.label_head * a.span_head : nullptr;
+  const int64_t bytes = label_bytes(a.type, width);
+  for (int64_t begin = t.begin; begin < t.end; begin += kLabelChunk) {
+    const int64_t count = t.end - begin < kLabelChunk ? t.end - begin : kLabelChunk;
+    const char* const from = base + begin * bytes;
+    const auto* const raw = reinterpret_cast<const uint8_t*>(from);
+    float* const scores = t.scores + begin - t.begin;
+    switch (a.type) {
+      case LabelType::kFloat32:
+        score_columns<Float32Values>(t, reinterpret_cast<const float*>(from), queries, padded,
+                                     count, scores);
+        continue;
+      case LabelType::kBfloat16:
+        score_columns<Bfloat16Values>(t, reinterpret_cast<const uint16_t*>(from), queries, padded,
+                                      count, scores);
+        continue;
+      case LabelType::kFloat16:
+        score_columns<Float16Values>(t, reinterpret_cast<const uint16_t*>(from), queries, padded,
+                                     count, scores);
+        continue;
+      case LabelType::kBits8: unpack_codes<8>(raw, count * bytes, codes); break;
+      case LabelType::kBits4: unpack_codes<4>(raw, count * bytes, codes); break;
+      case LabelType::kBits2: unpack_codes<2>(raw, count * bytes, codes); break;
+    }
+    score_columns<Float32Values>(t, codes, queries, padded, count, scores);
+    for (int64_t c = 0; c < t.columns; ++c) {
+      finish_codes(span + 2 * begin, sums[c], count, scores + c * t.stride);
+    }
+  }
+}
+
+// --- The largest --------------------------------------------------------------------------------
+
+// Ranks are integers in the order of the scores: -0 is 0, NaN is above all.
+constexpr int32_t kNever = INT32_MIN;             // below every score
+constexpr int32_t kRankOfMinusInf = -2139095041;  // 0x807fffff
+
+AEROGEL_INLINE int32_t rank_of(float x) {
+  const float plain = x + 0.0f;
+  int32_t bits;
+  __builtin_memcpy(&bits, &plain, sizeof bits);
+  const int32_t rank = bits ^ (bits >> 31 & INT32_MAX);
+  return x == x ? rank : INT32_MAX;
+}
+
+// Scores become their ranks, in place.
+AEROGEL_NOINLINE void rank_scores(float* scores, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t rank = rank_of(scores[i]);
+    __builtin_memcpy(scores + i, &rank, sizeof rank);
+  }
+}
+
+// The k-th largest of n ranks, 1 <= k <= n, by 11, 11 and 10 bits; those that share the leading bits
+// move into `left`.
+AEROGEL_NOINLINE int32_t kth_largest(const int32_t* ranks, int64_t n, int64_t k, int32_t* left) {
+  constexpr int kShifts[] = {21, 10, 0}, kBins[] = {2048, 2048, 1024};
+  uint32_t found = 0;
+  for (int level = 0; level < 3; ++level) {
+    const int shift = kShifts[level];
+    const uint32_t mask = static_cast<uint32_t>(kBins[level] - 1);
+    uint32_t bins[2048] = {};
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bin = (static_cast<uint32_t>(ranks[i]) ^ 0x80000000u) >> shift & mask;
+      most = bin > most ? bin : most;
+      ++bins[bin];
+    }
+    uint32_t bin = most;
+    for (; bins[bin] < k; --bin) k -= bins[bin];
+    found |= bin << shift;
+    if (shift == 0) break;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t rank = ranks[i];
+      left[kept] = rank;
+      kept += ((static_cast<uint32_t>(rank) ^ 0x80000000u) >> shift & mask) == bin;
+    }
+    if (kept == 1) return left[0];
+    ranks = left;
+    n = kept;
+  }
+  return static_cast<int32_t>(found ^ 0x80000000u);
+}
+
+// Bit i: whether ranks[i] is at least `bound`, of sixteen.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(ranks), _mm512_set1_epi32(bound));
+}
+#elif defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE uint32_t below_eight(const int32_t* ranks, int32_t bound) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ranks));
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), x);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
+}
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  return ~(below_eight(ranks, bound) | below_eight(ranks + 8, bound) << 8) & 0xffffu;
+}
+#else
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(ranks[i] >= bound) << i;
+  return bits;
+}
+#endif
+
+// The largest rank of each of `groups` groups: entries g, g + groups and so on belong together.
+AEROGEL_NOINLINE void group_maxima(const int32_t* ranks, int64_t groups, int64_t size,
+                                   int32_t* maxima) {
+  for (int64_t g = 0; g < groups; ++g) maxima[g] = ranks[g];
+  for (int64_t i = 1; i < size; ++i) {
+    const int32_t* const row = ranks + i * groups;
+    for (int64_t g = 0; g < groups; ++g) maxima[g] = row[g] > maxima[g] ? row[g] : maxima[g];
+  }
+}
+
+// Places of the k largest of n ranks, 1 <= k <= n, ascending; ranks[n .. n + kRankPad) become kNever.
+// The k-th largest of the maxima of groups bounds the k-th largest entry from below, so that few
+// entries need a closer look.
+AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32_t* scratch,
+                                     int32_t* places) {
+  for (int64_t i = 0; i < kRankPad; ++i) ranks[n + i] = kNever;
+  const int64_t size = n >= 32 * k ? 16 : n >= 8 * k ? 4 : 1, groups = (n + size - 1) / size;
+  int32_t* const maxima = scratch;
+  int32_t* const left = maxima + n + 256;
+  int32_t* const found = left + n + 256;
+  int32_t* const place = found + n + 256;
+  const int32_t* best = ranks;
+  if (size > 1) {
+    group_maxima(ranks, groups, size, maxima);
+    best = maxima;
+  }
+  const int32_t bound = kth_largest(best, groups, k, left);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    for (uint32_t bits = at_least(ranks + i, bound); bits; bits &= bits - 1) {
+      const int64_t at = i + __builtin_ctz(bits);
+      found[count] = ranks[at];
+      place[count++] = static_cast<int32_t>(at);
+    }
+  }
+  const int32_t least = size > 1 ? kth_largest(found, count, k, left) : bound;
+  int64_t tied = k;
+  for (int64_t i = 0; i < count; ++i) tied -= found[i] > least;
+  int64_t taken = 0;
+  for (int64_t i = 0; i < count && taken < k; ++i) {
+    const bool tie = found[i] == least && tied > 0;
+    places[taken] = place[i];
+    taken += found[i] > least || tie;
+    tied -= tie;
+  }
+}
+
+int64_t largest_task(const RankTask& t) {
+  int32_t* const ranks = reinterpret_cast<int32_t*>(t.scores);
+  rank_scores(t.scores, t.n);
+  const int32_t floor = t.finite ? kRankOfMinusInf : kNever;
+  const auto keep = [&](int64_t place, int64_t count) {
+    t.keys[count] = t.first + static_cast<int32_t>(place);
+    return count + (ranks[place] > floor);
+  };
+  int64_t count = 0;
+  if (t.count * t.run >= t.n) {
+    for (int64_t i = 0; i < t.n; ++i) count = keep(i, count);
+    return count;
+  }
+  if (t.run == 1) {
+    int32_t* const places = t.scratch + rank_scratch(t.n);
+    largest_places(ranks, t.n, t.count, t.scratch, places);
+    for (int64_t i = 0; i < t.count; ++i) count = keep(places[i], count);
+    return count;
+  }
+  const int64_t runs = (t.n + t.run - 1) / t.run;
+  int32_t* const best = t.scratch;
+  int32_t* const places = t.scratch + rank_scratch(t.n);
+  for (int64_t r = 0; r < runs; ++r) {
+    const int64_t end = (r + 1) * t.run < t.n ? (r + 1) * t.run : t.n;
+    int32_t most = kNever;
+    for (int64_t i = r * t.run; i < end; ++i) most = ranks[i] > most ? ranks[i] : most;
+    best[r] = most;
+  }
+  largest_places(best, runs, t.count, t.scratch + runs + kRankPad, places);
+  for (int64_t p = 0; p < t.count; ++p) {
+    const int64_t begin = places[p] * t.run;
+    for (int64_t i = begin; i < begin + t.run && i < t.n; ++i) count = keep(i, count);
+  }
+  return count;
+}
+
+// --- Pools --------------------------------------------------------------------------------------
+
+template <class Values, int V>
+AEROGEL_INLINE void pool_columns(const PoolTask& t, int64_t first) {
+  const auto* row = static_cast<const typename Values::Stored*>(t.rows) + first;
+  const int64_t left = t.dim - first;
+  Vec most[V], least[V], sum[V];
+  for (int v = 0; v < V; ++v) {
+    most[v] = broadcast(-kInfinity);
+    least[v] = broadcast(kInfinity);
+    sum[v] = zero();
+  }
+  for (int64_t i = 0; i < t.count; ++i, row += t.stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec x = V == 1 ? load_row<Values>(row, left) : Values::load(row + v * kLanes);
+      most[v] = max(most[v], x);
+      least[v] = min(least[v], x);
+      sum[v] = add(sum[v], x);
+    }
+  }
+  const Vec count = broadcast(static_cast<float>(t.count));
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = first + v * kLanes, n = t.dim - at;
+    if (t.most) store_upto(t.most + at, most[v], n);
+    if (t.least) store_upto(t.least + at, least[v], n);
+    if (t.mean) store_upto(t.mean + at, div(sum[v], count), n);
+  }
+}
+
+template <class Values>
+AEROGEL_INLINE void pool_block(const PoolTask& t) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= t.dim; d += 4 * kLanes) pool_columns<Values, 4>(t, d);
+  for (; d < t.dim; d += kLanes) pool_columns<Values, 1>(t, d);
+}
+
+void pool_task(const PoolTask& t) {
+  switch (static_cast<AttendType>(t.type)) {
+    case AttendType::kFloat32: return pool_block<Float32Values>(t);
+    case AttendType::kBfloat16: return pool_block<Bfloat16Values>(t);
+    case AttendType::kFloat16: return pool_block<Float16Values>(t);
+  }
+}
+
+}  // namespace
+
+extern const SelectKernels kSelectKernels;
+const SelectKernels kSelectKernels = {&score_task, &largest_task, &pool_task};
+
+}  // namespace aerogel::AEROGEL_ISA

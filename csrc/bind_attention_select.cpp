@@ -1,0 +1,69 @@
+// Thin: arguments from addresses and sizes; shapes are checked in Python.
+#include "attention_select.h"
+#include "bindings.h"
+
+namespace nb = nanobind;
+
+namespace aerogel {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+LabelArgs label_args(uintptr_t query, const nb::tuple& labels, const nb::tuple& span,
+                     const nb::tuple& sizes) {
+  const auto number = [](const nb::tuple& t, int i) { return nb::cast<int64_t>(t[i]); };
+  LabelArgs a{};
+  a.query = pointer<const float>(query);
+  a.labels = pointer<const void>(nb::cast<uintptr_t>(labels[0]));
+  a.label_batch = number(labels, 1);
+  a.label_head = number(labels, 2);
+  a.type = static_cast<LabelType>(number(labels, 3));
+  a.span = pointer<const float>(nb::cast<uintptr_t>(span[0]));
+  a.span_batch = number(span, 1);
+  a.span_head = number(span, 2);
+  a.batches = number(sizes, 0);
+  a.q_heads = number(sizes, 1);
+  a.label_heads = number(sizes, 2);
+  a.q_len = number(sizes, 3);
+  a.k_len = number(sizes, 4);
+  a.width = number(sizes, 5);
+  return a;
+}
+
+void choose(const LabelArgs& args, uintptr_t padding, int64_t q_offset, bool causal,
+            int64_t window, bool keep_own, int64_t count, int64_t run, uintptr_t keys,
+            uintptr_t found, int threads) {
+  choose_by_labels(args,
+                   {pointer<const uint8_t>(padding), q_offset, causal, window, keep_own, count, run},
+                   pointer<int32_t>(keys), pointer<int64_t>(found), threads);
+}
+
+void pool(uintptr_t x, int64_t batch, int64_t head, int64_t row, int32_t type, int64_t batches,
+          int64_t heads, int64_t length, int64_t dim, int64_t block, uintptr_t most,
+          uintptr_t least, uintptr_t mean, int64_t stride, int threads) {
+  pool_rows({pointer<const void>(x), batch, head, row, type, batches, heads, length, dim, block,
+             pointer<float>(most), pointer<float>(least), pointer<float>(mean), stride},
+            threads);
+}
+
+}  // namespace
+
+void bind_attention_select(nb::module_& m) {
+  const nb::call_guard<nb::gil_scoped_release> free;
+  nb::class_<LabelArgs>(m, "LabelArgs").def_static("of", &label_args);
+  m.def("label_scores",
+        [](const LabelArgs& args, uintptr_t scores, int threads) {
+          label_scores(args, pointer<float>(scores), threads);
+        }, free);
+  m.def("choose_by_labels", &choose, free);
+  m.def("largest_keys",
+        [](uintptr_t scores, int64_t rows, int64_t n, int64_t k, uintptr_t keys, int threads) {
+          largest_keys(pointer<const float>(scores), rows, n, k, pointer<int64_t>(keys), threads);
+        }, free);
+  m.def("pool_rows", &pool, free);
+}
+
+}  // namespace aerogel

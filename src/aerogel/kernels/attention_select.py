@@ -1,0 +1,339 @@
+"""Choosing keys: scores from labels, the largest of many scores, blocks of tokens pooled.
+
+A label is a few channels of a key. Scores of the queries that share labels stay in the second cache
+while the largest are found, so that labels are all that comes from memory.
+
+Reference: Yang et al., Double Sparsity, arXiv 2408.07092; csrc/attention_select.h describes the
+kernels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels._calls import address
+from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels.attention import attention_forward
+from aerogel.kernels.attention_lower import TileStream
+from aerogel.kernels.attention_select_reference import (
+    choose_by_labels_reference,
+    label_scores_reference,
+    largest_keys_reference,
+    pool_rows_reference,
+)
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES = {8: 3, 4: 4, 2: 5}
+_TILE_KEYS, _GATHER = 64, 2
+
+
+def selects_natively(*tensors: Tensor | None) -> bool:
+    """Whether the native kernels are there and can read all of these."""
+    usable = all(t is None or t.is_cpu for t in tensors)
+    return usable and not reference_mode() and native_available()
+
+
+def label_scores(
+    query: Tensor,
+    labels: Tensor,
+    span: Tensor | None = None,
+    *,
+    bits: int = 16,
+    threads: int | None = None,
+) -> Tensor:
+    """Approximate logits of all keys from their labels alone.
+
+    Args:
+        query: (B, Hq, Lq, r) the queries' own channels; scaled here by ``r ** -0.5``.
+        labels: (B, Hlab, Lk, r) in float32, bfloat16 or float16; or (B, Hlab, Lk, r * bits / 8)
+            uint8 codes, the first channel in the lowest bits. Hlab divides Hq.
+        span: (B, Hlab, Lk, 2) float32, low and step of each label: ``low + step * code``.
+        bits: of a code, 8, 4 or 2; 16 without `span`.
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        (B, Hq, Lq, Lk) float32.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
+    _check_labels(query, labels, span, bits)
+    if not selects_natively(query, labels, span) or labels.dtype not in (*_TYPES, torch.uint8):
+        return label_scores_reference(query, labels, span, bits=bits)
+    scores = torch.empty(*query.shape[:3], labels.shape[2])
+    args, _keep = _label_args(query, labels, span, bits)
+    native().label_scores(args, scores.data_ptr(), _threads(threads))
+    return scores
+
+
+def choose_by_labels(
+    query: Tensor,
+    labels: Tensor,
+    span: Tensor | None = None,
+    *,
+    bits: int = 16,
+    count: int,
+    run: int = 1,
+    q_offset: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    key_padding: Tensor | None = None,
+    keep_own: bool = True,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The keys with the largest scores, for every query; no score leaves the caches.
+
+    Args:
+        query: as `label_scores`.
+        labels: as `label_scores`.
+        span: as `label_scores`.
+        bits: as `label_scores`.
+        count: runs for each query, at least 1.
+        run: neighbours that are taken together by the best of them; runs begin at multiples.
+        q_offset: position of the first query, default ``Lk - Lq``.
+        causal: no key behind the query.
+        window: keys with ``position - key < window``.
+        key_padding: (B, Lk) bool, True at real keys.
+        keep_own: the key at a query's own position comes first of all.
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        keys: (B, Hq, Lq, count * run) int32, ascending; equal scores go to the lowest key. found:
+        (B, Hq, Lq) int64, how many of them count; the rest is 0.
+
+    Raises:
+        ValueError: shapes, types or sizes do not fit.
+    """
+    _check_labels(query, labels, span, bits)
+    batch, _, q_len, _ = query.shape
+    k_len = labels.shape[2]
+    if count < 1 or run < 1:
+        raise ValueError(f"count={count}, run={run}: expected at least 1")
+    if key_padding is not None and (
+        key_padding.dtype != torch.bool or tuple(key_padding.shape) != (batch, k_len)
+    ):
+        raise ValueError(
+            f"key_padding: {key_padding.dtype} {tuple(key_padding.shape)}, expected bool "
+            f"{(batch, k_len)}"
+        )
+    offset = k_len - q_len if q_offset is None else q_offset
+    rule = (offset, causal, window, keep_own, count, run)
+    known = labels.dtype in (*_TYPES, torch.uint8)
+    if not known or not selects_natively(query, labels, span, key_padding):
+        return choose_by_labels_reference(query, labels, span, bits, key_padding, *rule)
+    keys = torch.empty(*query.shape[:3], count * run, dtype=torch.int32)
+    found = torch.empty(query.shape[:3], dtype=torch.int64)
+    args, _keep = _label_args(query, labels, span, bits)
+    padding = None if key_padding is None else key_padding.contiguous()
+    native().choose_by_labels(
+        args,
+        address(padding),
+        offset,
+        causal,
+        window or 0,
+        keep_own,
+        count,
+        run,
+        keys.data_ptr(),
+        found.data_ptr(),
+        _threads(threads),
+    )
+    return keys, found
+
+
+def chosen_tiles(keys: Tensor, found: Tensor) -> TileStream:
+    """The tiles of keys that `choose_by_labels` found, for query tiles of one row."""
+    begin, start, tile_ptr, kind = _tile_frame(found.numel(), keys.shape[-1])
+    length = (found.view(-1, 1) - begin).clamp_(0, _TILE_KEYS).to(torch.int16)
+    return TileStream(tile_ptr, kind, start, length.flatten(), keys.flatten(), None)
+
+
+@lru_cache(maxsize=64)
+def _tile_frame(rows: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the tiles of so many rows and keys have in common: the same ones in every step."""
+    begin = torch.arange(0, most, _TILE_KEYS)
+    start = torch.arange(0, rows * most, most)[:, None] + begin
+    tiles = start.numel()
+    tile_ptr = torch.arange(0, tiles + 1, len(begin))
+    return begin, start.flatten().int(), tile_ptr, torch.full((tiles,), _GATHER, dtype=torch.uint8)
+
+
+def label_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    span: Tensor | None = None,
+    *,
+    bits: int = 16,
+    count: int,
+    run: int = 1,
+    window: int | None = None,
+    key_padding: Tensor | None = None,
+    keep_own: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decoding with labels: scores, the best keys, and exact attention over those.
+
+    Args:
+        q: (B, Hq, Lq, D), the last Lq rows; each reads keys up to its own.
+        k: (B, Hkv, Lk, D).
+        v: (B, Hkv, Lk, Dv).
+        query: as `choose_by_labels`, as all of labels, span, bits, count, run, window, key_padding,
+            keep_own and threads.
+        labels: see `query`.
+        span: see `query`.
+        bits: see `query`.
+        count: see `query`.
+        run: see `query`.
+        window: see `query`.
+        key_padding: see `query`.
+        keep_own: see `query`.
+        scale: as `attention_forward`.
+        softcap: as `attention_forward`.
+        sink_logit: as `attention_forward`.
+        threads: see `query`.
+
+    Returns:
+        o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), as `attention_forward`.
+
+    Raises:
+        ValueError: as the two.
+    """
+    keys, found = choose_by_labels(
+        query, labels, span, bits=bits, count=count, run=run, window=window,
+        key_padding=key_padding, keep_own=keep_own, threads=threads,
+    )  # fmt: skip
+    return attention_forward(
+        q, k, v, *chosen_tiles(keys, found)[:5], Bp=q.shape[0], Hp=q.shape[1], block_q=1,
+        scale=scale, softcap=softcap, sink_logit=sink_logit, threads=threads,
+    )  # fmt: skip
+
+
+def largest_keys(scores: Tensor, k: int, *, threads: int | None = None) -> Tensor:
+    """Places of the k largest entries of every row.
+
+    Args:
+        scores: (..., n) floats, compared as float32; NaN is above all.
+        k: 0 to n.
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        (..., k) int64, ascending; equal entries go to the lowest place.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    n = scores.shape[-1]
+    if not 0 <= k <= n:
+        raise ValueError(f"k={k}: expected 0 to {n}")
+    if not selects_natively(scores):
+        return largest_keys_reference(scores, k)
+    flat = scores.to(torch.float32).contiguous()
+    keys = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
+    if keys.numel():
+        rows = keys.numel() // k
+        native().largest_keys(flat.data_ptr(), rows, n, k, keys.data_ptr(), _threads(threads))
+    return keys
+
+
+def pool_rows(
+    x: Tensor, block: int, poolings: tuple[str, ...], *, threads: int | None = None
+) -> Tensor:
+    """Largest, least and mean entries of blocks of rows, in one pass.
+
+    Args:
+        x: (B, H, L, D) in float32, bfloat16 or float16, without NaN; any strides but the last.
+        block: rows of a block; the last one may be shorter.
+        poolings: some of "max", "min" and "avg".
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        (B, H, ceil(L / block), D * len(poolings)) float32, joined in the order max, min, avg.
+
+    Raises:
+        ValueError: `block` is below 1, or a pooling is none of these.
+    """
+    order = [name for name in ("max", "min", "avg") if name in poolings]
+    if block < 1 or len(order) != len(poolings):
+        raise ValueError(f"block={block}, poolings={poolings}: expected blocks, max, min and avg")
+    if x.dtype not in _TYPES or not selects_natively(x):
+        return pool_rows_reference(x, block, poolings)
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    batch, heads, length, dim = x.shape
+    pooled = torch.empty(batch, heads, -(-length // block), dim * len(order))
+    places = {name: pooled.data_ptr() + 4 * dim * at for at, name in enumerate(order)}
+    native().pool_rows(
+        x.data_ptr(),
+        *x.stride()[:3],
+        _TYPES[x.dtype],
+        *x.shape,
+        block,
+        *(places.get(name, 0) for name in ("max", "min", "avg")),
+        dim * len(order),
+        _threads(threads),
+    )
+    return pooled
+
+
+def _threads(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
+
+
+def _check_labels(query: Tensor, labels: Tensor, span: Tensor | None, bits: int) -> None:
+    coded = span is not None
+    if bits not in ((8, 4, 2) if coded else (16,)):
+        raise ValueError(f"bits={bits}: expected 8, 4 or 2 with `span`, 16 without")
+    if query.dim() != 4 or labels.dim() != 4:
+        raise ValueError(
+            f"query {tuple(query.shape)}, labels {tuple(labels.shape)}: expected 4 dimensions"
+        )
+    width = labels.shape[-1] * (8 // bits if coded else 1)
+    fits = query.shape[0] == labels.shape[0] and query.shape[1] % max(1, labels.shape[1]) == 0
+    if not fits or width != query.shape[-1]:
+        raise ValueError(
+            f"labels: {tuple(labels.shape)} of {bits} bits with queries {tuple(query.shape)}, "
+            "expected the same batch and channels, and heads that divide theirs"
+        )
+    if span is not None and (labels.dtype != torch.uint8 or span.shape != (*labels.shape[:3], 2)):
+        raise ValueError(
+            f"span: {tuple(span.shape)} with {labels.dtype} codes, expected "
+            f"{(*labels.shape[:3], 2)} and uint8"
+        )
+
+
+def _label_args(
+    query: Tensor, labels: Tensor, span: Tensor | None, bits: int
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The native arguments, and the tensors that must live as long."""
+    width = query.shape[-1]
+    query = (query.to(torch.float32) * width**-0.5).contiguous()
+    labels = _dense_rows(labels)
+    kind = _TYPES[labels.dtype] if span is None else _CODES[bits]
+    spans: tuple[int, ...] = (0, 0, 0)
+    if span is not None:
+        span = _dense_rows(span.to(torch.float32))
+        spans = (span.data_ptr(), *span.stride()[:2])
+    size = labels.element_size()
+    strides = [stride * size for stride in labels.stride()[:2]]
+    batch, heads, q_len, _ = query.shape
+    args = native().LabelArgs.of(
+        query.data_ptr(),
+        (labels.data_ptr(), *strides, kind),
+        spans,
+        (batch, heads, labels.shape[1], q_len, labels.shape[2], width),
+    )
+    return args, (query, labels, span)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`x` itself if its rows follow each other without gaps, else a copy."""
+    return x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous()

@@ -1,0 +1,86 @@
+"""Choosing keys in a few lines of torch: what the native kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def label_scores_reference(
+    query: Tensor, labels: Tensor, span: Tensor | None = None, *, bits: int = 16
+) -> Tensor:
+    """`label_scores` in torch."""
+    heads = labels.shape[1]
+    grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3) * query.shape[-1] ** -0.5
+    if span is None:
+        scores = grouped @ labels.float().transpose(-1, -2)
+    else:
+        mask = (1 << bits) - 1
+        parts = [(labels >> shift) & mask for shift in range(0, 8, bits)]
+        codes = torch.stack(parts, -1).flatten(-2).float()
+        scores = grouped @ codes.transpose(-1, -2)
+        scores *= span[..., 1].unsqueeze(-2)
+        scores += grouped.sum(-1, keepdim=True) * span[..., 0].unsqueeze(-2)
+    return scores.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+
+def choose_by_labels_reference(
+    query: Tensor,
+    labels: Tensor,
+    span: Tensor | None,
+    bits: int,
+    key_padding: Tensor | None,
+    q_offset: int,
+    causal: bool,
+    window: int | None,
+    keep_own: bool,
+    count: int,
+    run: int,
+) -> tuple[Tensor, Tensor]:
+    """`choose_by_labels` in torch."""
+    scores = label_scores_reference(query, labels, span, bits=bits)
+    rows, length = scores.shape[2:]
+    row = torch.arange(rows, device=scores.device)
+    distance = (q_offset + row)[:, None] - torch.arange(length, device=scores.device)
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        allowed &= distance >= 0
+    if window:
+        allowed &= distance < window
+    allowed = allowed[None, None]
+    if key_padding is not None:
+        allowed = allowed & key_padding[:, None, None]
+    if keep_own:
+        own = (q_offset + row).clamp(max=length - 1)
+        scores[:, :, row[own >= 0], own[own >= 0]] = torch.inf
+    scores = scores.masked_fill_(~allowed, -torch.inf)
+    padded = torch.nn.functional.pad(scores, (0, -length % run), value=-torch.inf)
+    best = padded.unflatten(-1, (-1, run)).amax(-1)
+    taken = largest_keys_reference(best, min(count, best.shape[-1]))
+    keys = (taken[..., None] * run + torch.arange(run, device=scores.device)).flatten(-2)
+    none = padded.gather(-1, keys) == -torch.inf
+    keys = keys.masked_fill(none, length).sort(-1).values
+    found = (~none).sum(-1)
+    keys = torch.nn.functional.pad(keys, (0, count * run - keys.shape[-1]), value=length)
+    return keys.masked_fill(keys == length, 0).int(), found
+
+
+def largest_keys_reference(scores: Tensor, k: int) -> Tensor:
+    """`largest_keys` in torch."""
+    order = torch.sort(scores.float(), dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(-1).values
+
+
+def pool_rows_reference(x: Tensor, block: int, poolings: tuple[str, ...]) -> Tensor:
+    """`pool_rows` in torch."""
+    x = x.float()
+    short = -x.shape[2] % block
+    parts = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block))
+    places = torch.arange(x.shape[2] + short, device=x.device).view(-1, block, 1)
+    real = places < x.shape[2]
+    made = {
+        "max": parts.masked_fill(~real, -torch.inf).amax(3),
+        "min": parts.masked_fill(~real, torch.inf).amin(3),
+        "avg": parts.sum(3) / real.sum(1),
+    }
+    return torch.cat([made[name] for name in ("max", "min", "avg") if name in poolings], -1)

@@ -1,0 +1,137 @@
+"""Keys chosen by labels, the largest of many and pooled blocks, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aerogel import kernels
+
+pytestmark = pytest.mark.skipif(
+    not kernels.native_available(), reason="the native kernels are not built"
+)
+ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=ISAS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.isa()
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa(before)
+
+
+def labels_of(draw: torch.Generator, shape: tuple[int, int, int, int], bits: int, kind: int):
+    """Small integers, so that sums are exact and many scores are equal; and their span."""
+    if bits == 16:
+        return torch.randint(-2, 3, shape, generator=draw).to(TYPES[kind]), None
+    *rows, width = shape
+    codes = torch.randint(0, 256, (*rows, width * bits // 8), generator=draw, dtype=torch.uint8)
+    span = torch.randint(-1, 3, (*rows, 2), generator=draw).float()
+    return codes, span
+
+
+@pytest.mark.usefixtures("instruction_set")
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    keys=st.integers(1, 700),
+    width=st.sampled_from([4, 16, 64]),
+    bits=st.sampled_from([16, 16, 8, 4, 2]),
+    run=st.sampled_from([1, 1, 4, 16]),
+    window=st.sampled_from([None, 50]),
+    late=st.integers(-40, 3),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_chosen_keys_are_those_of_the_reference(seed, keys, width, bits, run, window, late, flags):
+    draw = torch.Generator().manual_seed(seed)
+    batch, heads, group, rows, count, kind = (
+        int(torch.randint(1, n, (), generator=draw)) for n in (4, 3, 4, 5, max(2, keys // 2), 4)
+    )
+    query = torch.randint(-2, 3, (batch, heads * group, rows, width), generator=draw).float()
+    labels, span = labels_of(draw, (batch, heads, keys, width), bits, kind - 1)
+    causal, keep_own, padded = flags
+    padding = torch.rand(batch, keys, generator=draw) > 0.3 if padded else None
+    offset = max(0, keys + late)
+    options = {"q_offset": offset, "causal": causal, "window": window, "keep_own": keep_own}
+    got, found = kernels.choose_by_labels(
+        query, labels, span, bits=bits, count=count, run=run, key_padding=padding,
+        threads=int(seed % 3) + 1, **options,
+    )  # fmt: skip
+    want, want_found = kernels.choose_by_labels_reference(
+        query, labels, span, bits, padding, offset, causal, window, keep_own, count, run
+    )
+    assert torch.equal(found, want_found)
+    assert torch.equal(got, want)
+    scores = kernels.label_scores(query, labels, span, bits=bits)
+    expected = kernels.label_scores_reference(query, labels, span, bits=bits)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 3000), share=st.floats(0, 1), ties=st.booleans()
+)
+def test_the_largest_are_exact_and_ties_go_to_the_lowest_place(seed, n, share, ties):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, n, generator=draw)
+    x = (2 * x).round() if ties else x
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e-40, -1e-40])
+    at = torch.randint(0, n, special.shape, generator=draw)
+    x[0, at] = special
+    k = round(share * n)
+    assert torch.equal(kernels.largest_keys(x, k), kernels.largest_keys_reference(x, k))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("length", "dim"), [(1, 7), (64, 64), (150, 80)])
+def test_pools_are_those_of_the_reference(length, dim, dtype):
+    x = torch.randn(2, length, 3, dim).to(dtype).transpose(1, 2)
+    for names in (("avg",), ("max", "min", "avg"), ("min",)):
+        got = kernels.pool_rows(x, 64, names)
+        want = kernels.pool_rows_reference(x, 64, names)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_in_a_longer_buffer_are_read_in_place():
+    buffer = torch.randn(2, 4, 100, 16)
+    query = torch.randn(2, 4, 1, 16)
+    got = kernels.choose_by_labels(query, buffer[:, :, :77], count=9)
+    want = kernels.choose_by_labels(query, buffer[:, :, :77].clone(), count=9)
+    assert all(map(torch.equal, got, want))
+
+
+def test_label_attention_is_attention_over_the_chosen_keys():
+    q, k, v = (torch.randn(2, heads, n, 32) for heads, n in ((4, 2), (2, 90), (2, 90)))
+    keys, found = kernels.choose_by_labels(q[..., :8], k[..., :8].contiguous(), count=70)
+    mask = torch.zeros(2, 4, 2, 91, dtype=torch.bool)
+    real = torch.arange(70) < found[..., None]
+    mask.scatter_(-1, torch.where(real, keys, 90).long(), True)
+    o, _ = kernels.label_attention(q, k, v, q[..., :8], k[..., :8].contiguous(), count=70)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask[..., :90], enable_gqa=True
+    )
+    torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, "count=0"),
+        ({"bits": 4}, "bits=4"),
+        ({"labels": torch.randn(1, 3, 9, 8)}, "labels"),
+        ({"key_padding": torch.ones(1, 8, dtype=torch.bool)}, "key_padding"),
+        ({"span": torch.randn(1, 2, 9, 2), "bits": 8}, "span"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"query": torch.randn(1, 4, 1, 8), "labels": torch.randn(1, 2, 9, 8), "count": 2}
+    with pytest.raises(ValueError, match=message):
+        kernels.choose_by_labels(**{**arguments, **change})
