@@ -98,11 +98,16 @@ struct AttendMerge {
   int64_t count;
 };
 
+struct CodedTask;   // attention_codes.h: keys and values in few bits
+struct CodedPrior;
+
 struct AttendKernels {
   void (*forward)(const AttendTask& task);
   void (*decode)(const AttendTask& task);
   void (*decode_merge)(const AttendMerge& merge);
   void (*backward)(const AttendTask& task);
+  void (*coded_part)(const CodedTask& task);
+  void (*coded_prior)(const CodedPrior& prior);
 };
 
 // Floats of scratch, 64-byte aligned, and of one part. `columns` counts queries of a task.
