@@ -22,7 +22,13 @@ needs_native = pytest.mark.skipif(
     not kernels.native_available(), reason="the native kernels are not built"
 )
 ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
-SHAPES = ((1, 1, 1, 64, 64), (2, 2, 1, 24, 40), (2, 3, 5, 96, 80), (1, 8, 3, 20, 8), (1, 16, 2, 4, 4))
+SHAPES = (
+    (1, 1, 1, 64, 64),
+    (2, 2, 1, 24, 40),
+    (2, 3, 5, 96, 80),
+    (1, 8, 3, 20, 8),
+    (1, 16, 2, 4, 4),
+)
 
 
 @pytest.fixture(params=ISAS)
@@ -37,7 +43,7 @@ def random_codes(
     batch: int, heads: int, tokens: int, dims: tuple[int, int], bits: int,
     scales: torch.dtype, draw: torch.Generator,
 ) -> tuple[TokenCodes, TokenCodes]:  # fmt: skip
-    """Keys and values of random codes and ranges; what fills a tile is NaN nowhere but in meaning."""
+    """Keys and values of random codes and ranges."""
     tiles = -(-tokens // 16)
     ranges = ((heads, 1, dims[0]), (1, tiles * 16, 1))
     found = []
@@ -85,9 +91,7 @@ def test_codes_attend_as_their_numbers_do(
     for place, tokens in enumerate(lengths):
         bits = (4, 2, 8)[(place + seed) % 3]
         counts = torch.randint(0, tokens + 1, (batch,), generator=draw)
-        store.append(
-            *random_codes(batch, 2, tokens, (dim, value_dim), bits, scales, draw), counts
-        )
+        store.append(*random_codes(batch, 2, tokens, (dim, value_dim), bits, scales, draw), counts)
     q = torch.randn(batch, rows, 2 * group, dim, generator=draw).to(dtype).transpose(1, 2)
     seen = None
     if prior:

@@ -149,11 +149,9 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
                 self._stream(q, lse, scale)
         return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
 
-    def _everything(
-        self, q: Tensor, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def _everything(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Attention over the tail and all segments."""
-        options = {"scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         parts = [attend_lse(q, self.keys, self.values, causal=True, **options)]
         for segment in self.segments:
             if isinstance(segment.keys, Tensor) and isinstance(segment.values, Tensor):
