@@ -202,7 +202,8 @@ void attend_forward(const AttendArgs& a, int threads) {
   check_tiles(a);
   if (a.batches == 0 || a.q_len == 0) return;
   std::vector<AttendTask> tasks = query_tasks(a);
-  if (heads_together(a) * std::min(a.block_q, a.q_len) <= kDecodeColumns) {
+  const bool plain = !a.linear && !a.drop_below;  // panels know the rest, decoding does not
+  if (plain && heads_together(a) * std::min(a.block_q, a.q_len) <= kDecodeColumns) {
     run_decode(a, tasks, threads);
   } else {
     run_forward(tasks, threads);

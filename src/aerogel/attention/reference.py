@@ -8,7 +8,8 @@ from torch import Tensor
 from aerogel.attention.bank_plan import BankPlan
 from aerogel.attention.call import Call
 from aerogel.attention.lowering import lower
-from aerogel.attention.softmax import accumulator, dropout_factors, masked_attention
+from aerogel.attention.softmax import accumulator, masked_attention
+from aerogel.kernels.attention_reference import dropout_factors
 
 
 def reference_attention(
