@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
-BENCHMARKS ?= spmm conv gemv nm group_kernels attention fftconv networks transformer_networks \
-  peers fast_sparse_convnets sparse_training scaling
+BENCHMARKS ?= spmm conv gemv nm group_kernels attention attention_caches fftconv networks \
+  transformer_networks peers fast_sparse_convnets sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize test-threads fuzz

@@ -75,6 +75,10 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         layer_idx: of this layer.
         scale_dtype: type of ranges and channel factors.
 
+    Attributes:
+        segments: all stored tokens but the tail, oldest first.
+        coded: those of them that are in codes, as the kernel reads them.
+
     Raises:
         ValueError: an option is out of range.
     """
@@ -96,7 +100,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
         self.segments: list[Segment] = []
-        self._coded = CodedTokens()
+        self.coded = CodedTokens()
         self._mask: Tensor | None = None
 
     def note_mask(self, mask: Tensor) -> None:
@@ -159,7 +163,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
                 pair = segment.keys, segment.values
                 parts.append(attend_lse(q, *pair, key_padding=real, **options))
         plain = parts[0] if len(parts) == 1 else merge(parts)
-        return self._coded.attend(q, scale=scale, softcap=softcap, prior=plain)
+        return self.coded.attend(q, scale=scale, softcap=softcap, prior=plain)
 
     def _prompt(
         self,
@@ -212,7 +216,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.segments.append(segment)
         if isinstance(segment.keys, TokenCodes) and isinstance(segment.values, TokenCodes):
             counts = (segment.positions >= 0).sum(1)
-            self._coded.append(segment.keys, segment.values, counts)
+            self.coded.append(segment.keys, segment.values, counts)
 
     def _segment(
         self, k: Tensor, v: Tensor, mask: Tensor, bits: int, channel: Tensor, first: int
@@ -250,7 +254,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
     def reset(self) -> None:
         """Forgets everything."""
         self.segments, self.seen, self._mask = [], 0, None
-        self._coded = CodedTokens()
+        self.coded = CodedTokens()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -268,7 +272,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
             indices = indices.to(self.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
             chosen = [segment.select(indices) for segment in self.segments]
-            self.segments, self._coded = [], CodedTokens()
+            self.segments, self.coded = [], CodedTokens()
             for segment in chosen:
                 self._add(segment)
 
