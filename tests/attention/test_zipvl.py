@@ -7,7 +7,7 @@ import itertools
 import plans as make
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import prompts, tiny
 from torch.nn.functional import scaled_dot_product_attention
@@ -82,6 +82,7 @@ def test_scores_are_the_probing_rows_of_the_full_matrix(causal):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(1, 300))
+@example(length=100, recent=0.0, random=1.0, most=1)
 def test_probes_are_distinct_rows_with_the_last_and_within_the_limit(length, recent, random, most):
     rows = probe_rows(length, recent, random, most)
     assert rows[-1] == length - 1
