@@ -224,9 +224,10 @@ void attend_forward(const AttendArgs& a, int threads) {
   if (a.batches == 0 || a.q_len == 0) return;
   std::vector<AttendTask> tasks = query_tasks(a);
   const AttendKernels& kernels = *active_table().attention;
-  if (most_columns(a) <= kDecodeColumns) {
+  const bool plain = !a.linear && !a.drop_below;  // panels know the rest, parts do not
+  if (plain && most_columns(a) <= kDecodeColumns) {
     run_parts(a, tasks, kernels.decode, kPartKeys, threads);
-  } else if (has_few_long_lists(a, tasks)) {
+  } else if (plain && has_few_long_lists(a, tasks)) {
     run_parts(a, tasks, kernels.forward, kPanelPartKeys, threads);
   } else {
     run_forward(tasks, threads);

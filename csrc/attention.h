@@ -56,6 +56,9 @@ struct AttendArgs {
   const uint8_t* key_padding;  // [B][Lk], 0 where a key takes no part, or null
   float softcap;               // 0 for none
   const float* sink_logit;     // per query head, or null
+  bool linear;  // weights are the scores themselves: o is their sum of values, lse their own sum
+  uint32_t seed, drop_below;  // pairs whose hash is below take no part in o; 0 for no dropout
+  float kept_factor;          // of the others
 
   // Backward only.
   AttendTensor grad_o, grad_q;
@@ -99,11 +102,16 @@ struct AttendMerge {
   int64_t count;
 };
 
+struct CodedTask;   // attention_codes.h: keys and values in few bits
+struct CodedPrior;
+
 struct AttendKernels {
   void (*forward)(const AttendTask& task);
   void (*decode)(const AttendTask& task);
   void (*decode_merge)(const AttendMerge& merge);
   void (*backward)(const AttendTask& task);
+  void (*coded_part)(const CodedTask& task);
+  void (*coded_prior)(const CodedPrior& prior);
 };
 
 // Floats of scratch, 64-byte aligned, and of one part. `columns` counts queries of a task.
@@ -112,7 +120,7 @@ __attribute__((always_inline)) inline int64_t attend_scratch(const AttendArgs& a
   const int64_t padded = padded_dim(columns) + 64;
   const int64_t dims = padded_dim(a.dim) + padded_dim(a.value_dim);
   const int64_t panels = backward ? padded * (3 * dims + 8) : padded * (dims + 8);
-  const int64_t step = kStepKeys * (dims + 3 * 64) + 64 * 16;
+  const int64_t step = kStepKeys * (dims + 4 * 64) + 64 * 16;
   return panels + step + 64 * dims;
 }
 __attribute__((always_inline)) inline int64_t attend_part(const AttendArgs& a,

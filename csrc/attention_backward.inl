@@ -1,7 +1,8 @@
 // Backward: probabilities are computed again from lse, step by step. With p the probabilities, g the
 // gradient of the outputs and delta = rowsum(g o) - grad_lse,
 //     dv += p^T g,  ds = p (g v^T - delta),  dq += scale ds k,  dk += scale ds^T q
-// (Dao et al., arXiv 2205.14135). Sums for keys go to rows in memory, one query panel after the
+// (Dao et al., arXiv 2205.14135). Dropout multiplies p in dv and g v^T, not p in ds, by the factors it
+// had; linear weights have ds = g v^T + grad_lse. Sums for keys go to rows in memory, one query panel after the
 // other: whoever calls sees to it that no two tasks at once have keys in common.
 //
 // Reading order: probabilities -> gradients of scores -> sums for keys -> one task.
@@ -16,9 +17,9 @@ struct GradPanel {
   float *grads, *query_rows, *grad_rows, *delta;
 };
 
-// Scratch of one step, [key][width] each; slopes only where scores are capped.
+// Scratch of one step, [key][width] each; slopes only where scores are capped, kept only with dropout.
 struct GradScratch {
-  float *weights, *grads, *slopes;
+  float *weights, *grads, *slopes, *kept;
 };
 
 AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns, GradPanel& g,
@@ -26,9 +27,10 @@ AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns
   const AttendArgs& a = *t.args;
   AttendPanel& p = g.base;
   const int64_t width = p.width * kLanes, stride = padded_dim(a.value_dim);
-  take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, g.query_rows, scratch);
+  take_columns(t, columns, p, a.q, a.dim, score_factor(a), p.queries, g.query_rows, scratch);
   take_columns(t, columns, p, a.grad_o, a.value_dim, 1.0f, g.grads, g.grad_rows, scratch);
   set_limits(t, columns, p);
+  if (a.drop_below) begin_hashes(t, columns, p);
   for (int64_t c = 0; c < width; ++c) {
     g.delta[c] = 0.0f;
     p.total[c] = kInfinity;
@@ -36,6 +38,9 @@ AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns
     const int64_t column = p.first + c, head = columns.head(t, column);
     const int64_t query = columns.query(column);
     const int64_t at = (t.batch * a.q_heads + head) * a.q_len + query;
+    const float grad_lse = a.grad_lse ? a.grad_lse[at] : 0.0f;
+    g.delta[c] = -grad_lse;
+    if (a.linear) continue;
     const float lse = a.lse[at];
     // A query without keys: every probability is 2^-inf = 0.
     p.total[c] = lse == -kInfinity ? kInfinity : lse * kLog2e;
@@ -49,7 +54,7 @@ AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns
     store(lanes, sum);
     for (int i = 0; i < kLanes; ++i) delta += lanes[i];
     for (; d < a.value_dim; ++d) delta += out[d] * grad[d];
-    g.delta[c] = delta - (a.grad_lse ? a.grad_lse[at] : 0.0f);
+    g.delta[c] += delta;
   }
   for (int64_t i = 0; i < a.dim * width; ++i) p.sums[i] = 0.0f;
   for (int64_t i = 0; i < padded_dim(a.dim) * width; ++i) g.query_rows[i] *= a.scale;
@@ -70,9 +75,18 @@ AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, float* scores, int64_t co
   }
 }
 
+// 1 where the rule allows a pair, 0 where it made its score -inf, for the first `ruled` scores.
+AEROGEL_NOINLINE void mark_allowed(const float* scores, float* marks, int64_t ruled, int64_t count) {
+  const Vec one = broadcast(1.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec seen = add(load(scores + i), broadcast(__FLT_MAX__));
+    store(marks + i, i < ruled ? select_nonnegative(seen, one, zero()) : one);
+  }
+}
+
 // Gradients of the scores of R keys; all pointers at the first of W vectors.
 template <int R, int W>
-AEROGEL_NOINLINE void grad_tile(const float* grads, const float* delta, bool capped,
+AEROGEL_NOINLINE void grad_tile(const AttendArgs& a, const float* grads, const float* delta,
                                 const float* const* values, int64_t first, int64_t dim,
                                 int64_t width, const GradScratch& scratch) {
   const float* rows[R];
@@ -90,8 +104,11 @@ AEROGEL_NOINLINE void grad_tile(const float* grads, const float* delta, bool cap
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const int64_t own = (first + r) * width + v * kLanes;
-      Vec grad = mul(load(scratch.weights + own), sub(sums[r][v], shift));
-      if (capped) grad = mul(grad, load(scratch.slopes + own));
+      Vec grad = sums[r][v];
+      if (a.drop_below) grad = mul(grad, load(scratch.kept + own));
+      grad = sub(grad, shift);
+      if (!a.linear) grad = mul(load(scratch.weights + own), grad);
+      if (a.linear || a.softcap != 0.0f) grad = mul(grad, load(scratch.slopes + own));
       store(scratch.grads + own, grad);
     }
   }
@@ -153,15 +170,21 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
   const int64_t count = leads.live(W), width = W * kLanes;
   score_step<W>(g.base, rows, leads, a.dim, keys, scratch.weights);
   if (!rule.plain()) rule_step<W>(g.base, rule, count, scratch.weights, scratch.slopes);
-  weigh_step<W>(g.base, scratch.weights, count);
+  if (a.linear) {
+    mark_allowed(scratch.weights, scratch.slopes, rule.plain() ? 0 : count * width, count * width);
+    weigh_linearly<W>(nullptr, scratch.weights, count);
+  } else {
+    weigh_step<W>(g.base, scratch.weights, count);
+  }
+  if (a.drop_below) drop_factors(a, g.base, s, count, scratch.kept);
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     constexpr int64_t L = decltype(lead)::value * kLanes;
     for_rows(end - begin, [&](auto size, int64_t first) {
       constexpr int R = decltype(size)::value;
       values.fetch(begin + first, R, end);
       grad_tile<R, W - decltype(lead)::value>(
-          g.grads + L, g.delta + L, rule.cap != 0.0f, rows.values, begin + first, a.value_dim,
-          width, {scratch.weights + L, scratch.grads + L, scratch.slopes + L});
+          a, g.grads + L, g.delta + L, rows.values, begin + first, a.value_dim, width,
+          {scratch.weights + L, scratch.grads + L, scratch.slopes + L, scratch.kept + L});
     });
   });
   if (t.grad_q) {
@@ -169,6 +192,7 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
     if (a.grad_bias) sum_for_bias(t, s, scratch.grads, width, g.base.count);
   }
   if (!t.grad_kv) return;
+  if (a.drop_below) multiply_by(scratch.weights, scratch.kept, count * width);
   const int64_t at = (t.batch * a.kv_heads + t.head / group_of(a)) * a.k_len;
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     const int64_t first = decltype(lead)::value * kLanes, columns = g.base.count - first;
@@ -195,7 +219,7 @@ void attend_tile_backward(const AttendTask& t) {
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   GradScratch scratch{};
-  float** const arrays[] = {&scratch.weights, &scratch.grads, &scratch.slopes};
+  float** const arrays[] = {&scratch.weights, &scratch.grads, &scratch.slopes, &scratch.kept};
   for (float** array : arrays) *array = carver.take(kStepKeys * widest);
   float* const key_copy = carver.take(kStepKeys * padded_dim(a.dim));
   float* const value_copy = carver.take(kStepKeys * padded_dim(a.value_dim));
@@ -212,7 +236,7 @@ void attend_tile_backward(const AttendTask& t) {
     g.query_rows = carver.take(width * padded_dim(a.dim));
     g.grads = carver.take(width * a.value_dim);
     g.grad_rows = carver.take(width * padded_dim(a.value_dim));
-    float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &g.delta};
+    float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &g.delta, &p.hash};
     for (float** row : own) *row = carver.take(width);
     begin_grad_panel(t, columns, g, row_copy);
   }

@@ -9,7 +9,7 @@ namespace {
 // Rows of `width` vectors, one float per column. Queries are scaled so that scores are exponents
 // of 2.
 struct AttendPanel {
-  float *queries, *sums, *maximum, *total, *position, *lower;
+  float *queries, *sums, *maximum, *total, *position, *lower, *hash;  // hash: uint32_t
   int64_t first, count;  // columns
   int width;
   float reach[kWide];  // the last position in each vector and those before it
@@ -113,6 +113,11 @@ AEROGEL_NOINLINE void put_columns(const AttendTask& t, const Columns& columns,
     narrow_row(a.type, scratch + c * stride,
                row_of(a, x, t.batch, columns.head(t, column), columns.query(column)), dim);
   }
+}
+
+// Of queries: exponents are of 2.
+AEROGEL_INLINE float score_factor(const AttendArgs& a) {
+  return a.linear ? a.scale : a.scale * kLog2e;
 }
 
 // What happens to a score between product and maximum.
@@ -254,6 +259,47 @@ AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, float* factor, float* s
   for (int v = 0; v < W; ++v) store(p.total + v * kLanes, total[v]);
 }
 
+// Scores are the weights themselves, 0 where the rule let none; they are added up.
+template <int W>
+AEROGEL_NOINLINE void weigh_linearly(float* total, float* scores, int64_t count) {
+  for (int64_t j = 0; j < count; ++j, scores += W * kLanes) {
+    for (int v = 0; v < W; ++v) {
+      const Vec score = load(scores + v * kLanes);
+      const Vec weight = select_nonnegative(add(score, broadcast(__FLT_MAX__)), score, zero());
+      store(scores + v * kLanes, weight);
+      if (total) store(total + v * kLanes, add(load(total + v * kLanes), weight));
+    }
+  }
+}
+
+AEROGEL_INLINE void begin_hashes(const AttendTask& t, const Columns& columns, const AttendPanel& p) {
+  const AttendArgs& a = *t.args;
+  const uint32_t batch = mixed(a.seed, static_cast<uint32_t>(t.batch));
+  auto* const hash = reinterpret_cast<uint32_t*>(p.hash);
+  for (int64_t c = 0; c < p.width * kLanes; ++c) {
+    const int64_t column = p.first + least(c, p.count - 1);
+    hash[c] = mixed(mixed(batch, static_cast<uint32_t>(columns.head(t, column))),
+                    static_cast<uint32_t>(columns.query(column)));
+  }
+}
+
+// Factors of the weights: 0 for pairs that are dropped.
+AEROGEL_NOINLINE void drop_factors(const AttendArgs& a, const AttendPanel& p, const Step& s,
+                                   int64_t count, float* factors) {
+  const int64_t width = p.width * kLanes;
+  const auto* const hash = reinterpret_cast<const uint32_t*>(p.hash);
+  const uint32_t below = a.drop_below;
+  const float kept = a.kept_factor;
+  for (int64_t j = 0; j < count; ++j, factors += width) {
+    const uint32_t key = static_cast<uint32_t>(s.keys[j]);
+    for (int64_t c = 0; c < width; ++c) factors[c] = mixed(hash[c], key) < below ? 0.0f : kept;
+  }
+}
+
+AEROGEL_INLINE void multiply_by(float* x, const float* factors, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(x + i, mul(load(x + i), load(factors + i)));
+}
+
 // sums[d] = sums[d] * factor + the sum over keys of rows[key][d] * right[key], for R dimensions.
 template <int R, int W>
 AEROGEL_NOINLINE void sum_tile(float* sums, const float* factor, const float* const* rows,
@@ -300,7 +346,7 @@ AEROGEL_NOINLINE void sum_step(float* sums, const float* factor, const float* co
 
 // Scratch of one step: scores [key][width], and the panel's factors.
 struct StepScratch {
-  float *scores, *factor;
+  float *scores, *factor, *kept;
 };
 
 // Keys in ascending order are cut for each vector; anything else needs all vectors.
@@ -326,8 +372,16 @@ AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const
   const int64_t count = leads.live(W);
   score_step<W>(p, rows, leads, a.dim, keys, scratch.scores);
   if (!rule.plain()) rule_step<W>(p, rule, count, scratch.scores, nullptr);
-  exponentiate<W>(p, scratch.factor, scratch.scores, count);
-  sum_step<W>(p.sums, scratch.factor, rows.values, leads, a.value_dim, values, scratch.scores);
+  if (a.linear) {
+    weigh_linearly<W>(p.total, scratch.scores, count);
+  } else {
+    exponentiate<W>(p, scratch.factor, scratch.scores, count);
+  }
+  if (a.drop_below) {
+    drop_factors(a, p, *rule.step, count, scratch.kept);
+    multiply_by(scratch.scores, scratch.kept, count * W * kLanes);
+  }
+  sum_step<W>(p.sums, a.linear ? nullptr : scratch.factor, rows.values, leads, a.value_dim, values, scratch.scores);
 }
 
 AEROGEL_INLINE void set_limits(const AttendTask& t, const Columns& columns, AttendPanel& p) {
@@ -349,6 +403,7 @@ AEROGEL_INLINE void begin_panel(const AttendTask& t, const Columns& columns, Att
     p.total[c] = 0.0f;
   }
   for (int64_t i = 0; i < t.args->value_dim * width; ++i) p.sums[i] = 0.0f;
+  if (t.args->drop_below) begin_hashes(t, columns, p);
 }
 
 // What one part of a list leaves: maxima, totals and sums of this panel's columns.
@@ -371,8 +426,13 @@ AEROGEL_INLINE void end_panel(const AttendTask& t, const Columns& columns, const
     factor[c] = 0.0f;
     if (c >= p.count) continue;
     const int64_t head = columns.head(t, p.first + c);
-    factor[c] = finish_total(a, head, p.maximum[c], p.total[c],
-                             lse_of(a, t.batch, head, columns.query(p.first + c)));
+    float* const lse = lse_of(a, t.batch, head, columns.query(p.first + c));
+    if (a.linear) {
+      factor[c] = 1.0f;
+      *lse = p.total[c];
+    } else {
+      factor[c] = finish_total(a, head, p.maximum[c], p.total[c], lse);
+    }
   }
   put_columns(t, columns, p, p.sums, factor, a.value_dim, a.o, scratch);
 }
@@ -392,7 +452,8 @@ void attend_tile(const AttendTask& t) {
   if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
-  const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest)};
+  const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest),
+                            carver.take(kStepKeys * widest)};
   float* const key_copy = carver.take(kStepKeys * padded_dim(a.dim));
   float* const value_copy = carver.take(kStepKeys * padded_dim(a.value_dim));
   float* const row_copy = carver.take(widest * (padded_dim(a.dim) + padded_dim(a.value_dim)));
@@ -403,9 +464,9 @@ void attend_tile(const AttendTask& t) {
     cut_panel(columns.count, i, p);
     p.queries = carver.take(p.width * kLanes * a.dim);
     p.sums = carver.take(p.width * kLanes * a.value_dim);
-    float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower};
+    float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &p.hash};
     for (float** row : own) *row = carver.take(p.width * kLanes);
-    take_columns(t, columns, p, a.q, a.dim, a.scale * kLog2e, p.queries, nullptr, row_copy);
+    take_columns(t, columns, p, a.q, a.dim, score_factor(a), p.queries, nullptr, row_copy);
     begin_panel(t, columns, p);
   }
   StepRows rows;

@@ -91,6 +91,15 @@ class StepReader {
   const bool filter_;
 };
 
+// A bijection of 32 bits with full avalanche (Murmur3's finaliser) of a hash and an index: what a
+// pair is dropped by depends on its batch element, head, query and key alone.
+AEROGEL_INLINE uint32_t mixed(uint32_t hash, uint32_t index) {
+  uint32_t x = (hash ^ index) + 0x9e3779b9u;
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
 // Where the rows of a step's keys are, as float32; `copy` holds those that are not.
 AEROGEL_NOINLINE void find_rows(AttendType type, const AttendTensor& from, int64_t batch,
                                 int64_t head, int64_t dim, const Step& s, float* copy,

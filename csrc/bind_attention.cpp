@@ -65,6 +65,13 @@ void bind_attention(nb::module_& m) {
       .def("sizes", &set_sizes)
       .def("stream", &set_stream)
       .def("rules", &set_rules)
+      .def("linear", [](AttendArgs& a) { a.linear = true; })
+      .def("dropout",
+           [](AttendArgs& a, uint32_t seed, uint32_t drop_below, float kept_factor) {
+             a.seed = seed;
+             a.drop_below = drop_below;
+             a.kept_factor = kept_factor;
+           })
       .def("q", [](AttendArgs& a, uintptr_t data, int64_t b, int64_t h,
                    int64_t r) { set_tensor(a.q, data, b, h, r); })
       .def("k", [](AttendArgs& a, uintptr_t data, int64_t b, int64_t h,

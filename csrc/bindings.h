@@ -14,6 +14,7 @@ void bind_roofline(nanobind::module_& m);
 void bind_plan(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_attention_select(nanobind::module_& m);
+void bind_attention_codes(nanobind::module_& m);
 #ifdef AEROGEL_STD_THREADS
 void bind_race(nanobind::module_& m);
 #endif

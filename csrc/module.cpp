@@ -21,6 +21,7 @@ NB_MODULE(_native, m) {
   aerogel::bind_plan(m);
   aerogel::bind_attention(m);
   aerogel::bind_attention_select(m);
+  aerogel::bind_attention_codes(m);
 #ifdef AEROGEL_STD_THREADS
   aerogel::bind_race(m);
 #endif

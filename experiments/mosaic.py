@@ -69,6 +69,7 @@ def mosaics(
     return pictures, cells, answers
 
 
+@torch.enable_grad()
 def trained(seed: int) -> MosaicReader:
     """The dense model, trained once."""
     torch.manual_seed(seed)

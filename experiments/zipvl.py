@@ -177,14 +177,14 @@ def _times() -> dict[str, float]:
     layer = MixedPrecisionCacheLayer(selector.plan_prefill)
     layer.update(k, v)
     layer.attend(q, k, v)
-    one, segments = q[:, :, -1:], layer.segments
+    one, coded = q[:, :, -1:], layer.coded
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
         "ZipVL": lambda: attend(
             q, k, v, plan=selector.plan_prefill(ctx), causal=True, validate=False
         ),
         "step": lambda: scaled_dot_product_attention(one, k, v),
-        "step in codes": lambda: _step(one, segments),
+        "step in codes": lambda: coded.attend(one, scale=DIM**-0.5),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
@@ -198,13 +198,6 @@ def _times() -> dict[str, float]:
         f"step speed-up at {LENGTH}": seconds["step"] / seconds["step in codes"],
         f"cache at {LENGTH}, times smaller than float16": FP16 * 2 * k.numel() / layer.nbytes(),
     }
-
-
-def _step(q: Tensor, segments: Any) -> Tensor:
-    from aerogel.attention import merge
-    from aerogel.attention.mixed_cache import attend_segments
-
-    return merge(attend_segments(q, segments))[0]
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from aerogel.attention import (
 )
 from aerogel.attention.lowering import lower_pass
 from aerogel.attention.ops import attention_op
-from aerogel.attention.softmax import dropout_factors
 from aerogel.kernels import native_available
+from aerogel.kernels.attention_reference import dropout_factors
 
 SHAPES = [
     AttentionShape(1, 4, 4, 64, 64, causal=True),
@@ -382,6 +382,24 @@ def test_dropout_depends_on_the_pair_alone():
         outs.append(attend(q, k, v, causal=True, dropout_p=0.5))
     assert torch.equal(*outs)
     assert not torch.equal(outs[0], attend(q, k, v, causal=True))
+
+
+def test_native_dropout_is_the_references_and_so_are_its_gradients():
+    shape = AttentionShape(2, 4, 2, 70, 70, causal=True)
+    tensors = [t.requires_grad_() for t in make.tensors(shape)]
+    plan = make.random_block(shape, torch.Generator().manual_seed(0), 1, 4)
+    results = []
+    for backend in ("reference", "native"):
+        torch.manual_seed(1)
+        o = attend(*tensors, plan=plan, causal=True, dropout_p=0.4, backend=backend)
+        results.append((o, *torch.autograd.grad(o.square().sum(), tensors)))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    q, k = torch.zeros(1, 2, 300, 16), torch.zeros(1, 1, 300, 16)
+    dropped = attend(q, k, torch.ones_like(k), dropout_p=0.4)  # all weights alike: a row's share
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+    rows = dropped[..., 0].flatten()
+    assert float(rows.std()) == pytest.approx((0.4 / 0.6 / 300) ** 0.5, rel=0.15)
 
 
 def test_batch_permutation_permutes_the_result_and_threads_change_nothing():

@@ -284,3 +284,21 @@ def test_what_does_not_fit_is_refused():
     model.set_attn_implementation("aerogel:scatterbrain")
     with pytest.raises(ValueError, match="cannot decode"):
         model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, min_new_tokens=3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("support", [LocalSupport(17), LocalSupport(64), TopKSupport(9)])
+def test_native_passes_give_what_the_pairs_give(causal, support, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 150, 16, generator=draw, requires_grad=True) for heads in (4, 2, 2)
+    )
+    features = PositiveRandomFeatures(16, 32, generator=draw)
+    padding = torch.arange(150) < torch.tensor([[150], [90]])
+    results = []
+    for mode in ("native", "reference"):
+        monkeypatch.setenv("AEROGEL_KERNELS", mode)
+        o = scatterbrain_attention(q, k, v, features, support, causal=causal, key_padding=padding)
+        results.append((o, *torch.autograd.grad(o[:, :, :90].square().sum(), (q, k, v))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,42 @@ def test_threads_change_no_bit_of_gradients(plan_heads: str) -> None:
     ]
     for other in results[1:]:
         assert all(a is b or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+WEIGHTS = ({"linear": True}, {"dropout_p": 0.3, "seed": 7}, {"linear": True, "dropout_p": 0.5})
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_linear_weights_and_dropout_match_a_dense_mask(weights: dict[str, Any], q_len: int) -> None:
+    case = random_case(q_len=q_len, k_len=130, batch=2, window="one", padding=True, block_q=64)
+    case.options |= weights
+    o, lse = attention_forward(*case.arguments(), **case.options)
+    wide = case.to(torch.float64)
+    want, want_lse = attention_forward_reference(*wide.arguments(), **case.options)
+    torch.testing.assert_close(o.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    for threads in (1, 3):
+        assert_gradients_right(case, threads)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_reference_gradients_of_other_weights_are_those_of_autograd(
+    weights: dict[str, Any],
+) -> None:
+    case = random_case(q_len=9, k_len=40, dim=5, value_dim=3, padding=True).to(torch.float64)
+    case.options |= weights
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    o, lse = attention_forward_reference(*case.arguments(), **case.options)
+    do, dlse = output_gradients(case, lse)
+    seen = lse.masked_fill(lse.isinf(), 0.0)
+    expected = torch.autograd.grad((o, seen), inputs, (do, dlse.double()))
+    with torch.no_grad():
+        got = attention_backward_reference(*case.arguments(), o, lse, do, dlse, **case.options)
+    for x, y in zip(got, expected, strict=False):
+        torch.testing.assert_close(x, y.to(x.dtype))
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

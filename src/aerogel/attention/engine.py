@@ -175,9 +175,11 @@ def _choose(q: Tensor, call: Call, need_lse: bool) -> str:
     plan, shape = call.plan, call.shape
     if isinstance(plan, (GroupPlan, TokenPlan)) and not call.dropout_p:
         return "gather"  # a group may read a pair twice, which no mask can say
-    if call.dropout_p or reference_mode():
+    if reference_mode() or (call.dropout_p and _drops_by_place(plan)):
         return "reference"
     native = q.is_cpu and native_available() and q.dtype != torch.float64
+    if call.dropout_p:
+        return "native" if native else "reference"
     if isinstance(plan, DensePlan) and not need_lse and call.softcap is None:
         plain = call.window is None and call.key_padding is None
         if plain and (not shape.causal or shape.q_len == shape.k_len or shape.q_len == 1):
@@ -193,12 +195,21 @@ def _choose(q: Tensor, call: Call, need_lse: bool) -> str:
     return "reference"
 
 
+def _drops_by_place(plan: Plan) -> bool:
+    """Whether a kernel would see tokens or heads elsewhere than dropout's counter has them."""
+    moved = any(getattr(plan, name, None) is not None for name in ("q_perm", "k_perm"))
+    mixed = isinstance(plan, HeadMixPlan) and plan.gathered()
+    return moved or mixed or isinstance(plan, (GroupPlan, TokenPlan))
+
+
 def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Lowered tiles; several passes share one softmax."""
     if isinstance(call.plan, (GroupPlan, TokenPlan)):
         raise ValueError(f"backend='native': {type(call.plan).__name__} runs on 'gather'")
-    if call.dropout_p:
-        raise ValueError("dropout_p: the native backend has no dropout; use backend='reference'")
+    if call.dropout_p and _drops_by_place(call.plan):
+        raise ValueError(
+            f"dropout_p: {type(call.plan).__name__} moves tokens or heads; use backend='reference'"
+        )
     q_perm, k_perm = getattr(call.plan, "q_perm", None), getattr(call.plan, "k_perm", None)
     if (q_perm is not None or k_perm is not None) and (call.shape.causal or call.window):
         raise ValueError("plan: permuted tokens have no causal rule on backend='native'")
@@ -212,6 +223,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         tile_attention(
             q, k, v, stream, call.shape,
             scale=call.scale, key_padding=padding, softcap=call.softcap,
+            dropout_p=call.dropout_p, seed=call.seed,
         )
         for stream in lower(call.plan.passes(call.shape), call.shape, call.window)
     ]  # fmt: skip

@@ -15,7 +15,6 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget
 from aerogel.attention.quantise import (
     BITS,
-    Quantised,
     quantise_keys,
     quantise_values,
     value_channels,
@@ -24,8 +23,8 @@ from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import apply_sink, merge
 from aerogel.attention.token_plan import TokenPlan, gather_tokens
+from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
 
-_CHUNK = 2048  # tokens dequantised at a time
 Mode = Literal["quant", "evict"]
 
 
@@ -34,47 +33,27 @@ class Segment:
     """Tokens of one precision, each batch element its own.
 
     Attributes:
-        positions: (B, n) int32 places in the sequence, -1 = empty.
+        positions: (B, n) int32 places in the sequence, -1 = empty; the real ones are first.
         keys: (B, H, n, D), or in codes.
         values: (B, H, n, Dv), or in codes.
     """
 
     positions: Tensor
-    keys: Tensor | Quantised
-    values: Tensor | Quantised
-
-    def chunks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and real tokens (B, m) bool, some tokens at a time."""
-        count = self.positions.shape[1]
-        parts = [slice(begin, begin + _CHUNK) for begin in range(0, count, _CHUNK)]
-        return [
-            (_plain(self.keys, part), _plain(self.values, part), self.positions[:, part] >= 0)
-            for part in parts
-        ]
+    keys: Tensor | TokenCodes
+    values: Tensor | TokenCodes
 
     def parts(self) -> list[Tensor]:
         """What it stores."""
-        stored = [x.parts() if isinstance(x, Quantised) else [x] for x in (self.keys, self.values)]
+        stored = [x.parts() if isinstance(x, TokenCodes) else [x] for x in (self.keys, self.values)]
         return [self.positions, *stored[0], *stored[1]]
 
     def select(self, index: Tensor) -> Segment:
         """Some batch elements."""
         keys, values = (
-            x.select(index) if isinstance(x, Quantised) else x[index]
+            x.select(index) if isinstance(x, TokenCodes) else x[index]
             for x in (self.keys, self.values)
         )
         return Segment(self.positions[index], keys, values)
-
-
-def attend_segments(
-    q: Tensor, segments: list[Segment], **options: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """Attention over each part of the segments: (o, lse) pairs for `merge`."""
-    return [
-        attend_lse(q, keys.to(q.dtype), values.to(q.dtype), key_padding=real, **options)
-        for segment in segments
-        for keys, values, real in segment.chunks()
-    ]
 
 
 class MixedPrecisionCacheLayer(CountedCacheLayer):
@@ -95,6 +74,10 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         kv: "quant" or "evict".
         layer_idx: of this layer.
         scale_dtype: type of ranges and channel factors.
+
+    Attributes:
+        segments: all stored tokens but the tail, oldest first.
+        coded: those of them that are in codes, as the kernel reads them.
 
     Raises:
         ValueError: an option is out of range.
@@ -117,6 +100,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
         self.segments: list[Segment] = []
+        self.coded = CodedTokens()
         self._mask: Tensor | None = None
 
     def note_mask(self, mask: Tensor) -> None:
@@ -164,12 +148,22 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         if self.seen == k.shape[2]:
             o, lse = self._prompt(q, k, v, mask, scale, softcap)
         else:
-            options = {"scale": scale, "softcap": softcap}
-            tail = attend_lse(q, self.keys, self.values, causal=True, **options)
-            o, lse = merge([*attend_segments(q, self.segments, **options), tail])
+            o, lse = self._everything(q, scale, softcap)
             while self.keys.shape[2] >= self.stream_gap:
                 self._stream(q, lse, scale)
         return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+
+    def _everything(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Attention over the tail and all segments."""
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        parts = [attend_lse(q, self.keys, self.values, causal=True, **options)]
+        for segment in self.segments:
+            if isinstance(segment.keys, Tensor) and isinstance(segment.values, Tensor):
+                real = segment.positions >= 0
+                pair = segment.keys, segment.values
+                parts.append(attend_lse(q, *pair, key_padding=real, **options))
+        plain = parts[0] if len(parts) == 1 else merge(parts)
+        return self.coded.attend(q, scale=scale, softcap=softcap, prior=plain)
 
     def _prompt(
         self,
@@ -215,8 +209,14 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
             groups.append((~important & real, self.bits_other))
         for mask, bits in groups:
             if bool(mask.any()):
-                self.segments.append(self._segment(k, v, mask, bits, channel, first))
+                self._add(self._segment(k, v, mask, bits, channel, first))
         self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
+
+    def _add(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        if isinstance(segment.keys, TokenCodes) and isinstance(segment.values, TokenCodes):
+            counts = (segment.positions >= 0).sum(1)
+            self.coded.append(segment.keys, segment.values, counts)
 
     def _segment(
         self, k: Tensor, v: Tensor, mask: Tensor, bits: int, channel: Tensor, first: int
@@ -248,11 +248,13 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         tensors = [t for segment in self.segments for t in segment.parts()]
         if self.is_initialized:
             tensors += [self.keys, self.values]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        once = {t.data_ptr(): t for t in tensors}  # segments of one stream share their factors
+        return sum(t.numel() * t.element_size() for t in once.values())
 
     def reset(self) -> None:
         """Forgets everything."""
         self.segments, self.seen, self._mask = [], 0, None
+        self.coded = CodedTokens()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -269,7 +271,10 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         if self.is_initialized:
             indices = indices.to(self.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
-            self.segments = [segment.select(indices) for segment in self.segments]
+            chosen = [segment.select(indices) for segment in self.segments]
+            self.segments, self.coded = [], CodedTokens()
+            for segment in chosen:
+                self._add(segment)
 
 
 def check_cache_options(bits_important: int, bits_other: int, stream_gap: int, kv: str) -> None:
@@ -281,7 +286,3 @@ def check_cache_options(bits_important: int, bits_other: int, stream_gap: int, k
         raise ValueError(f"stream_gap={stream_gap}: expected at least 1")
     if kv not in ("quant", "evict"):
         raise ValueError(f"kv={kv!r}: expected 'quant' or 'evict'")
-
-
-def _plain(x: Tensor | Quantised, part: slice) -> Tensor:
-    return x.dequantised(part) if isinstance(x, Quantised) else x[:, :, part]

@@ -34,6 +34,9 @@ def attention_now(
     scale: float,
     causal: bool,
     softcap: float | None,
+    linear: bool,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan, without gradients."""
     return attention_forward(
@@ -55,6 +58,9 @@ def attention_now(
         window=window,
         key_padding=key_padding,
         softcap=softcap,
+        linear=linear,
+        dropout_p=dropout_p,
+        seed=seed,
     )
 
 
@@ -88,6 +94,9 @@ def attention_backward_op(
     scale: float,
     causal: bool,
     softcap: float | None,
+    linear: bool,
+    dropout_p: float,
+    seed: int,
     o: Tensor,
     lse: Tensor,
     do: Tensor,
@@ -117,6 +126,9 @@ def attention_backward_op(
         window=window,
         key_padding=key_padding,
         softcap=softcap,
+        linear=linear,
+        dropout_p=dropout_p,
+        seed=seed,
     )
     return dq, dk, dv, lse.new_empty(0) if dbias is None else dbias
 
@@ -160,8 +172,14 @@ def tile_attention(
     scale: float,
     key_padding: Tensor | None = None,
     softcap: float | None = None,
+    linear: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a lowered plan: o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), differentiable."""
+    """Attention over a lowered plan: o (B, Hq, Lq, Dv) and lse (B, Hq, Lq), differentiable.
+
+    `linear`, `dropout_p` and `seed` as `attention_forward` takes them.
+    """
     tensors = (q, k, v, stream.tile_bias)
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors
@@ -187,5 +205,8 @@ def tile_attention(
         scale,
         shape.causal,
         softcap,
+        linear,
+        dropout_p,
+        seed,
     )
     return result

@@ -29,7 +29,8 @@ def probe_rows(
         count = math.ceil(count[0] * shrink), int(count[1] * shrink)
     last = min(max(1, count[0]), length)
     draw = torch.Generator().manual_seed(seed)
-    others = torch.randperm(length - last, generator=draw)[: count[1]].sort().values
+    drawn = min(count[1], most - last)  # the last row counts even where `recent` is 0
+    others = torch.randperm(length - last, generator=draw)[:drawn].sort().values
     return torch.cat([others, torch.arange(length - last, length)])
 
 

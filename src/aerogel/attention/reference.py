@@ -11,7 +11,8 @@ from aerogel.attention.bank_plan import BankPlan
 from aerogel.attention.call import Call
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.lowering import lower
-from aerogel.attention.softmax import accumulator, dropout_factors, masked_attention
+from aerogel.attention.softmax import accumulator, masked_attention
+from aerogel.kernels.attention_reference import dropout_factors
 
 
 def reference_attention(

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
+from aerogel.attention.lowering import TileStream
+from aerogel.attention.ops import tile_attention
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.shape import AttentionShape
@@ -34,6 +36,8 @@ from aerogel.attention.supports import (
     TopKSupport,
 )
 from aerogel.attention.tiled_pairs import Pairs
+from aerogel.kernels import native_available, reference_mode
+from aerogel.kernels.attention_call import MAX_DIM
 
 SupportName = Literal["lsh", "local", "block", "topk"]
 _SMALLEST = 1e-24  # of a low-rank sum without its support, in units of its scale
@@ -75,12 +79,16 @@ def scatterbrain_attention(
     """
     scale = _checked(q, k, features, support, scale, causal, key_padding)
     shape = AttentionShape.of(q, k, causal=causal)
-    pairs = None if support is None else support.pairs(q, k, shape, key_padding)
     estimate = None if features is None else _Estimate(q, k, v, features, causal, key_padding)
-    if pairs is None:
+    if support is None:
         assert estimate is not None
         total = estimate.denominator.clamp(min=_SMALLEST)
         return (estimate.numerator / total[..., None]).to(q.dtype)
+    if estimate is not None and _native(q, v, features):
+        tiles = support.tiles(q, k, shape, key_padding)
+        if tiles is not None:
+            return _tiled(q, k, v, estimate, tiles, scale, key_padding, dropout_p)
+    pairs = support.pairs(q, k, shape, key_padding)
     z = pairs.dot(q, k) * scale
     lse = pairs.logsumexp(z)
     if estimate is None:
@@ -93,6 +101,40 @@ def scatterbrain_attention(
     weights = _dropped(_exact(pairs, z, norm), dropout_p) - g * pairs.spread(unit)
     out = pairs.weighted(weights, v) + estimate.numerator * unit[..., None]
     return out.to(q.dtype)
+
+
+def _native(q: Tensor, v: Tensor, features: PositiveRandomFeatures | None) -> bool:
+    sizes = q.shape[-1], v.shape[-1], 0 if features is None else features.num_features
+    known = q.is_cpu and q.dtype != torch.float64 and max(sizes) <= MAX_DIM
+    return known and native_available() and not reference_mode()
+
+
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    estimate: _Estimate,
+    tiles: tuple[TileStream, AttentionShape],
+    scale: float,
+    key_padding: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """The same from two native passes over the support: its softmax, and its share of the sums."""
+    stream, shape = tiles
+    seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
+    o, lse = tile_attention(
+        q, k, v, stream, shape,
+        scale=scale, key_padding=key_padding, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    share, total = tile_attention(
+        estimate.phi_q, estimate.phi_k, v.to(estimate.phi_q.dtype), stream, shape,
+        scale=1.0, key_padding=key_padding, linear=True,
+    )  # fmt: skip
+    rest = (estimate.denominator - total).clamp(min=_SMALLEST)
+    norm = torch.logaddexp(lse, torch.log(rest) + estimate.log_scale)
+    unit = torch.exp(estimate.log_scale - norm)
+    own = torch.exp(lse - norm)[..., None]
+    return (o * own + (estimate.numerator - share) * unit[..., None]).to(q.dtype)
 
 
 class _Estimate:

@@ -1,4 +1,4 @@
-"""The mathematics of the engine: masked softmax attention, merging, sinks, dropout by counter."""
+"""The mathematics of the engine: masked softmax attention, merging, sinks."""
 
 from __future__ import annotations
 
@@ -90,23 +90,3 @@ def apply_sink(o: Tensor, lse: Tensor, sink_logit: Tensor) -> tuple[Tensor, Tens
     """A learned logit per head (Hq,) that takes weight and gives nothing."""
     sink = sink_logit.to(lse.dtype).view(1, -1, 1).expand_as(lse)
     return merge([(o, lse), (torch.zeros_like(o), sink)])
-
-
-def dropout_factors(p: float, seed: int, shape: tuple[int, int, int, int]) -> Tensor:
-    """Factors 0 or 1 / (1 - p) that depend only on (seed, b, h, i, j): (B, H, Lq, Lk) float32."""
-    sizes = [torch.arange(n, dtype=torch.int64) for n in shape]
-    h = torch.full((1, 1, 1, 1), seed & 0xFFFFFFFF, dtype=torch.int64)
-    for axis, index in enumerate(sizes):
-        view = [1, 1, 1, 1]
-        view[axis] = -1
-        h = _mixed((h ^ index.view(view)) + 0x9E3779B9)
-    uniform = h.double() / float(1 << 32)
-    return (uniform >= p).float() / (1 - p)
-
-
-def _mixed(h: Tensor) -> Tensor:
-    """A bijection of 32 bits with full avalanche (Murmur3's finaliser), on int64."""
-    h = h & 0xFFFFFFFF
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return h ^ (h >> 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
-from aerogel.attention.plan import Plan
+from aerogel.attention.lowering import TileStream, lower
+from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.tiled_pairs import ListedPairs, Pairs, TiledPairs
@@ -42,6 +44,16 @@ class Support(abc.ABC):
         plan = self.plan(q, k, shape, key_padding)
         return ListedPairs(plan_pairs(plan, shape, key_padding))
 
+    def tiles(
+        self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None
+    ) -> tuple[TileStream, AttentionShape] | None:
+        """The choice as native kernels read it, with the shape to read it by; None if they cannot.
+
+        Padding is left to the kernels.
+        """
+        streams = lower(self.plan(q, k, shape, key_padding).passes(shape), shape)
+        return (streams[0], shape) if len(streams) == 1 else None
+
 
 class LocalSupport(Support):
     """Keys at ``-(window // 2) <= j - i < (window + 1) // 2`` around each row's position i.
@@ -64,6 +76,16 @@ class LocalSupport(Support):
         if shape.causal:
             keep &= lane <= 0
         return KeyListPlan.from_index(torch.where(keep, keys, -1)[None, None])
+
+    def tiles(
+        self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None
+    ) -> tuple[TileStream, AttentionShape] | None:
+        """A causal window whose rows stand as far ahead as they may look."""
+        back, reach = self.window // 2, self.window - self.window // 2
+        ahead = 0 if shape.causal else reach - 1
+        moved = replace(shape, causal=True, offset=shape.q_offset + ahead)
+        streams = lower(DensePlan().passes(moved), moved, back + 1 + ahead)
+        return (streams[0], moved) if len(streams) == 1 else None
 
     def pairs(
         self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None
@@ -212,6 +234,12 @@ class SmyrfClusters(Support):
     ) -> Plan:
         rows, keys = self._clusters(q, k, shape, key_padding)
         return GroupPlan(rows.flatten(2, 3).int(), keys.flatten(2, 3).int(), "lse")
+
+    def tiles(
+        self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None
+    ) -> tuple[TileStream, AttentionShape] | None:
+        """None: a cluster's rows are scattered, and a pair of several rounds counts once."""
+        return None
 
     def pairs(
         self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None

@@ -11,6 +11,7 @@ and probabilities computed again in the backward pass); csrc/attention.h describ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ def attention_forward(
     key_padding: Tensor | None = None,
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
+    linear: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys that its tile names.
@@ -82,6 +86,11 @@ def attention_forward(
         key_padding: (B, Lk) bool, False where a key takes no part, whatever the tile.
         softcap: logits become ``softcap * tanh(logit / softcap)``.
         sink_logit: (Hq,) float32, an additional logit without a value.
+        linear: weights are the scaled products themselves, not their softmax: o is the sum of
+            weights times values, and lse the sum of weights.
+        dropout_p: probability of dropping a weight from o; the others grow by ``1 / (1 - p)``.
+        seed: with batch element, head, query and key it decides what is dropped, by
+            `dropout_factors`.
         threads: default `torch.get_num_threads()`; the result does not depend on it.
 
     Returns:
@@ -99,6 +108,7 @@ def attention_forward(
         (tile_ptr, kind, start, length, gather_idx, tile_bias),
         plan=(Bp, Hp, block_q),
         rules=(q_offset, scale, causal, window, window_block, key_padding, softcap, sink_logit),
+        weights=(linear, dropout_p, seed),
         threads=threads,
     )
     if not _native(call):
@@ -123,6 +133,9 @@ def attention_forward(
             key_padding=key_padding,
             softcap=softcap,
             sink_logit=sink_logit,
+            linear=linear,
+            dropout_p=dropout_p,
+            seed=seed,
         )
     o = _like_rows(call.q, call.v.shape[-1])
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
@@ -159,6 +172,9 @@ def attention_backward(
     key_padding: Tensor | None = None,
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
+    linear: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `attention_forward`.
@@ -191,6 +207,9 @@ def attention_backward(
         key_padding: False where a key takes no part.
         softcap: of the logits.
         sink_logit: (Hq,).
+        linear: weights are the products themselves.
+        dropout_p: what the forward pass had.
+        seed: the same.
         threads: default `torch.get_num_threads()`; the result does not depend on it.
 
     Returns:
@@ -206,6 +225,7 @@ def attention_backward(
         (tile_ptr, kind, start, length, gather_idx, tile_bias),
         plan=(Bp, Hp, block_q),
         rules=(q_offset, scale, causal, window, window_block, key_padding, softcap, sink_logit),
+        weights=(linear, dropout_p, seed),
         threads=threads,
     )
     call.check_results(o, lse, do, dlse)
@@ -235,6 +255,9 @@ def attention_backward(
             key_padding=key_padding,
             softcap=softcap,
             sink_logit=sink_logit,
+            linear=linear,
+            dropout_p=dropout_p,
+            seed=seed,
         )
     o, do = unit_rows(o), unit_rows(do.to(q.dtype))
     lse = lse.contiguous()
@@ -297,4 +320,9 @@ def _arguments(call: AttentionCall) -> Any:
         call.softcap,
         address(call.sink_logit),
     )
+    if call.linear:
+        args.linear()
+    if call.dropout_p:
+        below = min(math.ceil(call.dropout_p * (1 << 32)), (1 << 32) - 1)
+        args.dropout(call.seed, below, 1 / (1 - call.dropout_p))
     return args

@@ -34,6 +34,8 @@ class AttentionCall:
         plan: Bp, Hp, block_q.
         window: (Hp,) int64, 0 for none, or None.
         softcap: 0 for none.
+        linear: weights are the scores themselves.
+        dropout_p: probability of dropping a weight, by `dropout_factors` of the seed.
     """
 
     q: Tensor
@@ -50,6 +52,9 @@ class AttentionCall:
     softcap: float
     sink_logit: Tensor | None
     threads: int
+    linear: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
 
     @classmethod
     def of(
@@ -61,6 +66,7 @@ class AttentionCall:
         *,
         plan: tuple[int, int, int],
         rules: tuple[Any, ...],
+        weights: tuple[bool, float, int] = (False, 0.0, 0),
         threads: int | None = None,
     ) -> AttentionCall:
         """Checks shapes, dtypes and sizes; tiles themselves are checked natively.
@@ -81,24 +87,32 @@ class AttentionCall:
             raise ValueError(f"window_block={window_block}: expected at least 1")
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap={softcap}: expected a positive number, or None")
+        linear, dropout_p, seed = weights
+        if linear and (softcap is not None or sink_logit is not None or stream[5] is not None):
+            raise ValueError("linear=True: expected no softcap, sink_logit and tile_bias")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p={dropout_p}: expected in [0, 1)")
         batch, q_heads, q_len, dim = shape
         padding = _checked("key_padding", key_padding, (batch, k_shape[2]), torch.bool, q)
         sink = _checked("sink_logit", sink_logit, (q_heads,), torch.float32, q)
         return cls(
-            unit_rows(q),
-            unit_rows(k),
-            unit_rows(v),
-            _checked_stream(stream, plan, q, q_len),
-            plan,
-            k_shape[2] - q_len if q_offset is None else q_offset,
-            dim**-0.5 if scale is None else float(scale),
-            bool(causal),
-            _window(window, plan[1], q),
-            window_block,
-            padding,
-            0.0 if softcap is None else float(softcap),
-            sink,
-            threads,
+            q=unit_rows(q),
+            k=unit_rows(k),
+            v=unit_rows(v),
+            stream=_checked_stream(stream, plan, q, q_len),
+            plan=plan,
+            q_offset=k_shape[2] - q_len if q_offset is None else q_offset,
+            scale=dim**-0.5 if scale is None else float(scale),
+            causal=bool(causal),
+            window=_window(window, plan[1], q),
+            window_block=window_block,
+            key_padding=padding,
+            softcap=0.0 if softcap is None else float(softcap),
+            sink_logit=sink,
+            threads=threads,
+            linear=linear,
+            dropout_p=float(dropout_p),
+            seed=seed & 0xFFFFFFFF,
         )
 
     def check_results(self, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None) -> None:

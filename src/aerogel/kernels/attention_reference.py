@@ -30,6 +30,9 @@ def attention_forward_reference(
     key_padding: Tensor | None = None,
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
+    linear: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` with every logit in memory; differentiable in q, k, v and biases."""
@@ -40,9 +43,15 @@ def attention_forward_reference(
         (tile_ptr, kind, start, length, gather_idx, tile_bias),
         plan=(Bp, Hp, block_q),
         rules=(q_offset, scale, causal, window, window_block, key_padding, softcap, sink_logit),
+        weights=(linear, dropout_p, seed),
         threads=threads,
     )
     logits, allowed, _ = _logits(call, q, k, tile_bias)
+    values = _expanded(v, q.shape[1]).to(logits.dtype)
+    if linear:
+        weights = logits.masked_fill(~allowed, 0.0)
+        o = (weights * _kept(call, weights)) @ values
+        return o.to(q.dtype), weights.sum(-1)
     logits = logits.masked_fill(~allowed, -torch.inf)
     if sink_logit is not None:
         sink = sink_logit.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
@@ -51,7 +60,7 @@ def attention_forward_reference(
         lse = logits.logsumexp(-1)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     p = (logits - shift[..., None]).exp()
-    o = p @ _expanded(v, q.shape[1]).to(p.dtype)
+    o = (p * _kept(call, p)) @ values
     return o.to(q.dtype), lse.to(_wide(torch.float32, q.dtype))
 
 
@@ -81,6 +90,9 @@ def attention_backward_reference(
     key_padding: Tensor | None = None,
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
+    linear: bool = False,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`attention_backward` with every logit in memory."""
@@ -91,22 +103,28 @@ def attention_backward_reference(
         (tile_ptr, kind, start, length, gather_idx, tile_bias),
         plan=(Bp, Hp, block_q),
         rules=(q_offset, scale, causal, window, window_block, key_padding, softcap, sink_logit),
+        weights=(linear, dropout_p, seed),
         threads=threads,
     )
     logits, allowed, tile_of = _logits(call, q, k, tile_bias)
     wide = logits.dtype
-    shift = lse.to(wide).masked_fill(lse == -torch.inf, 0.0)
-    p = (logits.masked_fill(~allowed, -torch.inf) - shift[..., None]).exp()
     grad, heads = do.to(wide), q.shape[1]
-    delta = (grad * o.to(wide)).sum(-1)
+    kept = _kept(call, logits)
+    if linear:
+        p, slope = logits.masked_fill(~allowed, 0.0), allowed.to(wide)
+        delta = torch.zeros_like(p[..., 0])
+    else:
+        shift = lse.to(wide).masked_fill(lse == -torch.inf, 0.0)
+        p = (logits.masked_fill(~allowed, -torch.inf) - shift[..., None]).exp()
+        slope, delta = p, (grad * o.to(wide)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(wide)
-    ds = p * (grad @ _expanded(v, heads).to(wide).mT - delta[..., None])
+    ds = slope * (kept * (grad @ _expanded(v, heads).to(wide).mT) - delta[..., None])
     if softcap is not None:
         ds = ds * (1 - (logits / softcap) ** 2)
     dq = call.scale * ds @ _expanded(k, heads).to(wide)
     dk = call.scale * _grouped(ds.mT @ q.to(wide), k.shape[1])
-    dv = _grouped(p.mT @ grad, k.shape[1])
+    dv = _grouped((p * kept).mT @ grad, k.shape[1])
     dbias = None
     if tile_bias is not None:
         dbias = torch.zeros(kind.numel(), dtype=wide, device=q.device)
@@ -114,6 +132,34 @@ def attention_backward_reference(
         dbias.index_add_(0, tile_of.expand_as(held)[held], ds[held])
         dbias = dbias.to(_wide(torch.float32, q.dtype))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+def dropout_factors(p: float, seed: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """Factors 0 or 1 / (1 - p) that depend only on (seed, b, h, i, j): (B, H, Lq, Lk) float32."""
+    sizes = [torch.arange(n, dtype=torch.int64) for n in shape]
+    h = torch.full((1, 1, 1, 1), seed & 0xFFFFFFFF, dtype=torch.int64)
+    for axis, index in enumerate(sizes):
+        view = [1, 1, 1, 1]
+        view[axis] = -1
+        h = _mixed((h ^ index.view(view)) + 0x9E3779B9)
+    uniform = h.double() / float(1 << 32)
+    return (uniform >= p).float() / (1 - p)
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """A bijection of 32 bits with full avalanche (Murmur3's finaliser), on int64."""
+    h = h & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _kept(call: AttentionCall, like: Tensor) -> Tensor:
+    """Factors of the weights."""
+    if not call.dropout_p:
+        return like.new_ones(())
+    sizes = (*call.q.shape[:3], call.k.shape[2])
+    return dropout_factors(call.dropout_p, call.seed, sizes).to(like)
 
 
 def _wide(dtype: torch.dtype, own: torch.dtype) -> torch.dtype:
