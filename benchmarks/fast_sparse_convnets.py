@@ -230,7 +230,7 @@ def compare_networks(setup: Setup, workspace: bench.Workspace) -> Found:
         fast = runtime.sparsify_convs(sparse, x, threads=setup.threads)
         engines = dense_engines(dense, x, setup.threads, workspace)
         times = interleave({**engines, OURS: lambda fast=fast, x=x: fast(x)}, setup)
-        least = 1e-9 * operations(sparse, x) / setup.roof.fma_gflops
+        least = 1e-9 * operations(sparse, bench.Inputs.of(x)) / setup.roof.fma_gflops
         row = {
             "part": "networks",
             "what": name,
