@@ -231,6 +231,19 @@ int64_t pack_blocks(std::vector<Block>* blocks) {
   return total;
 }
 
+// The input of the output's own form whose place the output may take, or -1. Another input in the
+// same place would be overwritten while it is read.
+int replaced_value(const Op& op, const std::vector<Value>& values) {
+  const int i = op.replaced_input();
+  if (i < 0) return -1;
+  const int in = op.inputs[static_cast<size_t>(i)];
+  const Value& from = values[static_cast<size_t>(in)];
+  const Value& out = values[static_cast<size_t>(op.output)];
+  if (from.ld != out.ld || from.channels != out.channels) return -1;
+  if (i > 0 && std::count(op.inputs.begin(), op.inputs.end(), in) > 1) return -1;
+  return in;
+}
+
 // Offsets for all values of one arena; returns its size in floats.
 int64_t plan_arena(const Ops& ops, Place place, std::vector<Value>* values) {
   std::vector<int64_t> last_use(values->size(), -1);
@@ -244,12 +257,12 @@ int64_t plan_arena(const Ops& ops, Place place, std::vector<Value>* values) {
     const Value& out = (*values)[op.output];
     if (out.place != place) continue;
     const int64_t step = static_cast<int64_t>(i), last = std::max(step, last_use[op.output]);
-    const int in = op.inputs[0];
-    if (op.in_place() && block_of[in] >= 0 && last_use[in] == step &&
-        (*values)[in].ld == out.ld && (*values)[in].channels == out.channels) {
-      block_of[op.output] = block_of[in];
-      blocks[block_of[in]].last = std::max(blocks[block_of[in]].last, last);
-      continue;
+    if (const int in = replaced_value(op, *values); in >= 0) {
+      if (block_of[in] >= 0 && last_use[in] == step) {
+        block_of[op.output] = block_of[in];
+        blocks[block_of[in]].last = std::max(blocks[block_of[in]].last, last);
+        continue;
+      }
     }
     block_of[op.output] = static_cast<int>(blocks.size());
     blocks.push_back({round_up(out.floats(), kLineFloats), step, last, 0});

@@ -78,8 +78,8 @@ class Op {
   virtual ~Op() = default;
   // Every column is treated alike, so that the images of a batch may stand side by side.
   virtual bool columnwise() const { return false; }
-  // The output may take the place of the first input.
-  virtual bool in_place() const { return false; }
+  // The input whose place the output may take if nobody needs it afterwards, or -1.
+  virtual int replaced_input() const { return -1; }
   // Reads exactly its i-th input's elements, so that this may be the caller's unpadded tensor.
   virtual bool reads_bare(size_t) const { return true; }
   // Called once the places of all values are known; afterwards borrowed weights are not needed.

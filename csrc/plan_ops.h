@@ -64,10 +64,16 @@ struct LinearOp : ConvOp {
   FloatBuffer rows, bias;
 };
 
+// A sparse product adds the residual when it writes a result for good. Slabs write partial sums.
+inline int replaced_residual(Epilogue epilogue, const SpmmVariant& variant) {
+  return epilogue.residual && variant.k_blocks == 1 ? 1 : -1;
+}
+
 struct SpmmOp : Op {
   SpmmOp(const BlockRows& source, const float* bias_data, const SpmmVariant& variant,
          Epilogue epilogue);
   bool columnwise() const override { return true; }
+  int replaced_input() const override { return replaced_residual(epilogue, variant); }
   bool reads_bare(size_t) const override { return false; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
@@ -84,6 +90,7 @@ struct SpmmOp : Op {
 struct SparseConvOp : Op {
   SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
                const Window& window, const SpmmVariant& variant, Epilogue epilogue);
+  int replaced_input() const override { return replaced_residual(epilogue, variant); }
   bool reads_bare(size_t i) const override { return i == 0; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
@@ -123,7 +130,7 @@ struct BinaryOp : Op {
   BinaryOp(Binary kind, bool broadcast, Activation activation)
       : kind(kind), broadcast(broadcast), activation(activation) {}
   bool columnwise() const override { return !broadcast; }
-  bool in_place() const override { return true; }
+  int replaced_input() const override { return 0; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
@@ -137,7 +144,7 @@ struct BinaryOp : Op {
 struct ActivationOp : Op {
   explicit ActivationOp(Activation activation) : activation(activation) {}
   bool columnwise() const override { return true; }
-  bool in_place() const override { return true; }
+  int replaced_input() const override { return 0; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;

@@ -12,7 +12,7 @@ struct NormOp : Op {
   // weight, bias: a float per feature, or null for ones and zeros.
   NormOp(int64_t features, const float* weight, const float* bias, float epsilon);
   bool columnwise() const override { return true; }
-  bool in_place() const override { return true; }
+  int replaced_input() const override { return 0; }
   bool reads_bare(size_t) const override { return false; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;

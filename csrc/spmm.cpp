@@ -305,6 +305,7 @@ void SpmmWeight::pack(const BlockRows& source, const SpmmPlaces& places, bool up
   }
   mark();
   out.tile_rows.push_back(source.rows);
+  if (!out.rows.empty()) out.rows.insert(out.rows.end(), kSpmmRowsBeyond, out.rows.back());
   out.weights.resize(out.sources.size() + kStreamSlack);
   gather(source.values, out.sources, out.weights.data());
   if (!updatable) std::vector<int32_t>().swap(out.sources);

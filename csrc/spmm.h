@@ -59,10 +59,14 @@ struct SpmmSegment {
   int64_t run, row, weight, offset;
 };
 
+// Kernels look so many block rows ahead.
+constexpr int kSpmmRowsBeyond = 16;
+
 // What the kernels read: plain pointers, valid as long as the SpmmWeight lives.
 struct SpmmStream {
   const SpmmRun* runs;
-  const int32_t* rows;      // first output row of each block row
+  const int32_t* rows;      // first output row of each block row, the last one repeated
+                            // kSpmmRowsBeyond times
   const float* weights;     // per group: [steps][width][block], start padded to 4 floats
   const int32_t* offsets;   // per group: [steps][width], byte offset of the activation row, or
                             // of a row of zeros behind the slab

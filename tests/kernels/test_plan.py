@@ -207,6 +207,44 @@ def test_an_input_may_be_an_output_and_a_value_two_outputs() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("k_blocks", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_sum_may_take_the_place_of_its_residual(kernel: int, k_blocks: int) -> None:
+    generator = torch.Generator().manual_seed(kernel)
+    weight = sparse(24, 24 * kernel**2, 0.2, generator)
+    packed = BlockRowWeight.pack(weight)
+    variant = kernels.SpmmVariant(2, 2, k_blocks, 1, True)
+    filters = weight.view(24, 24, kernel, kernel)
+    image = torch.randn(3, 24, 7, 9, generator=generator)
+    b = PlanBuilder(batch=3, threads=2)
+
+    def conv(x: Value, residual: Value) -> Value:
+        return b.sparse_conv2d(
+            x, packed, kernel, padding=kernel // 2, residual=residual, variant=variant
+        )
+
+    def pointwise(x: Value, residual: Value) -> Value:
+        return b.sparse_conv1x1(x, packed, residual=residual, variant=variant)
+
+    layer = pointwise if kernel == 1 else conv
+    first = b.activation(b.input((24, 7, 9)), "relu")
+    kept = layer(b.activation(first, "gelu"), first)  # its residual is needed once more
+    own = layer(kept, kept)  # x itself is the residual
+    b.output(layer(layer(own, own), first))
+    plan = b.build()
+
+    def expected(x: Tensor, residual: Tensor) -> Tensor:
+        return F.conv2d(x, filters, padding=kernel // 2) + residual
+
+    x = image.relu()
+    y = expected(F.gelu(x), x)
+    y = expected(y, y)
+    y = expected(expected(y, y), x)
+    (result,) = plan.run([image])
+    torch.testing.assert_close(result, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+@needs_native
 @pytest.mark.parametrize("batch", [1, 2, 7, 600])
 def test_vectors_of_a_batch_are_multiplied_together_or_one_by_one(batch: int) -> None:
     b = PlanBuilder(batch, threads=2)
