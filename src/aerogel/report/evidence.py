@@ -371,7 +371,7 @@ def _foot(evidence: Evidence) -> list[str]:
     notes = dict.fromkeys(note for result in evidence.results for note in result.notes)
     lines = [f"- {note}" for note in notes]
     lines.append(
-        f"- Measured in {evidence.seconds:.0f} s of CPU time on "
+        f"- Measured in {evidence.seconds:.0f} s on "
         f"{place.get('cpu', 'an unknown CPU')}, {place.get('threads', '?')} threads, "
         f"torch {place.get('torch', '?')}."
     )
