@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.models import VisionTransformer
-from aerogel.pruning import METHODS, Goal, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning import (
+    METHODS,
+    Goal,
+    OneShotMethod,
+    RewritingMethod,
+    SearchMethod,
+    TrainingMethod,
+)
 from aerogel.pruning.callbacks import PrunerFactory, pruner_factory
 from aerogel.pruning.selection import pruned_parameters
 from aerogel.sparsity import MaskSet, StaticSparseTrainer
@@ -75,6 +82,14 @@ def natural(method: str) -> tuple[str, float]:
     return pattern, 1 - kept / group
 
 
+def network(method: str, seed: int = 0) -> nn.Module:
+    """What the method trains: the network, or what it puts in its place."""
+    found, model = METHODS[method], Net(seed)
+    if not isinstance(found, RewritingMethod):
+        return model
+    return found.rewrite(model, found.proposes(model), natural(method)[1])
+
+
 def factory(method: str) -> PrunerFactory:
     """Of the pruner of a training method at its natural pattern."""
     pattern, sparsity = natural(method)
@@ -84,9 +99,13 @@ def factory(method: str) -> PrunerFactory:
 
 def pruned(method: str, folder: Path) -> tuple[nn.Module, str]:
     """The network, pruned by any method at its natural pattern, and that pattern."""
-    found, model = METHODS[method], Net()
+    found, model = METHODS[method], network(method)
     pattern, sparsity = natural(method)
-    names = pruned_parameters(model, pattern, (), ("*stem*",))
+    names = (
+        ()
+        if isinstance(found, RewritingMethod)
+        else pruned_parameters(model, pattern, (), ("*stem*",))
+    )
     goal = Goal(names, sparsity, pattern, STEPS, **OPTIONS)
     if isinstance(found, OneShotMethod):
         found.prune(model, [(x,) for x, _ in batches()], goal, lambda *_: None)

@@ -33,6 +33,12 @@ def blocks(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
     return VisionTransformer(8, in_chans=in_chans, num_classes=num_classes, **sizes)  # type: ignore[arg-type]
 
 
+def two_convs(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
+    """A 3x3 convolution behind the first."""
+    convs = nn.Conv2d(in_chans, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, num_classes))
+
+
 def broken(num_classes: int) -> nn.Module:
     """A network with a weight that is not a number."""
     model = Net(num_classes)

@@ -10,7 +10,14 @@ from my_nets import Net
 from torch import nn
 
 from aerogel.manifest import load_systems
-from aerogel.pruning import METHODS, Goal, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning import (
+    METHODS,
+    Goal,
+    OneShotMethod,
+    RewritingMethod,
+    SearchMethod,
+    TrainingMethod,
+)
 from aerogel.pruning.shared_methods import SHARED_METHODS
 
 STEPS = 12
@@ -54,8 +61,8 @@ def test_methods_are_systems_of_the_manifest() -> None:
 CASES = [
     (name, pattern)
     for name, method in METHODS.items()
-    # Those that search train whole networks: test_method_kinds.py.
-    if method.unfit(Net()) is None and not isinstance(method, SearchMethod)
+    # Those that search or rewrite train other networks: test_method_kinds.py.
+    if method.unfit(Net()) is None and not isinstance(method, SearchMethod | RewritingMethod)
     for pattern in ("unstructured", "2x1", "4x1", "kernel-group:4")
     if method.prunes_by(pattern)
 ]

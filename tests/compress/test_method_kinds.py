@@ -14,9 +14,13 @@ from torch import nn
 from aerogel import compress, runtime
 from aerogel.cli import terminal
 from aerogel.compress import RecipeError, load_recipe
+from aerogel.compress.loading import load_model, rebuild
+from aerogel.compress.recipe import ModelSpec
 from aerogel.pruning import METHODS, Goal, SearchMethod
+from aerogel.pruning.callbacks import pruner_factory
 from aerogel.pruning.method import Trainings
 from aerogel.sparsity import MaskSet, magnitude_
+from aerogel.sparsity.cost import inference_flops
 
 
 def _zeros(folder: Path) -> dict[str, float]:
@@ -134,6 +138,64 @@ def test_sparse_model_soups_run_from_a_recipe(tiny_recipe: Path, tmp_path: Path)
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     assert zeros == pytest.approx(0.8, abs=0.01)
     assert (results.quality[0].sparse or 0) > 0.7
+
+
+def test_sparse_ift_trains_a_larger_network_that_costs_as_much(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    flags = {"method": "sparse-ift", "sparsity": 0.75, "dense.epochs": 1, "prune.epochs": 4}
+    results = compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+    assert results is not None
+    assert results.size.sparsity == pytest.approx(0.75, abs=0.01)
+    assert (results.quality[0].sparse or 0) > 0.9
+    pair, example = compress.load_run(tmp_path / "run")
+    (x,) = example(2)
+    before = inference_flops(pair.dense, None, (x,)).dense
+    factors = {name: w for name, w in pair.sparse.named_parameters() if w.dim() == 2}
+    masks = MaskSet({name: weight.detach() != 0 for name, weight in factors.items()})
+    after = inference_flops(pair.sparse, masks, (x,))
+    assert after.dense > 2 * before
+    assert after.sparse == pytest.approx(before, rel=0.06)  # ranks are rounded up
+    again = load_model(ModelSpec(name=str(tmp_path / "run" / "model.safetensors")), None).eval()
+    assert torch.equal(again(x), pair.sparse(x))
+
+
+def test_a_priori_compression_trains_one_way_filters_of_the_share_asked_for(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    flags = {
+        "model": {"name": "my_nets:two_convs"},
+        "method": "a-priori-compression",
+        "sparsity": 0.5,
+    }
+    results = compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+    assert results is not None
+    assert results.size.prunable == 0
+    assert "50 % fewer weights" in results.title
+    assert (results.quality[0].sparse or 0) > 0.9
+    state = runtime.load(tmp_path / "run" / "model.safetensors")
+    filters = [weight.numel() for name, weight in state.items() if name.startswith("2.factors")]
+    assert sum(filters) == 8 * (8 * 3 + 16 * 3)  # of 16 * 8 * 9 numbers, eight channels fit half
+    pair, _ = compress.load_run(tmp_path / "run")
+    assert pair.sparse_source is not None
+    elsewhere = rebuild(**pair.sparse_source.arguments)
+    assert list(elsewhere.state_dict()) == list(pair.sparse.state_dict())
+
+
+def test_a_network_that_a_method_cannot_rewrite_is_refused(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    flags = {"method": "a-priori-compression", "sparsity": 0.5}
+    with pytest.raises(ValueError, match="cannot prune this network: it has no convolution"):
+        compress.run(load_recipe(tiny_recipe, flags), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["sparse-ift", "a-priori-compression"])
+def test_a_network_must_be_rewritten_before_its_trainer_is_built(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"train what METHOD\.rewrite gives"):
+        pruner_factory(method, 0.5, 10)(model, optimizer)
 
 
 def test_only_methods_without_training_may_skip_it(tiny_recipe: Path) -> None:

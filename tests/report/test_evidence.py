@@ -54,7 +54,7 @@ def test_reproduce_runs_every_seed_and_judges(checkout, system):
     assert seen == list(evidence.results)
     assert evidence.claims[0].margin == 3.5
     assert evidence.passed
-    assert evidence.seconds == 1.0
+    assert 0.0 <= evidence.seconds < 0.5  # CPU time: the toy's word for it does not count
     assert evidence.mean("ours") == 4.5
     assert reproduce(system, checkout=checkout, seeds=[0]).passed is False
 

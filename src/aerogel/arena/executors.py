@@ -77,13 +77,28 @@ def _ray() -> Any:
 
 def _in_processes(work: Callable[..., Any], jobs: Jobs, workers: int) -> Results:
     if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield work(*job)
+        yield from _here(work, jobs)
         return
     context = get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _one_thread) as pool:
-        for future in as_completed([pool.submit(work, *job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(work, *job) for job in jobs]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is running comes to its end
+
+
+def _here(work: Callable[..., Any], jobs: Jobs) -> Results:
+    """In this process, which has its threads back afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    _one_thread()
+    try:
+        for job in jobs:
+            yield work(*job)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _through_ray(work: Callable[..., Any], jobs: Jobs) -> Results:

@@ -63,6 +63,7 @@ def lineup(
     engines: Sequence[Engine] = DENSE_ENGINES,
     sparse_engines: Sequence[Engine] = (TorchEager(), Aerogel()),
     source: Source | None = None,
+    sparse_source: Source | None = None,
 ) -> list[Contender]:
     """The usual field: dense weights on every engine, sparse weights on aerogel.
 
@@ -73,13 +74,14 @@ def lineup(
         sparse_engines: Those that run the sparse weights. Eager torch is among them by default,
             to show what zeros alone buy.
         source: Of both networks, for `Workers`.
+        sparse_source: Of the sparse one, where it is not built like the dense one.
 
     Returns:
         Contenders, in the order in which the table lists them.
     """
     pairs = [] if dense is None else [Contender(e, dense, "dense", source) for e in engines]
     if sparse is not None:
-        pairs += [Contender(e, sparse, "sparse", source) for e in sparse_engines]
+        pairs += [Contender(e, sparse, "sparse", sparse_source or source) for e in sparse_engines]
     return pairs
 
 

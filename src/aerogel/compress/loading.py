@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel import bench, data, models, runtime
-from aerogel.compress.recipe import DataSpec, ModelSpec
-from aerogel.compress.resolve import load_recipe
+from aerogel.compress.recipe import DataSpec, ModelSpec, Rewrite
+from aerogel.pruning import METHODS, RewritingMethod
 
 # Under this key `model.safetensors` records the network it belongs to, as JSON of a ModelSpec.
 MODEL_KEY = "aerogel.model"
@@ -80,12 +80,35 @@ def load_model(spec: ModelSpec, dataset: DataShape | None, *, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(spec, dataset)
+        if spec.rewrite is not None:
+            model = _rewritten(model, spec.rewrite)
     if spec.weights is not None and spec.name not in models.list_models():
         if spec.weights == PRETRAINED:
             raise ValueError(f"no pretrained weights are known for model = {spec.name!r}")
         runtime.load(Path(spec.weights).expanduser(), model)
     check_finite(model, f"model = {spec.name!r}")
     return model
+
+
+def _rewritten(model: nn.Module, rewrite: Rewrite) -> nn.Module:
+    method = METHODS[rewrite.method]
+    assert isinstance(method, RewritingMethod)
+    return method.rewrite(model, rewrite.weights, rewrite.sparsity)
+
+
+def spec_of(path: Path) -> ModelSpec | None:
+    """Which network a file of `aerogel compress` belongs to, or None where it does not say.
+
+    Raises:
+        ValueError: Metadata that cannot be read.
+    """
+    recorded = runtime.inspect(path).metadata.get(MODEL_KEY)
+    if recorded is None:
+        return None
+    try:
+        return ModelSpec.model_validate_json(recorded)
+    except ValueError:
+        raise ValueError(f"{path}: its {MODEL_KEY} metadata cannot be read") from None
 
 
 def source_of(spec: ModelSpec, dataset: DataShape | None, seed: int = 0) -> bench.Source:
@@ -254,25 +277,19 @@ def _require_any_batch(model: Any, path: Path, batch: int) -> None:
 
 
 def _from_safetensors(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
-    recorded = runtime.inspect(path).metadata.get(MODEL_KEY)
-    if recorded is None:
+    origin = spec_of(path)
+    if origin is None:
         raise ValueError(
             f"model = {spec.name!r} holds weights but does not say of which network; give the "
             "network as --model and the file as --weights"
         )
-    try:
-        origin = ModelSpec.model_validate_json(recorded)
-    except ValueError:
-        raise ValueError(f"{path}: its {MODEL_KEY} metadata cannot be read") from None
-    merged = ModelSpec(name=origin.name, options={**origin.options, **spec.options})
-    return runtime.load(path, _build(merged, dataset))
+    merged = origin.model_copy(update={"options": {**origin.options, **spec.options}})
+    return runtime.load(path, load_model(merged, dataset))
 
 
 def _from_folder(path: Path, spec: ModelSpec, dataset: DataShape | None) -> nn.Module:
     if (path / "recipe.yaml").exists():
-        origin = load_recipe(path / "recipe.yaml").model
-        model = _build(origin.model_copy(update={"weights": None}), dataset)
-        return runtime.load(path / "model.safetensors", model)
+        return _from_safetensors(path / "model.safetensors", spec, dataset)
     if (path / "config.json").exists():
         return _from_hugging_face(path)
     raise ValueError(

@@ -20,12 +20,14 @@ class Pair:
     Attributes:
         dense: The network before pruning.
         sparse: After it.
-        source: Builds the network of either; None keeps all engines in this process.
+        source: Builds the dense network; None keeps all engines in this process.
+        sparse_source: Builds the sparse one.
     """
 
     dense: nn.Module
     sparse: nn.Module
     source: bench.Source | None = None
+    sparse_source: bench.Source | None = None
 
 
 def measure(
@@ -88,6 +90,7 @@ def _field(pair: Pair, settings: Measurement) -> Sequence[bench.Contender]:
         engines=[engine for engine in asked if engine in bench.DENSE_ENGINES],
         sparse_engines=[bench.TorchEager(), *sparse, bench.Aerogel(settings.tolerance)],
         source=pair.source,
+        sparse_source=pair.sparse_source,
     )
 
 

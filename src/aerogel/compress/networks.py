@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel import models, runtime
-from aerogel.compress.loading import example_inputs, load_data, load_model, source_of
+from aerogel.compress.loading import (
+    example_inputs,
+    load_data,
+    load_model,
+    source_of,
+    spec_of,
+)
 from aerogel.compress.measuring import Pair
 from aerogel.compress.recipe import ModelSpec
 from aerogel.compress.resolve import load_recipe
@@ -32,14 +38,15 @@ def load_run(folder: Path) -> tuple[Pair, Example]:
     """
     recipe = load_recipe(folder / "recipe.yaml")
     dataset = load_data(recipe.data)
-    spec = recipe.model.model_copy(update={"weights": None})
-    networks = []
+    networks, sources = [], []
     for name in ("dense.safetensors", "model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: finish its run first")
-        model = load_model(spec, dataset, seed=recipe.seed)
+        spec = spec_of(folder / name) or recipe.model
+        model = load_model(spec.model_copy(update={"weights": None}), dataset, seed=recipe.seed)
         networks.append(runtime.load(folder / name, model).eval())
-    pair = Pair(networks[0], networks[1], source_of(spec, dataset, recipe.seed))
+        sources.append(source_of(spec, dataset, recipe.seed))
+    pair = Pair(networks[0], networks[1], sources[0], sources[1])
     return pair, lambda batch: example_inputs(dataset, batch)
 
 
@@ -68,7 +75,8 @@ def random_networks(
     vary_norms(dense, seed)
     sparse = copy.deepcopy(dense)
     _random_masks(sparse, sparsity, pattern, seed)
-    return Pair(dense, sparse, source_of(ModelSpec(name=name), None, seed)), example
+    source = source_of(ModelSpec(name=name), None, seed)
+    return Pair(dense, sparse, source, source), example
 
 
 def vary_norms(model: nn.Module, seed: int = 0) -> None:

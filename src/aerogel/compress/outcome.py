@@ -9,6 +9,7 @@ from typing import Any
 from aerogel import bench, data, report, runtime
 from aerogel.compress.recipe import Recipe
 from aerogel.compress.workdir import Marker
+from aerogel.pruning import METHODS, RewritingMethod
 
 # Losses have no unit and fall; every other score of `train.evaluate` is a fraction that rises.
 _LOSS = "loss"
@@ -34,10 +35,12 @@ def assemble(
     timings = [result for name, result in found.items() if name.startswith("measure-")]
     hardware = bench.hardware_info().to_dict()
     versions = hardware.pop("versions")
-    zeros = f"{100 * recipe.sparsity:g} % zeros"
+    method = METHODS[recipe.method]
+    saved = method.saves if isinstance(method, RewritingMethod) else "zeros"
+    aim = f"{100 * recipe.sparsity:g} % {saved} ({recipe.pattern})"
     return report.Results.model_validate(
         {
-            "title": f"{recipe.model.name} on {about_data['data']}, {zeros} ({recipe.pattern})",
+            "title": f"{recipe.model.name} on {about_data['data']}, {aim}",
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": command,
             "recipe": recipe.to_yaml(),

@@ -35,9 +35,10 @@ from aerogel.compress.loading import (
 )
 from aerogel.compress.measuring import Pair, measure, settings_of
 from aerogel.compress.outcome import assemble, data_facts
-from aerogel.compress.recipe import Recipe
-from aerogel.compress.training import chosen_by, train_dense, train_sparse
+from aerogel.compress.recipe import ModelSpec, Recipe, Rewrite
+from aerogel.compress.training import chosen_by, sparse_parameters, train_dense, train_sparse
 from aerogel.compress.workdir import Marker, RunFolder, key_of
+from aerogel.pruning import METHODS, RewritingMethod
 from aerogel.pruning.selection import pruned_parameters, unfit_parameters
 
 DENSE_FILE, SPARSE_FILE = "dense.safetensors", "model.safetensors"
@@ -194,13 +195,22 @@ class _Run:
             check_finite(model, "the dense network after training")
         elif not starts_trained(recipe.model):
             self.console.warn("the dense network is neither trained nor loaded from weights")
-        self._save(model, DENSE_FILE, sparse=False)
+        self._save(model, DENSE_FILE)
         parameters = sum(p.numel() for p in model.parameters())
         facts = {"data": data_facts(self.dataset), "notes": self._data_notes}
         return {"curves": curves, "parameters": parameters, **facts}
 
     def _pruned(self, model: nn.Module) -> tuple[str, ...]:
         return pruned_parameters(model, *chosen_by(self.recipe, model))
+
+    def _spec(self, name: str) -> ModelSpec:
+        """How the network of one of the run's files is built."""
+        spec = self.recipe.model.model_copy(update={"weights": None})
+        if name == DENSE_FILE or not isinstance(METHODS[self.recipe.method], RewritingMethod):
+            return spec
+        names = list(self._pruned(load_model(spec, self.dataset, seed=self.recipe.seed)))
+        rewrite = Rewrite(method=self.recipe.method, weights=names, sparsity=self.recipe.sparsity)
+        return spec.model_copy(update={"rewrite": rewrite})
 
     def _prune(self) -> dict[str, Any]:
         model = self.load(DENSE_FILE)
@@ -217,32 +227,29 @@ class _Run:
             model, dense, self.dataset, self.recipe, state, self.console, self._fresh
         )
         check_finite(model, "the sparse network after training")
-        self._save(model, SPARSE_FILE, sparse=True)
-        weights = {n: model.get_parameter(n) for n in self._pruned(model)}
+        names = sparse_parameters(self.recipe, model)
+        self._save(model, SPARSE_FILE, names)
+        weights = {n: model.get_parameter(n) for n in names}
         kept = {n: [w.numel(), int(w.count_nonzero())] for n, w in weights.items()}
         return {"curves": curves, "pruned": kept, "notes": notes}
 
-    def _save(self, model: nn.Module, name: str, *, sparse: bool) -> None:
+    def _save(self, model: nn.Module, name: str, pruned: Sequence[str] = ()) -> None:
         if not ranks.is_main():
             return
-        origin = self.recipe.model.model_copy(update={"weights": None})
-        names = self._pruned(model) if sparse else ()
         runtime.save(
             model,
             self.folder.path / name,
-            metadata={MODEL_KEY: origin.model_dump_json()},
-            patterns=dict.fromkeys(names, self.recipe.pattern),
-            format="auto" if sparse else "dense",
+            metadata={MODEL_KEY: self._spec(name).model_dump_json()},
+            patterns=dict.fromkeys(pruned, self.recipe.pattern),
+            format="dense" if name == DENSE_FILE else "auto",
         )
 
     def _fresh(self, seed: int) -> nn.Module:
-        spec = self.recipe.model.model_copy(update={"weights": None})
-        return load_model(spec, self.dataset, seed=seed)
+        return load_model(self._spec(SPARSE_FILE), self.dataset, seed=seed)
 
     def load(self, name: str) -> nn.Module:
         """The network with the weights of one of the run's files, in evaluation mode."""
-        spec = self.recipe.model.model_copy(update={"weights": None})
-        model = load_model(spec, self.dataset, seed=self.recipe.seed)
+        model = load_model(self._spec(name), self.dataset, seed=self.recipe.seed)
         return runtime.load(self.folder.path / name, model).eval()
 
     def conclude(self, dense: Marker, sparse: Marker, command: str) -> report.Results:
@@ -277,8 +284,13 @@ class _Run:
         key = key_of(name, upstream, settings.model_dump(mode="json"))
 
         def work() -> dict[str, Any]:
-            source = source_of(self.recipe.model, self.dataset, self.recipe.seed)
-            pair = Pair(self.load(DENSE_FILE), self.load(SPARSE_FILE), source)
+            seed = self.recipe.seed
+            pair = Pair(
+                self.load(DENSE_FILE),
+                self.load(SPARSE_FILE),
+                source_of(self._spec(DENSE_FILE), self.dataset, seed),
+                source_of(self._spec(SPARSE_FILE), self.dataset, seed),
+            )
             example = example_inputs(self.dataset, batch)
             label = f"batch {batch}, {threads} thread{'s' * (threads != 1)}"
             with self.console.task(label) as task, warnings.catch_warnings():

@@ -57,6 +57,29 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Rewrite(_Part):
+    """That a method put other layers into a network, as a run records it.
+
+    Args:
+        method: Slug of a `RewritingMethod`.
+        weights: Names of the weights whose layers it replaced.
+        sparsity: It was asked for, in [0, 1).
+    """
+
+    method: str
+    weights: list[str]
+    sparsity: float = Field(ge=0.0, lt=1.0)
+
+    @field_validator("method")
+    @classmethod
+    def _rewrites(cls, method: str) -> str:
+        from aerogel.pruning import RewritingMethod
+
+        if not isinstance(pruning_methods().get(method), RewritingMethod):
+            raise ValueError(f"{method!r} rewrites no network")
+        return method
+
+
 class ModelSpec(_Part):
     """Which network: a registered name, a file or folder, or `import.path:callable`.
 
@@ -65,11 +88,13 @@ class ModelSpec(_Part):
         options: Keyword arguments of its constructor.
         weights: File to start from, or "pretrained" to fetch the published ones; None starts
             from what `name` brings.
+        rewrite: Other layers in it.
     """
 
     name: str = Field(min_length=1)
     options: dict[str, Any] = {}
     weights: str | None = None
+    rewrite: Rewrite | None = None
 
 
 class DataSpec(_Part):

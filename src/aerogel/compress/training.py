@@ -14,7 +14,15 @@ from aerogel.compress.console import Console, Task
 from aerogel.compress.loading import example_inputs
 from aerogel.compress.recipe import Distillation, Recipe, Training
 from aerogel.compress.trainings import RecipeTrainings, calibration_batches, masks_of_zeros
-from aerogel.pruning import METHODS, Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning import (
+    METHODS,
+    Goal,
+    Method,
+    OneShotMethod,
+    RewritingMethod,
+    SearchMethod,
+    TrainingMethod,
+)
 from aerogel.pruning.selection import pruned_parameters
 from aerogel.sparsity import StaticSparseTrainer
 
@@ -84,9 +92,9 @@ def train_sparse(
     config = None
     if not recipe.prune.skipped:
         config = _config(recipe, recipe.prune, recipe.distillation)
-    goal = _goal(model, recipe, 1 if config is None else config.total_steps(len(dataset.train)))
     if method.from_scratch:
-        model.load_state_dict(fresh(recipe.seed).state_dict())
+        model = fresh(recipe.seed)
+    goal = _goal(model, recipe, 1 if config is None else config.total_steps(len(dataset.train)))
     # All of this is deterministic, so a run that was stopped finds the network as it was.
     if method.prepare is not None:
         method.prepare(model, dense, example_inputs(dataset, 1), goal)
@@ -153,8 +161,16 @@ def chosen_by(
     return recipe.pattern, recipe.include, recipe.exclude, method.proposes(model)
 
 
+def sparse_parameters(recipe: Recipe, model: nn.Module) -> tuple[str, ...]:
+    """Names of the weights with zeros of the network that a recipe trains."""
+    method = METHODS[recipe.method]
+    if isinstance(method, RewritingMethod):
+        return method.masked(model)
+    return pruned_parameters(model, *chosen_by(recipe, model))
+
+
 def _goal(model: nn.Module, recipe: Recipe, steps: int) -> Goal:
-    names = pruned_parameters(model, *chosen_by(recipe, model))
+    names = sparse_parameters(recipe, model)
     ramp = recipe.schedule.model_dump()
     return Goal(names, recipe.sparsity, recipe.pattern, steps, **ramp, seed=recipe.seed)
 

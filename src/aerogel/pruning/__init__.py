@@ -6,6 +6,7 @@ and `ITOP`, the static `StaticSparseTrainer`, and the one-shot `magnitude_`, `wa
 """
 
 from aerogel.pruning import (
+    a_priori_compression,
     bdwp,
     dsnot,
     dynamic_sparse_learning,
@@ -35,11 +36,19 @@ from aerogel.pruning.gpusq_vit import (
 from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.iss_p import IterativeSoftShrinkage
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
-from aerogel.pruning.method import Goal, Method, OneShotMethod, SearchMethod, TrainingMethod
+from aerogel.pruning.method import (
+    Goal,
+    Method,
+    OneShotMethod,
+    RewritingMethod,
+    SearchMethod,
+    TrainingMethod,
+)
 from aerogel.pruning.nm_training import SRSTE, STE
 from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
 from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
+from aerogel.pruning.sparse_ift import METHOD as _SPARSE_IFT  # the module is hidden by its function
 from aerogel.pruning.sparse_ift import (
     IFTReport,
     SparseWide,
@@ -63,6 +72,7 @@ from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
 from aerogel.sparsity.static import StaticSparseTrainer
 
 _SYSTEMS = (
+    a_priori_compression,
     gradual_pruning,
     fast_sparse_convnets,
     sparsebytenn,
@@ -79,7 +89,8 @@ _SYSTEMS = (
 )
 
 METHODS: dict[str, Method] = {
-    method.slug: method for method in (*(system.METHOD for system in _SYSTEMS), *SHARED_METHODS)
+    method.slug: method
+    for method in (*(system.METHOD for system in _SYSTEMS), _SPARSE_IFT, *SHARED_METHODS)
 }
 """Every pruning method by its slug, as `aerogel compress --method` and the arena take it."""
 
@@ -107,6 +118,7 @@ __all__ = [
     "PenalisedPruner",
     "PointwisePruner",
     "ProgressiveGradientFlow",
+    "RewritingMethod",
     "RigL",
     "SearchMethod",
     "SoupResult",

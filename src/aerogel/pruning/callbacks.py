@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from aerogel.nested import load_state, save_state
-from aerogel.pruning.method import Goal, Pruner, TrainingMethod, method_slug
+from aerogel.pruning.method import Goal, Pruner, RewritingMethod, TrainingMethod, method_slug
 from aerogel.pruning.selection import pruned_parameters
 from aerogel.sparsity.plain_state import PlainState, restore_weights, stored_weights
 from aerogel.sparsity.select import unknown_name
@@ -46,7 +46,8 @@ def pruner_factory(
     """What makes the pruner of any training method, as a recipe would.
 
     Args:
-        method: slug, one of `aerogel.pruning.METHODS`.
+        method: slug, one of `aerogel.pruning.METHODS`. The model of a `RewritingMethod` must be
+            what its `rewrite` gave.
         sparsity: fraction of zeros at the end, in [0, 1).
         steps: optimizer steps of the training.
         pattern: what is zero together; None takes the method's own.
@@ -70,11 +71,15 @@ def pruner_factory(
     if not chosen.prunes_by(by):
         raise ValueError(f"pattern = {by!r}: {slug} prunes by {', '.join(chosen.patterns)}")
 
-    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Pruner:
+    def names_in(model: nn.Module) -> tuple[str, ...]:
+        if isinstance(chosen, RewritingMethod):
+            return chosen.masked(model)
         if (reason := chosen.unfit(model)) is not None:
             raise ValueError(f"method = {slug!r} cannot prune this network: {reason}")
-        names = pruned_parameters(model, by, include, exclude, chosen.proposes(model))
-        return chosen.build(model, optimizer, Goal(names, sparsity, by, steps, **options))
+        return pruned_parameters(model, by, include, exclude, chosen.proposes(model))
+
+    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Pruner:
+        return chosen.build(model, optimizer, Goal(names_in(model), sparsity, by, steps, **options))
 
     return make
 

@@ -1,18 +1,19 @@
 """What a pruning method is to those who run any of them: recipes, the arena, trainers.
 
 Each system's file ends with its `METHOD`, and `aerogel.pruning.METHODS` lists them by slug. There
-are three kinds, by what a method is given:
+are four kinds, by what a method is given:
 
 | kind | is given | for example |
 | --- | --- | --- |
 | `TrainingMethod` | a model and its optimizer; steps in the optimizer's place | gradual pruning |
+| `RewritingMethod` | a fresh model; puts another in its place, then trains that | Sparse-IFT |
 | `OneShotMethod` | a trained model and a few batches | Wanda |
 | `SearchMethod` | the means to train networks, as often as it wants | lottery tickets |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,7 +29,7 @@ class Goal:
     """What a method is to reach within one training phase.
 
     Attributes:
-        parameters: Names of the weights to prune.
+        parameters: Names of the weights to prune; none for a method that makes no zeros.
         sparsity: Fraction of zeros at the end, in [0, 1).
         pattern: Which weights become zero together.
         steps: Optimizer steps of the phase.
@@ -166,6 +167,46 @@ class TrainingMethod(Method):
     def from_scratch(self) -> bool:
         """Whether it starts from initial weights rather than from a trained network."""
         return self.starts == "fresh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewritingMethod(TrainingMethod):
+    """A method that trains another network in the given one's place, from initial weights.
+
+    Attributes:
+        rewrite: The other network, its new layers with initial weights: of a model, which stays as
+            it is, the names of the weights whose layers are replaced (those that the method cannot
+            replace stay), and the sparsity in [0, 1). It must depend on nothing else but torch's
+            random numbers, so that a saved network can be built again.
+        masked: Names of the other network's weights that training makes sparse.
+        saves: What the sparsity is a fraction of, in words.
+    """
+
+    rewrite: Callable[[nn.Module, Sequence[str], float], nn.Module]
+    masked: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    saves: str = "zeros"
+    starts: Literal["trained", "fresh"] = "fresh"
+
+
+class Unpruned:
+    """The `Pruner` of a method that makes no zeros: the optimizer's own steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self) -> object:
+        """One optimizer step."""
+        return self._optimizer.step()
+
+    def finalize(self) -> None:
+        """Nothing is left to do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the optimizer keeps its own state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to resume."""
 
 
 @dataclass(frozen=True, kw_only=True)

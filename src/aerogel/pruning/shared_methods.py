@@ -16,6 +16,7 @@ from aerogel.pruning.method import Goal, OneShotMethod, TrainingMethod, call_wit
 from aerogel.sparsity.dynamic import SET, RigL
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_
+from aerogel.sparsity.updates import Allocation
 
 Progress = Callable[[int, int, str], None]
 
@@ -23,14 +24,23 @@ Progress = Callable[[int, int, str], None]
 _UPDATES = 30
 
 
-def _rigl(kind: type[RigL]) -> Callable[[nn.Module, torch.optim.Optimizer, Goal], RigL]:
+def dynamic(
+    kind: type[RigL], allocation: Allocation = "erk"
+) -> Callable[[nn.Module, torch.optim.Optimizer, Goal], RigL]:
+    """The `build` of a method that RigL or SET trains, with random first masks.
+
+    Args:
+        kind: `RigL` or `SET`.
+        allocation: of the density over layers.
+    """
+
     def build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> RigL:
         return kind(
             model,
             optimizer,
             goal.sparsity,
             total_steps=goal.steps,
-            allocation="erk",
+            allocation=allocation,
             update_every=max(1, goal.steps // (_UPDATES + 10)),
             include=goal.parameters,
             generator=goal.generator,
@@ -61,8 +71,8 @@ def _calibrated(
 
 
 SHARED_METHODS = (
-    TrainingMethod(slug="rigl", build=_rigl(RigL), patterns=("unstructured",), starts="fresh"),
-    TrainingMethod(slug="set", build=_rigl(SET), patterns=("unstructured",), starts="fresh"),
+    TrainingMethod(slug="rigl", build=dynamic(RigL), patterns=("unstructured",), starts="fresh"),
+    TrainingMethod(slug="set", build=dynamic(SET), patterns=("unstructured",), starts="fresh"),
     OneShotMethod(slug="magnitude", prune=_magnitude),
     OneShotMethod(slug="wanda", prune=_calibrated(wanda_)),
     OneShotMethod(

@@ -25,7 +25,9 @@ with the sparsity are not claimed at that scale, where the input layer cannot wi
 Masks have exact counts where the released code draws every weight on its own, and the low-rank
 factors of the doped form stay dense, as the paper has it (the released rule masks them too).
 
-It changes the network before training and is no `Method` of the recipes, which prune a given one.
+In recipes and the arena it is the factorized form, trained with RigL: the one that is larger for
+every layer, whatever norms stand around it, and at every sparsity. U and V are decayed as the
+recipe decays weights.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.nn.sparse_ift import UV, IsoFlopLayer, check_sparsity, folded, parallel_branches
+from aerogel.pruning.method import Goal, RewritingMethod
+from aerogel.pruning.shared_methods import dynamic
 from aerogel.pruning.sparse_ift_layers import (
     check_layers,
     layer_names,
@@ -50,6 +54,7 @@ from aerogel.pruning.sparse_ift_layers import (
 )
 from aerogel.sparsity.allocation import allocate
 from aerogel.sparsity.cost import inference_flops
+from aerogel.sparsity.dynamic import RigL
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
 from aerogel.sparsity.scores import compute_scores
 from aerogel.sparsity.select import ParamSelection, select_parameters
@@ -412,3 +417,47 @@ def _check_factory(factory: Factory) -> None:
 def _check_decay(weight_decay: float) -> None:
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+
+
+def _unskipped(model: nn.Module) -> tuple[str, ...]:
+    """Weights of the layers that are replaced where nobody says which."""
+    skipped = skipped_layers(model, ("stem", "head")) | matching_layers(model, SHORTCUTS)
+    return tuple(f"{name}.weight" for name in layer_names(model) if name not in skipped)
+
+
+def _factorized(model: nn.Module, weights: Sequence[str], sparsity: float) -> nn.Module:
+    made = copy.deepcopy(model)
+    named = {name.rpartition(".")[0] for name in weights}
+    layers = [n for n in layer_names(made) if n in named and _groups(made.get_submodule(n)) == 1]
+    _check_chosen(made, layers, ())
+    _rewritten(made, "factorized", layers, None, sparsity, {})
+    return made
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
+def _masked(model: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        f"{name}.{weight}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, IsoFlopLayer)
+        for weight in layer.masked_weights()
+    )
+
+
+def _rigl(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> RigL:
+    if not goal.parameters:
+        raise ValueError("model: it has no layer of Sparse-IFT; train what METHOD.rewrite gives")
+    return dynamic(RigL, "uniform")(model, optimizer, goal)
+
+
+METHOD = RewritingMethod(
+    slug="sparse-ift",
+    build=_rigl,
+    patterns=("unstructured",),
+    proposes=_unskipped,
+    rewrite=_factorized,
+    masked=_masked,
+)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,8 @@ class Result:
         slug: the system.
         seed: of this run.
         metrics: what was measured, by name.
-        seconds: time the run took.
+        seconds: CPU time of the run, children's included, which neither pauses nor other work on
+            the machine lengthen. `reproduce` writes it over what the experiment says.
         notes: anything a reader must know about the run.
     """
 
@@ -113,7 +115,7 @@ class Evidence:
 
     @property
     def seconds(self) -> float:
-        """Time of all runs together."""
+        """CPU time of all runs together."""
         return sum(result.seconds for result in self.results)
 
     def mean(self, metric: str) -> float:
@@ -212,10 +214,18 @@ def reproduce(
         raise ValueError("seeds is empty")
     results = []
     for seed in chosen:
-        results.append(experiment.run(seed))
+        begin = _cpu_seconds()
+        result = experiment.run(seed)
+        results.append(replace(result, seconds=_cpu_seconds() - begin))
         if on_result is not None:
             on_result(results[-1])
     return Evidence(system.slug, tuple(results), tuple(experiment.claims(results)), machine())
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def as_script(
@@ -291,6 +301,16 @@ def load_evidence(path: Path) -> Evidence:
         raise ValueError(f"{path} is not an evidence file: {error!r}") from None
 
 
+def load_kept(systems: Iterable[System], checkout: Path) -> list[Evidence]:
+    """What `save_evidence` wrote of these systems, where it did.
+
+    Raises:
+        ValueError: a file is not evidence.
+    """
+    paths = [checkout / EVIDENCE_FOLDER / f"{system.slug}.json" for system in systems]
+    return [load_evidence(path) for path in paths if path.is_file()]
+
+
 def write_page(checkout: Path) -> Path:
     """Make docs/evidence.md from the evidence that is kept, in the order of the manifest."""
     path = checkout / PAGE
@@ -351,8 +371,9 @@ def _foot(evidence: Evidence) -> list[str]:
     notes = dict.fromkeys(note for result in evidence.results for note in result.notes)
     lines = [f"- {note}" for note in notes]
     lines.append(
-        f"- Measured in {evidence.seconds:.0f} s on {place.get('cpu', 'an unknown CPU')}, "
-        f"{place.get('threads', '?')} threads, torch {place.get('torch', '?')}."
+        f"- Measured in {evidence.seconds:.0f} s on "
+        f"{place.get('cpu', 'an unknown CPU')}, {place.get('threads', '?')} threads, "
+        f"torch {place.get('torch', '?')}."
     )
     return [*lines, ""]
 
