@@ -118,6 +118,16 @@ def test_damaged_evidence_is_refused(tmp_path):
 # Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
 # that begins to hold must leave this list.
 NOT_REPRODUCED = {
+    # Seen +0.75 points where 1 was asked, twice, over eight seeds; three seeds had passed by luck.
+    "gpusq-vit": {
+        "4 bits with the teacher against 4 bits rounded",
+        "3 bits with the teacher against 3 bits labels alone",
+    },
+    # Seen +0.15 points over three seeds, after +1.33 with the same seeds, threads and torch.
+    "fast-sparse-convnets": {
+        "80% zeros against a narrower dense network of equal 1x1 multiplications",
+        "seeds of 3 within 2 points of dense and 0.5 above narrow, against two thirds",
+    },
     # 12 epochs, after which dense attention too is far from trained.
     "combiner": {
         "digits from the last token: accuracy of Combiner's fixed blocks, 15 points above the "
