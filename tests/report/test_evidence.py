@@ -118,7 +118,7 @@ def test_damaged_evidence_is_refused(tmp_path):
 # Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
 # that begins to hold must leave this list.
 NOT_REPRODUCED = {
-    # Seen +0.75 points where 1 was asked, twice, over eight seeds; three seeds had passed by luck.
+    # Seen +0.75 points for both where 1 was asked, over eight seeds; +1.27 and +0.40 over three.
     "gpusq-vit": {
         "4 bits with the teacher against 4 bits rounded",
         "3 bits with the teacher against 3 bits labels alone",
