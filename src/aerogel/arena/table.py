@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from aerogel.arena.run import Outcome, Row
 
@@ -46,7 +47,12 @@ def _line(sparsity: float, rows: Sequence[Row], best: float) -> str:
     margin = "-" if accuracy is None or dense is None else f"{100 * (accuracy - dense):+.2f}"
     faster = _mean([_ratio(r.dense_seconds, r.seconds) for r in ran])
     smaller = _mean([_ratio(r.dense_bytes, r.bytes) for r in ran])
-    cells += [shown, margin, _times(faster, "faster"), _times(smaller, "smaller")]
+    cells += [
+        shown,
+        margin,
+        _times(faster, "faster", "slower"),
+        _times(smaller, "smaller", "larger"),
+    ]
     failed = [row.missing for row in rows if row.missing]
     return f"| {' | '.join([*cells, failed[0] if failed else '-'])} |"
 
@@ -74,17 +80,45 @@ def page(outcome: Outcome) -> str:
                 legendgroup=method,
                 showlegend=column == 1,
                 line={"color": _COLORS[index % len(_COLORS)]},
+                marker={"size": 9, "symbol": _SYMBOLS[index // len(_COLORS) % len(_SYMBOLS)]},
             )
             figure.add_trace(trace, 1, column)
-    figure.update_xaxes(title="time of a call, ms", type="log", row=1, col=1)
-    figure.update_xaxes(title="file, kB", type="log", row=1, col=2)
+    _add_dense(figure, outcome)
+    figure.update_xaxes(title="time of a call, ms", **_AXIS, row=1, col=1)
+    figure.update_xaxes(title="file, kB", **_AXIS, row=1, col=2)
     figure.update_yaxes(title="accuracy", tickformat=".0%", row=1, col=1)
     title = f"{outcome.arena.model} on {outcome.arena.data}"
-    figure.update_layout(title=html.escape(title), height=560)
+    figure.update_layout(title=html.escape(title), height=560, template="plotly_white")
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 
 _COLORS = ("#3b6fb6", "#d1702a", "#3f8f4f", "#a4407a", "#7a6ad8", "#8a6d3b", "#2b9aa0", "#666666")
+# With these, three times as many methods can be told apart.
+_SYMBOLS = ("circle", "diamond", "square")
+_TICKS = [digit * 10.0**power for power in range(-4, 8) for digit in (1, 2, 5)]
+_AXIS = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,.6g}" for tick in _TICKS]}
+
+
+def _add_dense(figure: Any, outcome: Outcome) -> None:
+    """The dense network in eager torch, which all others are compared with."""
+    ran = [row for row in outcome.rows if not row.missing]
+    accuracy = _mean([row.dense_accuracy for row in ran])
+    seconds = _mean([row.dense_seconds for row in ran])
+    size = _mean([row.dense_bytes for row in ran])
+    if accuracy is None or seconds is None or size is None:
+        return
+    for column, value in ((1, 1e3 * seconds), (2, size / 1e3)):
+        figure.add_scatter(
+            x=[value],
+            y=[accuracy],
+            mode="markers",
+            name="dense, eager torch",
+            legendgroup="dense",
+            showlegend=column == 1,
+            marker={"color": "black", "size": 13, "symbol": "star"},
+            row=1,
+            col=column,
+        )
 
 
 def _points(outcome: Outcome, method: str) -> list[tuple[float, float, float, float]]:
@@ -121,5 +155,7 @@ def _mean(values: Sequence[float | int | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _times(value: float | None, what: str) -> str:
-    return "-" if value is None else f"{value:.2f}x {what}"
+def _times(value: float | None, more: str, less: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}x {more}" if value >= 1 else f"{1 / value:.2f}x {less}"

@@ -33,8 +33,10 @@ class Labeller(Protocol):
     def labels_of(self, k: Tensor, layer: int, q_heads: int) -> dict[str, Tensor]:
         """What is kept of keys (B, Hkv, L, D), by name: (B, heads, L, ...)."""
 
-    def scores(self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int) -> Tensor:
-        """Approximate logits (B, Hq, Lq, L) of queries (B, Hq, Lq, D) from labels alone."""
+    def choose(
+        self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int, **rule: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The best keys of queries (B, Hq, Lq, D) by labels; see `kernels.choose_by_labels`."""
 
 
 class LabelCacheLayer(SelectorCacheLayer):
