@@ -419,7 +419,7 @@ def test_the_operator_is_well_formed():
     s = lower_pass(plan.passes(shape)[0], shape)
     args = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), s.tile_ptr, s.kind,
             s.start, s.length, s.gather_idx, None, None, None, 1, 1, s.block_q,
-            shape.q_offset, 0.25, True, None)  # fmt: skip
+            shape.q_offset, 0.25, True, None, False, 0.0, 0)  # fmt: skip
     torch.library.opcheck(attention_op, args, rtol=1e-4, atol=1e-5)
 
 
