@@ -166,6 +166,7 @@ struct Plan::Call {
   Workspace& workspace;
   Team& team;
   std::vector<StepTime>* times;
+  double begin;  // of timed steps; others may have done the first one before a thread comes
 };
 
 std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads, Sharing sharing) {
@@ -207,17 +208,18 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
                std::vector<StepTime>* times) {
   threads = std::max(1, threads);
   if (times) sharing = Sharing::kOperations;
+  const double started = times ? seconds_now(threads) : 0.0;
   std::unique_ptr<Workspace> workspace = take_workspace(threads, sharing);
   if (threads == 1) {
     Team team(1, 0);
-    Call call{inputs, outputs, 1, sharing, *workspace, team, times};
+    Call call{inputs, outputs, 1, sharing, *workspace, team, times, started};
     worker(call, 0);
     team.rethrow();
   } else {
     // The runtime may grant fewer threads than asked for: the others then do their shares.
     const size_t steps = times ? batch_ * (image_ops_.size() + joint_ops_.size()) : 0;
     Team team(threads, static_cast<int64_t>(steps));
-    Call call{inputs, outputs, threads, sharing, *workspace, team, times};
+    Call call{inputs, outputs, threads, sharing, *workspace, team, times, started};
     run_team(threads, [&](int thread, int) { worker(call, thread); });
     team.rethrow();
   }
@@ -233,7 +235,7 @@ void Plan::worker(Call& call, int thread) const {
   float* joint = joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
   Progress progress;
   size_t timed = 0;
-  double begin = call.times ? seconds_now(call.threads) : 0.0;
+  double begin = call.begin;
   const auto share_op = [&](const Op& op, const Frame& frame) {
     const int64_t tasks = op.tasks(frame);
     if (call.threads == 1) {
