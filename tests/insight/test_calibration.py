@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from aerogel.insight import expected_calibration_error, fgsm_accuracy, ood_auroc
+from aerogel.insight import (
+    expected_calibration_error,
+    fgsm_accuracy,
+    maximum_calibration_error,
+    ood_auroc,
+    worst_class_accuracy,
+)
 
 
 def softmax(seed, samples=200, classes=5, scale=2.0):
@@ -32,6 +38,42 @@ def test_calibration_error_is_its_definition(seed, bins):
             expected += float(gap) * int(inside.sum()) / 60
     found = expected_calibration_error(probabilities, labels, bins)
     assert math.isclose(found, expected, abs_tol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 20))
+def test_largest_calibration_error_is_the_worst_bins(seed, bins):
+    probabilities, labels = softmax(seed, 60)
+    confidence, predicted = probabilities.max(1)
+    place = (confidence.double() * bins).ceil().long() - 1
+    gaps = []
+    for one in place.unique():
+        inside = place == one
+        accuracy = (predicted[inside] == labels[inside]).double().mean()
+        gaps.append(abs(float(accuracy - confidence[inside].double().mean())))
+    found = maximum_calibration_error(probabilities, labels, bins)
+    assert math.isclose(found, max(gaps), abs_tol=1e-9)
+    assert found >= expected_calibration_error(probabilities, labels, bins) - 1e-12
+
+
+def test_worst_class_is_the_one_least_often_right():
+    labels = torch.tensor([0, 0, 0, 2, 2, 4])  # classes 1 and 3 do not occur
+    assert worst_class_accuracy(torch.tensor([0, 0, 1, 2, 2, 4]), labels) == 2 / 3
+    assert worst_class_accuracy(torch.tensor([0, 0, 0, 2, 2, 3]), labels) == 0.0
+    assert worst_class_accuracy(labels, labels) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels", "message"),
+    [
+        (torch.zeros(2).long(), torch.zeros(3).long(), r"\(2,\) and \(3,\)"),
+        (torch.zeros(0).long(), torch.zeros(0).long(), "at least 1"),
+        (torch.zeros(1).long(), torch.tensor([-1]), "negative"),
+    ],
+)
+def test_what_is_no_list_of_classes_is_refused(predicted, labels, message):
+    with pytest.raises(ValueError, match=message):
+        worst_class_accuracy(predicted, labels)
 
 
 def test_confidence_that_is_right_has_no_error_and_certainty_that_is_wrong_has_all():

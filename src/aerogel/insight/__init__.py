@@ -1,6 +1,11 @@
 """Looking inside networks and at what they would cost elsewhere."""
 
-from aerogel.insight.calibration import expected_calibration_error, ood_auroc
+from aerogel.insight.calibration import (
+    expected_calibration_error,
+    maximum_calibration_error,
+    ood_auroc,
+    worst_class_accuracy,
+)
 from aerogel.insight.image_quality import psnr, ssim
 from aerogel.insight.language import PassageNats, passage_nats, token_nats
 from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
@@ -14,6 +19,7 @@ __all__ = [
     "SATReport",
     "expected_calibration_error",
     "fgsm_accuracy",
+    "maximum_calibration_error",
     "ndcg_at_k",
     "ood_auroc",
     "passage_nats",
@@ -22,4 +28,5 @@ __all__ = [
     "recall_at_k",
     "ssim",
     "token_nats",
+    "worst_class_accuracy",
 ]

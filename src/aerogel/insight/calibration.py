@@ -30,16 +30,45 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599.
     """
-    _check_probabilities(probabilities, labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    confidence, predicted = probabilities.double().max(dim=1)
-    correct = (predicted == labels.to(predicted.device)).double()
-    edge = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
-    place = torch.bucketize(confidence, edge)  # right=False: an edge belongs to the bin below it
-    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap.index_add_(0, place, correct - confidence)
-    return float(gap.abs().sum() / len(labels))
+    gaps, _ = _gaps(probabilities, labels, bins)
+    return float(gaps.sum() / len(labels))
+
+
+@torch.no_grad()
+def maximum_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Largest gap between confidence and accuracy of any bin that holds a sample.
+
+    Arguments, errors and reference are those of `expected_calibration_error`.
+    """
+    gaps, counts = _gaps(probabilities, labels, bins)
+    return float((gaps / counts.clamp(min=1)).max())
+
+
+@torch.no_grad()
+def worst_class_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Accuracy on the class that is recognised worst, of those that occur.
+
+    Args:
+        predicted: (samples,) int64 classes.
+        labels: (samples,) int64 true classes, not negative.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: another shape, no sample, or a negative label.
+    """
+    if labels.dim() != 1 or len(labels) == 0 or predicted.shape != labels.shape:
+        raise ValueError(
+            "predicted and labels must be (samples,) each, at least 1, got shapes "
+            f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
+        )
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
+    right = labels[predicted.to(labels.device) == labels]
+    counts = labels.bincount()
+    shares = right.bincount(minlength=len(counts)).double() / counts
+    return float(shares[counts > 0].min())
 
 
 @torch.no_grad()
@@ -70,6 +99,20 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     below = torch.searchsorted(ordered, asked, right=False)
     up_to = torch.searchsorted(ordered, asked, right=True)
     return float((below + up_to).double().mean() / (2 * len(ordered)))
+
+
+def _gaps(probabilities: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Of every bin: the distance of its summed confidence from its hits, and its samples."""
+    _check_probabilities(probabilities, labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence, predicted = probabilities.double().max(dim=1)
+    correct = (predicted == labels.to(predicted.device)).double()
+    edge = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
+    place = torch.bucketize(confidence, edge)  # right=False: an edge belongs to the bin below it
+    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gap.index_add_(0, place, correct - confidence)
+    return gap.abs(), place.bincount(minlength=bins)
 
 
 def _check_probabilities(probabilities: Tensor, labels: Tensor) -> None:
