@@ -26,8 +26,7 @@ class CombinerAttention(nn.Module):
         num_kv_heads: key and value heads, default as many.
         variant, seg_len, summary, row_summary: see `CombinerSelector`.
         causal: a token reads no later token; "logsparse" and "axial" are causal only.
-        dropout: of attention weights, of tokens and of summaries, in training; slow, as it runs
-            on dense masks.
+        dropout: of attention weights, of tokens and of summaries, in training.
         bias: whether the four projections have biases.
         options: further options of `CombinerSelector`.
 
