@@ -135,8 +135,8 @@ NOT_REPRODUCED = {
     "routing-transformer": {"digits: accuracy of routing heads, against blocks of 16"},
     # Seen 0.81 where 0.80 was asked; two texts, eight draws.
     "scatterbrain": {"beta 1.5: error in units of the better baseline's"},
-    # Seen 3.5 times on sequences of 65 tokens, whose codes are padded to whole vectors of 16 tokens;
-    # the longer ones of the same experiment, 4096 tokens, are above the four times asked.
+    # Seen 3.5 times on sequences of 65 tokens, whose codes are padded to whole vectors of 16; the
+    # longer ones of the same experiment, 4096 tokens, are above the four times asked.
     "zipvl": {"Cache, times smaller than float16"},
     "dsnot": {"Wanda + DSnoT against Wanda, 60% zeros: language model"},
     # Dense attention learns the digits better in this recipe; 60 steps do not undo dense training.
