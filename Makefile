@@ -59,7 +59,7 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup browser
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # The report page is tested in a real browser. Without one (and without the right to install it)
 # those tests skip and say so.

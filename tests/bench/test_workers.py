@@ -86,12 +86,12 @@ def test_who_crashes_or_fails_is_named_and_the_others_go_on(workers, what, after
 
 
 def test_who_hangs_is_given_up() -> None:
-    with Workers(patience=3) as pool:
+    with Workers(patience=15) as pool:
         entries = {"fine": fine(bench.TorchEager()), "odd": odd(bench.Aerogel(), "hang")}
         began = time.monotonic()
         table = compare(entries, torch.randn(2, 4), workers=pool, **QUICK)
-        assert time.monotonic() - began < 60
-        assert table.row("odd").missing == "did not answer within 3 s and was stopped"
+        assert time.monotonic() - began < 120
+        assert table.row("odd").missing == "did not answer within 15 s and was stopped"
         assert table.row("fine").median > 0
         assert [process.lost for process in pool._workers.values()] == [False, True]
 
