@@ -37,7 +37,7 @@ from aerogel.kernels.fft_conv_plan import FrequencyMask
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
-from aerogel.kernels.nm_tensor import NM24Weight, NMForm
+from aerogel.kernels.nm_tensor import NM24Tensor, NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan, Value, Way
 from aerogel.kernels.plan_builder import PlanBuilder
@@ -70,6 +70,7 @@ __all__ = [
     "ConvGeometry",
     "FrequencyMask",
     "HeadRows",
+    "NM24Tensor",
     "NM24Weight",
     "NMForm",
     "OpInfo",

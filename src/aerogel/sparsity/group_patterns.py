@@ -77,6 +77,34 @@ class NM(GroupPattern):
         return bool((counts == room).all() if exact else (counts <= room).all())
 
 
+def nm_mask_(
+    mask: Tensor, score: Tensor, n: int, m: int, axis: Literal[0, 1] = 1, *, pad: bool = False
+) -> Tensor:
+    """Write into a mask which ``n`` of every ``m`` consecutive scores are largest.
+
+    Args:
+        mask: bool of the score's shape, overwritten.
+        score: (out, in, *kernel), higher = keep; of equals the first stays.
+        n: kept per group.
+        m: group length.
+        axis: as of `NM`.
+        pad: as of `NM`.
+
+    Returns:
+        The mask.
+
+    Raises:
+        ValueError: a mask of another type or shape, n > m, an axis that m does not divide.
+    """
+    pattern = NM(n, m, axis, pad)
+    pattern.validate(score.shape, "score")
+    if mask.dtype is not torch.bool or mask.shape != score.shape:
+        raise ValueError(
+            f"mask must be bool {tuple(score.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask.copy_(pattern.select(score))
+
+
 @dataclass(frozen=True)
 class NMPairs(GroupPattern):
     """Groups of ``2m`` consecutive inputs as ``m`` pairs, ``n`` pairs kept.
