@@ -54,7 +54,7 @@ def test_scores_over_all_items_are_those_of_the_pairs(kind):
         "lightgcn": LightGCN(3, 5, EDGES, 4, 2),
         "neumf": NeuMF(3, 5),
     }
-    model = models[kind]
+    model = models[kind].eval()
     users = torch.tensor([2, 0])
     pairs = torch.stack([model(u.expand(5), torch.arange(5)) for u in users])
     torch.testing.assert_close(model.scores(users), pairs)
@@ -63,6 +63,17 @@ def test_scores_over_all_items_are_those_of_the_pairs(kind):
 def test_neumf_has_the_papers_layers():
     shapes = [tuple(p.shape) for n, p in NeuMF(3, 5).named_parameters() if n.endswith("weight")]
     assert shapes == [(3, 16), (5, 16), (3, 16), (5, 16), (32, 32), (16, 32), (8, 16), (1, 24)]
+
+    assert NeuMF(3, 5).mlp[2].p == 0.2
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        NeuMF(3, 5, dropout=1.0)
+
+
+def test_mult_vae_starts_as_its_authors_do():
+    torch.manual_seed(0)
+    model = MultVAE(300, hidden=200, latent=50)
+    assert float(model.encoder[0].weight.std()) == pytest.approx((2 / 500) ** 0.5, rel=0.02)
+    assert 0 < float(model.encoder[0].bias.std()) < 0.0013
 
 
 def test_mult_vae_codes_by_the_mean_when_it_does_not_train():

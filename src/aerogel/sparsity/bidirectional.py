@@ -37,9 +37,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        of_x, of_weight, of_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias
+        x, weight, backward = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:2], ctx.has_bias]
         to_x, to_weight, to_bias = _linear_gradients(
-            gradient, *ctx.saved_tensors, ctx.pattern, [of_x, of_weight, of_bias]
+            gradient, x, weight, backward, ctx.pattern, wanted
         )
         return to_x, to_weight, None, None, to_bias, None
 
@@ -80,8 +81,9 @@ def _nm_linear_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
 
 def _nm_linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, m_b = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:2], False]
-    to_x, to_w, _ = _linear_gradients(gradient, *ctx.saved_tensors, None, wanted)
+    to_x, to_w, _ = _linear_gradients(gradient, x, w, m_b, None, wanted)
     return to_x, to_w, None, None
 
 
