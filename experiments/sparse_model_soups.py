@@ -155,7 +155,15 @@ def _notes(metrics: dict[str, float]) -> tuple[str, ...]:
         metrics[f"cycle {n}: soup accuracy"] - metrics[f"cycle {n}: copies' accuracy"]
         for n in range(1, CYCLES + 1)
     ]
-    return (f"Accuracy gained by cycle: {', '.join(f'{gain:+.2f}' for gain in gains)} points.",)
+    soup = metrics[f"cycle {CYCLES}: soup accuracy"]
+    repeated = [metrics[f"repeated IMP {index}: accuracy"] for index in range(COPIES)]
+    longer = metrics["longer IMP: accuracy"]
+    return (
+        f"Accuracy gained by cycle: {', '.join(f'{gain:+.2f}' for gain in gains)} points.",
+        f"The last soup against repeated IMP: {soup - statistics.mean(repeated):+.2f} points on "
+        f"its mean, {soup - max(repeated):+.2f} on its best; against one network retrained as "
+        f"long as all copies together: {soup - longer:+.2f}.",
+    )
 
 
 def _cycle_metrics(
