@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aerogel.kernels import entries_above, entries_above_reference
 from aerogel.models import (
     LightGCN,
     MatrixFactorization,
@@ -156,6 +157,32 @@ def test_a_sparse_table_is_the_table(rows, dim, density):
     assert table.columns.dtype == (torch.uint8 if dim <= 256 else torch.int32)
     ids = torch.randint(0, rows, (3, 4))
     assert torch.equal(table(ids), weight[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [64, 300])
+def test_lookups_are_those_of_the_reference(monkeypatch, dtype, dim):
+    weight = masked(700, dim)
+    weight[3] = 0.0
+    values = torch.tensor([6e-8, -6.1e-5, 65504.0, torch.inf, -torch.inf, torch.nan])
+    weight[5, :6] = values  # the ends of half precision
+    table = SparseEmbeddingTable.from_masked(weight, dtype)
+    ids = torch.randint(0, 700, (600,), generator=torch.Generator().manual_seed(1))
+    ids[:2] = torch.tensor([3, 5])
+    ours = table(ids)
+    torch.testing.assert_close(ours, weight[ids].to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setenv("AEROGEL_KERNELS", "reference")
+    torch.testing.assert_close(ours, table(ids), rtol=0, atol=0, equal_nan=True)
+
+
+def test_entries_above_their_columns_limit_are_all_found():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, at in ((1, 1, 0.0), (300, 7, 1.0), (700, 64, -1.0), (5, 3, 9.0)):
+        matrix = torch.randn(rows, columns, generator=generator)
+        limits = at + torch.rand(columns, generator=generator)
+        ours, theirs = entries_above(matrix, limits), entries_above_reference(matrix, limits)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_best_rows_are_those_of_the_dense_product(monkeypatch):

@@ -298,10 +298,11 @@ def bpr_loss(
 
 def check_ids(argument: str, ids: Tensor, count: int) -> None:
     """Raise ValueError unless all ids are in [0, count)."""
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-        raise ValueError(
-            f"{argument} must be in [0, {count}), got {int(ids.min())} .. {int(ids.max())}"
-        )
+    if not ids.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low < 0 or high >= count:
+        raise ValueError(f"{argument} must be in [0, {count}), got {low} .. {high}")
 
 
 def check_sizes(**sizes: int) -> None:

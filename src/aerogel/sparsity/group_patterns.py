@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.kernels import nm_select, ranks_natively
 from aerogel.sparsity.pattern import Pattern, need_dims
 from aerogel.sparsity.topk import topk_rows
 from aerogel.sparsity.transposable import transposable_mask
@@ -68,6 +69,8 @@ class NM(GroupPattern):
         return _from_rows(group_mask, shape, self.axis, self.m)
 
     def select(self, score: Tensor) -> Tensor:
+        if score.shape[self.axis] % self.m == 0 and ranks_natively(score, self.m):
+            return nm_select(score, self.n, self.m, self.axis)
         return self.expand(topk_rows(self.groups(score), self.n), score.shape)
 
     def is_satisfied(self, mask: Tensor, exact: bool = False) -> bool:
