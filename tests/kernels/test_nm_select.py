@@ -24,7 +24,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_isa(before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     m=st.sampled_from([1, 2, 4, 7, 8, 16, 64]),
     groups=st.integers(1, 9),
