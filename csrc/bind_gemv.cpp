@@ -1,8 +1,11 @@
-// Products with one to a few vectors, their weights sparse or their activations. Thin: addresses and
-// sizes in; patterns are checked when they are packed, strides in every run.
+// Products with one to a few vectors, their weights sparse or their activations; N:M masks; lookups
+// in sparse tables. Thin: addresses and sizes in; patterns are checked when they are packed, strides
+// in every run, ids and columns of a table in Python.
 #include "bindings.h"
+#include "gather_rows.h"
 #include "gemv.h"
 #include "nm.h"
+#include "nm_select.h"
 #include "sparse_input.h"
 
 namespace nb = nanobind;
@@ -98,6 +101,32 @@ void sparse_input(uintptr_t weight, int32_t type, uintptr_t scales, int64_t ldw,
   sparse_input_run(args, threads);
 }
 
+void nm_select(uintptr_t score, uintptr_t mask, int64_t outer, int64_t inner, int n, int m,
+               int threads) {
+  const NmSelectArgs args{pointer<const float>(score), pointer<uint8_t>(mask), outer, inner, n, m};
+  nb::gil_scoped_release release;
+  nm_select_run(args, threads);
+}
+
+void gather(uintptr_t values, bool half, uintptr_t columns, bool narrow, uintptr_t row_ptr,
+            uintptr_t ids, uintptr_t out, int64_t count, int64_t dim, int64_t nonzeros, int threads) {
+  const GatherRowsArgs args{pointer<const void>(values),     pointer<const void>(columns),
+                            pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids),
+                            pointer<float>(out),             count,
+                            dim,                             nonzeros,
+                            half,                            narrow};
+  nb::gil_scoped_release release;
+  gather_rows(args, threads);
+}
+
+int64_t above(uintptr_t matrix, int64_t rows, int64_t columns, uintptr_t limits, uintptr_t at_row,
+              uintptr_t at_column, uintptr_t found, int64_t room) {
+  nb::gil_scoped_release release;
+  return entries_above(pointer<const float>(matrix), rows, columns, pointer<const float>(limits),
+                       pointer<int64_t>(at_row), pointer<int64_t>(at_column), pointer<float>(found),
+                       room);
+}
+
 }  // namespace
 
 void bind_gemv(nb::module_& m) {
@@ -105,6 +134,9 @@ void bind_gemv(nb::module_& m) {
   m.def("gemv_pack", &pack, nb::rv_policy::take_ownership);
   bind_weight<NmWeight>(m, "NmWeight", "NmCall");
   m.def("nm_pack", &pack_nm, nb::rv_policy::take_ownership);
+  m.def("entries_above", &above);
+  m.def("gather_rows", &gather);
+  m.def("nm_select", &nm_select);
   m.def("sparse_input", &sparse_input);
 }
 

@@ -10,6 +10,7 @@ struct SpmmKernels;      // spmm.h: sparse weights x dense activations
 struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct NmKernels;        // nm.h: the same for N:M weights
+struct NmSelectKernels;  // nm_select.h: N:M masks
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
@@ -34,6 +35,7 @@ struct KernelTable {
   const AttendKernels* attention;
   const SelectKernels* select;
   const FftConvKernels* fft_conv;
+  const NmSelectKernels* nm_select;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

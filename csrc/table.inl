@@ -15,12 +15,13 @@ extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
 extern const SelectKernels kSelectKernels;
 extern const FftConvKernels kFftConvKernels;
+extern const NmSelectKernels kNmSelectKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
                             &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
                             &kTokenKernels,      &kAttendKernels,   &kSelectKernels,
-                            &kFftConvKernels};
+                            &kFftConvKernels,    &kNmSelectKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -108,3 +108,10 @@ def test_bad_arguments_are_named(options, message):
         SATConfig(rows=0)
     with pytest.raises(ValueError, match="no linear or convolution layers"):
         SATModel().estimate(nn.ReLU(), (4,), 1)
+
+
+def test_a_pattern_that_no_layer_takes_is_refused():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
+    with pytest.raises(ValueError, match="2:8 bdwp: every layer of Sequential stays dense"):
+        SATModel().estimate(model, (16,), 4, 2, 8, "bdwp")
+    assert SATModel().estimate(model, (16,), 4, 2, 8, "dense").speedup == 1.0

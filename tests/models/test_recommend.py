@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aerogel.kernels import entries_above, entries_above_reference
 from aerogel.models import (
     LightGCN,
     MatrixFactorization,
@@ -54,7 +55,7 @@ def test_scores_over_all_items_are_those_of_the_pairs(kind):
         "lightgcn": LightGCN(3, 5, EDGES, 4, 2),
         "neumf": NeuMF(3, 5),
     }
-    model = models[kind]
+    model = models[kind].eval()
     users = torch.tensor([2, 0])
     pairs = torch.stack([model(u.expand(5), torch.arange(5)) for u in users])
     torch.testing.assert_close(model.scores(users), pairs)
@@ -63,6 +64,19 @@ def test_scores_over_all_items_are_those_of_the_pairs(kind):
 def test_neumf_has_the_papers_layers():
     shapes = [tuple(p.shape) for n, p in NeuMF(3, 5).named_parameters() if n.endswith("weight")]
     assert shapes == [(3, 16), (5, 16), (3, 16), (5, 16), (32, 32), (16, 32), (8, 16), (1, 24)]
+
+    assert NeuMF(3, 5).mlp[2].p == 0.2
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        NeuMF(3, 5, dropout=1.0)
+
+
+def test_mult_vae_starts_as_its_authors_do():
+    torch.manual_seed(0)
+    model = MultVAE(300, hidden=200, latent=50)
+    assert float(model.encoder[0].weight.detach().std()) == pytest.approx(
+        (2 / 500) ** 0.5, rel=0.02
+    )
+    assert 0 < float(model.encoder[0].bias.detach().std()) < 0.0013
 
 
 def test_mult_vae_codes_by_the_mean_when_it_does_not_train():
@@ -145,6 +159,32 @@ def test_a_sparse_table_is_the_table(rows, dim, density):
     assert table.columns.dtype == (torch.uint8 if dim <= 256 else torch.int32)
     ids = torch.randint(0, rows, (3, 4))
     assert torch.equal(table(ids), weight[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [64, 300])
+def test_lookups_are_those_of_the_reference(monkeypatch, dtype, dim):
+    weight = masked(700, dim)
+    weight[3] = 0.0
+    values = torch.tensor([6e-8, -6.1e-5, 65504.0, torch.inf, -torch.inf, torch.nan])
+    weight[5, :6] = values  # the ends of half precision
+    table = SparseEmbeddingTable.from_masked(weight, dtype)
+    ids = torch.randint(0, 700, (600,), generator=torch.Generator().manual_seed(1))
+    ids[:2] = torch.tensor([3, 5])
+    ours = table(ids)
+    torch.testing.assert_close(ours, weight[ids].to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setenv("AEROGEL_KERNELS", "reference")
+    torch.testing.assert_close(ours, table(ids), rtol=0, atol=0, equal_nan=True)
+
+
+def test_entries_above_their_columns_limit_are_all_found():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, at in ((1, 1, 0.0), (300, 7, 1.0), (700, 64, -1.0), (5, 3, 9.0)):
+        matrix = torch.randn(rows, columns, generator=generator)
+        limits = at + torch.rand(columns, generator=generator)
+        ours, theirs = entries_above(matrix, limits), entries_above_reference(matrix, limits)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_best_rows_are_those_of_the_dense_product(monkeypatch):

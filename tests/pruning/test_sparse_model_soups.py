@@ -99,6 +99,11 @@ def test_copies_differ_by_seed_and_a_run_repeats_itself():
         assert equal(a, b)
 
 
+def test_a_function_may_make_the_model():
+    made = soups(net, cycles=1).run()
+    assert equal(made.model.state_dict(), soups(net(), cycles=1).run().model.state_dict())
+
+
 def test_copies_that_are_alike_make_a_soup_like_them():
     cycle = soups(net(norm=False), same, cycles=1, batches=None).run().cycles[0]
     assert equal(cycle.soup, cycle.ingredients[0])

@@ -21,6 +21,8 @@ from aerogel.sparsity import (
     Rebuild,
     Shrink,
     Soft,
+    nm_linear_bidirectional,
+    nm_mask_,
     select_parameters,
 )
 from aerogel.sparsity.bidirectional import bidirectional_conv, bidirectional_linear
@@ -134,6 +136,42 @@ def test_bidirectional_linear_against_hand_formulas(shape):
     assert torch.allclose(db, rows.sum(0))
     same = weight.detach()
     assert torch.autograd.gradcheck(lambda v: bidirectional_linear(v, same, forward, forward), x)
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+def test_the_bidirectional_operator_is_the_layers_function_in_graphs_too(shape):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    m_f = nm_mask_(torch.empty(4, 8, dtype=torch.bool), weight.detach().abs(), 1, 4)
+    m_b = nm_mask_(torch.empty(4, 8, dtype=torch.bool), weight.detach().abs(), 1, 4, axis=0)
+    assert torch.equal(m_f, NM(1, 4).select(weight.abs()))
+    assert torch.equal(m_b, NM(1, 4, axis=0).select(weight.abs()))
+    y = nm_linear_bidirectional(x, weight, m_f, m_b)
+    upstream = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight), upstream)
+    same = bidirectional_linear(x, weight, m_f, m_b)
+    torch.testing.assert_close(y, same)
+    for a, b in zip(ours, torch.autograd.grad(same, (x, weight), upstream), strict=True):
+        torch.testing.assert_close(a, b)
+    if len(shape) == 2:
+        torch.library.opcheck(
+            torch.ops.aerogel.nm_linear_bidirectional.default, (x, weight, m_f, m_b)
+        )
+
+
+def test_misuse_of_the_bidirectional_operator_is_named():
+    x, w, mask = torch.randn(3, 8), torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"x must be \(\*, in\) and w \(out, in\)"):
+        nm_linear_bidirectional(torch.randn(3, 4), w, mask, mask)
+    with pytest.raises(ValueError, match=r"got torch.float64 \(3, 8\) and torch.float32"):
+        nm_linear_bidirectional(x.double(), w, mask, mask)
+    with pytest.raises(ValueError, match=r"m_b must be bool \(4, 8\), got torch.bool \(8, 4\)"):
+        nm_linear_bidirectional(x, w, mask, mask.t())
+    with pytest.raises(ValueError, match=r"mask must be bool \(4, 8\), got torch.float32"):
+        nm_mask_(w, w, 2, 4)
+    with pytest.raises(ValueError, match="3 does not divide the 8 channels of 'score'"):
+        nm_mask_(mask, w, 1, 3)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from aerogel.data import (
     smollm,
     superres,
     transforms,
+    warps,
     wave2d,
     wordnet,
 )
 from aerogel.data.brown import load_brown
+from aerogel.data.corruptions import CORRUPTIONS, corrupt
 from aerogel.data.dataset import Batch, Dataset, ImageSplit
 from aerogel.data.fetching import FetchError, Progress, cache_root, fetch
 from aerogel.data.interactions import Interactions, load_movielens_100k
@@ -31,6 +33,7 @@ from aerogel.data.text import RetrievalSplit, TokenSplit, load_tokenizer, token_
 
 __all__ = [
     "ASSETS",
+    "CORRUPTIONS",
     "Asset",
     "Batch",
     "Dataset",
@@ -41,6 +44,7 @@ __all__ = [
     "RetrievalSplit",
     "TokenSplit",
     "cache_root",
+    "corrupt",
     "fetch",
     "fetch_checkpoint",
     "list_datasets",
@@ -51,6 +55,7 @@ __all__ = [
     "superres",
     "token_windows",
     "transforms",
+    "warps",
     "wave2d",
 ]
 

@@ -9,7 +9,7 @@ from aerogel.insight.calibration import (
 from aerogel.insight.image_quality import psnr, ssim
 from aerogel.insight.language import PassageNats, passage_nats, token_nats
 from aerogel.insight.ranking import ndcg_at_k, rank_correlation, recall_at_k
-from aerogel.insight.robustness import fgsm_accuracy
+from aerogel.insight.robustness import corruption_accuracy, fgsm_accuracy
 from aerogel.insight.sat import SATConfig, SATModel, SATReport
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SATConfig",
     "SATModel",
     "SATReport",
+    "corruption_accuracy",
     "expected_calibration_error",
     "fgsm_accuracy",
     "maximum_calibration_error",

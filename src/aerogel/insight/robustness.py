@@ -1,10 +1,63 @@
-"""How far a classifier withstands inputs made to fool it."""
+"""How far a classifier withstands inputs made to fool it, and inputs that are merely bad."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from aerogel.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+
+
+@torch.no_grad()
+def corruption_accuracy(
+    predict: Mapping[str, Callable[[Tensor], Tensor]],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    corruptions: Sequence[str] = CORRUPTIONS,
+    severities: Sequence[int] = SEVERITIES,
+    seed: int = 0,
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Accuracy of classifiers on corrupted copies of images; all see the same copies.
+
+    Args:
+        predict: by name, a function of (N, C, H, W) uint8 images that gives (N, classes) logits,
+            which normalises or resizes them as its classifier needs.
+        images: (N, C, H, W) uint8, see `aerogel.data.corrupt`.
+        labels: (N,) int64.
+        corruptions: some of `aerogel.data.CORRUPTIONS`.
+        severities: some of 1 to 5.
+        seed: of the corruptions.
+
+    Returns:
+        For every classifier and corruption the accuracy at each severity, in [0, 1].
+
+    Raises:
+        ValueError: no image, lengths that differ, an unknown corruption or severity.
+
+    Reference:
+        Hendrycks and Dietterich, arXiv 1903.12261.
+    """
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"images and labels must be as many, at least 1, got {len(images)} and {len(labels)}"
+        )
+    found: dict[str, dict[str, list[float]]] = {
+        name: {corruption: [] for corruption in corruptions} for name in predict
+    }
+    for corruption in corruptions:
+        for severity in severities:
+            bad = corrupt(images, corruption, severity, seed)
+            for name, function in predict.items():
+                right = function(bad).argmax(dim=1) == labels
+                found[name][corruption].append(float(right.double().mean()))
+    return {
+        name: {corruption: tuple(values) for corruption, values in by_corruption.items()}
+        for name, by_corruption in found.items()
+    }
 
 
 def fgsm_accuracy(

@@ -236,7 +236,8 @@ class SATModel:
             mode: of `aerogel.pruning.BidirectionalNM`, or ``"dense"``.
 
         Raises:
-            ValueError: batch below 1, not 1 <= n <= m, an unknown mode, or a model without layers.
+            ValueError: batch below 1, not 1 <= n <= m, an unknown mode, a model without layers, or
+                a sparse mode for a model whose layers all stay dense.
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
@@ -245,6 +246,12 @@ class SATModel:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         layers, activations = trace_layers(model, input_shape, batch, m)
+        if mode != "dense" and not any(layer.sparse for layer in layers):
+            raise ValueError(
+                f"{n}:{m} {mode}: every layer of {type(model).__name__} stays dense (the first, "
+                "grouped convolutions, a last linear layer that m does not divide); mode='dense' "
+                "estimates it"
+            )
         return self.estimate_layers(layers, activations, n, m, mode)
 
     def estimate_layers(

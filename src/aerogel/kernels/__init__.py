@@ -35,9 +35,16 @@ from aerogel.kernels.fft_conv import PreparedFilter, fft_conv, fft_conv_referenc
 from aerogel.kernels.fft_conv_ops import fft_conv_trainable
 from aerogel.kernels.fft_conv_plan import FrequencyMask
 from aerogel.kernels.formats import BlockRowWeight
+from aerogel.kernels.gather_rows import (
+    entries_above,
+    entries_above_reference,
+    gather_rows,
+    gather_rows_reference,
+)
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
-from aerogel.kernels.nm_tensor import NM24Weight, NMForm
+from aerogel.kernels.nm_select import nm_select, ranks_natively
+from aerogel.kernels.nm_tensor import NM24Tensor, NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan, Value, Way
 from aerogel.kernels.plan_builder import PlanBuilder
@@ -70,6 +77,7 @@ __all__ = [
     "ConvGeometry",
     "FrequencyMask",
     "HeadRows",
+    "NM24Tensor",
     "NM24Weight",
     "NMForm",
     "OpInfo",
@@ -90,9 +98,13 @@ __all__ = [
     "choose_by_labels",
     "choose_by_labels_reference",
     "default_variant",
+    "entries_above",
+    "entries_above_reference",
     "fft_conv",
     "fft_conv_reference",
     "fft_conv_trainable",
+    "gather_rows",
+    "gather_rows_reference",
     "gemv",
     "gemv_op",
     "gemv_reference",
@@ -110,9 +122,11 @@ __all__ = [
     "native_nm_weight",
     "native_weight",
     "nm_pattern",
+    "nm_select",
     "pool_rows",
     "pool_rows_reference",
     "quantize_rows",
+    "ranks_natively",
     "reference_activation",
     "reference_mode",
     "roofline",

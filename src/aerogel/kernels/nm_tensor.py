@@ -238,6 +238,10 @@ class NM24Weight:
             raise ValueError("index: expected two ascending places in every group")
 
 
+NM24Tensor = NM24Weight
+"""The same class by the name that speaks of one tensor rather than of a layer's weight."""
+
+
 def _size(form: str) -> int:
     return 2 if form == "pairs" else 1
 

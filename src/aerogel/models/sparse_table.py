@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from aerogel.kernels import BlockRowWeight, spmm
+from aerogel.kernels import BlockRowWeight, entries_above, gather_rows, spmm
 from aerogel.models.recommend import check_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Rows scored at a time by `topk`: their scores stay in the cache, the whole matrix never exists.
-ITEMS_AT_ONCE = 8192
+ITEMS_AT_ONCE = 4096
 
 
 class SparseEmbeddingTable(nn.Module):
@@ -88,14 +88,8 @@ class SparseEmbeddingTable(nn.Module):
         """
         check_ids("ids", ids, len(self))
         flat = ids.reshape(-1).long()
-        begin = self.row_ptr[flat]
-        length = self.row_ptr[flat + 1] - begin
-        out = torch.zeros(len(flat), self.dim, device=self.values.device)
-        row = torch.repeat_interleave(length)
-        first = length.cumsum(0) - length
-        source = torch.arange(len(row), device=row.device) + (begin - first)[row]
-        out[row, self.columns[source].long()] = self.values[source].float()
-        return out.reshape(*ids.shape, self.dim)
+        rows = gather_rows(self.values, self.columns, self.row_ptr, flat, self.dim)
+        return rows.reshape(*ids.shape, self.dim)
 
     def dense(self) -> Tensor:
         """The table itself: (rows, dim) float32."""
@@ -122,14 +116,16 @@ class SparseEmbeddingTable(nn.Module):
             raise ValueError(f"k must be in [1, {len(self)}], got {k}")
         best: Tensor | None = None
         rows: Tensor | None = None
+        self._check(queries)
+        planar = queries.t().contiguous()[None]  # [1, dim, batch]
         for first in range(0, len(self), ITEMS_AT_ONCE):
-            block = self._scores(queries, first, min(first + ITEMS_AT_ONCE, len(self)))
-            own, index = block.topk(min(k, block.shape[1]))
-            index = index + first
+            block = spmm(planar, self._block(first, min(first + ITEMS_AT_ONCE, len(self))))[0]
             if best is None or rows is None:
-                best, rows = own, index
+                best, rows = block.t().contiguous().topk(min(k, len(block)))
                 continue
-            joined, where = torch.cat((best, own), 1), torch.cat((rows, index), 1)
+            enough = best.shape[1] == k
+            own, index = _above(block, best[:, -1:]) if enough else _all(block)
+            joined, where = torch.cat((best, own), 1), torch.cat((rows, index + first), 1)
             best, order = joined.topk(min(k, joined.shape[1]))
             rows = where.gather(1, order)
         assert best is not None
@@ -137,9 +133,12 @@ class SparseEmbeddingTable(nn.Module):
         return best, rows
 
     def _scores(self, queries: Tensor, first: int, last: int) -> Tensor:
+        self._check(queries)
+        return spmm(queries, self._block(first, last), layout="tokens")
+
+    def _check(self, queries: Tensor) -> None:
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must be (batch, {self.dim}), got {tuple(queries.shape)}")
-        return spmm(queries, self._block(first, last), layout="tokens")
 
     def _block(self, first: int, last: int) -> BlockRowWeight:
         """Rows as the kernels take them, kept until the values change."""
@@ -158,3 +157,34 @@ class SparseEmbeddingTable(nn.Module):
                 1,
             )
         return self._blocks[first, last]
+
+
+def _all(block: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, rows) scores of a (rows, batch) block, and their rows."""
+    rows = torch.arange(len(block), device=block.device)
+    return block.t(), rows.expand(block.shape[1], -1)
+
+
+def _above(block: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of a (rows, batch) block above those that a list of the best ends with.
+
+    After the first blocks they are few: looking for them costs less than sorting a block.
+
+    Args:
+        block: (rows, batch).
+        least: (batch, 1).
+
+    Returns:
+        (batch, most of any query) scores, filled up with -inf, and their rows.
+    """
+    row, query, found = entries_above(block, least[:, 0])
+    order = query.argsort(stable=True)
+    row, query, found = row[order], query[order], found[order]
+    counts = query.bincount(minlength=block.shape[1])
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[query]
+    shape = (block.shape[1], int(counts.max()))
+    scores = block.new_full(shape, -torch.inf)
+    scores[query, place] = found
+    rows = torch.zeros(shape, dtype=torch.int64, device=block.device)
+    rows[query, place] = row
+    return scores, rows

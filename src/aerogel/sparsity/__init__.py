@@ -27,6 +27,7 @@ from aerogel.sparsity.average import (
     recalibrate_batchnorm,
     soup_distance,
 )
+from aerogel.sparsity.bidirectional import nm_linear_bidirectional
 from aerogel.sparsity.calibrate import collect_input_stats, sequential_stages
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.cost import (
@@ -57,6 +58,7 @@ from aerogel.sparsity.fake_quantize import (
     QuantisedAttention,
     calibrate_activations,
 )
+from aerogel.sparsity.group_patterns import nm_mask_
 from aerogel.sparsity.input_stats import InputStats
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
 from aerogel.sparsity.oneshot import magnitude_, sparsegpt_, wanda_, wanda_mask
@@ -222,6 +224,8 @@ __all__ = [
     "loss_gradients",
     "magnitude_",
     "make_coupling",
+    "nm_linear_bidirectional",
+    "nm_mask_",
     "nm_training_flops",
     "norm_drop",
     "parse_pattern",

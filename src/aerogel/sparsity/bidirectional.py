@@ -6,6 +6,7 @@ The input-gradient product may instead thin out the output's gradient (SDGP), wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +38,91 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight, backward = ctx.saved_tensors
-        rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
-        inputs = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        # Under autocast the product ran in a lower precision than what was saved.
-        inputs, kept = (
-            inputs.to(rows.dtype),
-            (weight * keep_factor(backward, weight.dtype)).to(rows.dtype),
+        wanted = [*ctx.needs_input_grad[:2], ctx.has_bias]
+        to_x, to_weight, to_bias = _linear_gradients(
+            gradient, x, weight, backward, ctx.pattern, wanted
         )
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = (_thinned(rows, ctx.pattern) @ kept).view(x.shape).to(x.dtype)
-        to_weight = (rows.t() @ inputs).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        to_bias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
         return to_x, to_weight, None, None, to_bias, None
+
+
+def _linear_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    backward: Tensor,
+    pattern: GroupPattern | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of the input (through the masked weight), the weight (dense) and the bias, as wanted."""
+    rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
+    inputs = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    # Under autocast the product ran in a lower precision than what was saved.
+    inputs = inputs.to(rows.dtype)
+    kept = (weight * keep_factor(backward, weight.dtype)).to(rows.dtype)
+    to_x = (_thinned(rows, pattern) @ kept).view(x.shape).to(x.dtype) if wanted[0] else None
+    to_weight = (rows.t() @ inputs).to(weight.dtype) if wanted[1] else None
+    to_bias = rows.sum(0).to(weight.dtype) if wanted[2] else None
+    return to_x, to_weight, to_bias
+
+
+@torch.library.custom_op("aerogel::nm_linear_bidirectional", mutates_args=())
+def _nm_linear(x: Tensor, w: Tensor, m_f: Tensor, m_b: Tensor) -> Tensor:
+    return F.linear(x, w * keep_factor(m_f, w.dtype))
+
+
+@_nm_linear.register_fake
+def _nm_linear_fake(x: Tensor, w: Tensor, m_f: Tensor, m_b: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _nm_linear_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, w, _, m_b = inputs
+    ctx.save_for_backward(x, w, m_b)
+
+
+def _nm_linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, m_b = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:2], False]
+    to_x, to_w, _ = _linear_gradients(gradient, x, w, m_b, None, wanted)
+    return to_x, to_w, None, None
+
+
+_nm_linear.register_autograd(_nm_linear_backward, setup_context=_nm_linear_context)
+
+
+def nm_linear_bidirectional(x: Tensor, w: Tensor, m_f: Tensor, m_b: Tensor) -> Tensor:
+    """x (w m_F)^T as one operator, ``aerogel::nm_linear_bidirectional``, opaque to compilers.
+
+    dL/dx = dL/dy (w m_B) and dL/dw = dL/dy^T x, dense. `bidirectional_linear` is the same with a
+    bias, for autocast, and for gradients that are thinned out.
+
+    Args:
+        x: (*, in).
+        w: (out, in), dense, of x's type.
+        m_f: (out, in) bool, n of every m inputs; see `NM.select`.
+        m_b: (out, in) bool, n of every m outputs.
+
+    Returns:
+        (*, out).
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+
+    Reference:
+        Fang et al., BDWP, arXiv 2309.13015.
+    """
+    if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype:
+        raise ValueError(
+            f"x must be (*, in) and w (out, in) of one type, got {x.dtype} {tuple(x.shape)} and "
+            f"{w.dtype} {tuple(w.shape)}"
+        )
+    for name, mask in (("m_f", m_f), ("m_b", m_b)):
+        if mask.dtype is not torch.bool or mask.shape != w.shape:
+            raise ValueError(
+                f"{name} must be bool {tuple(w.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+    out: Tensor = _nm_linear(x, w, m_f, m_b)
+    return out
 
 
 class _Conv(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.kernels import nm_select, ranks_natively
 from aerogel.sparsity.pattern import Pattern, need_dims
 from aerogel.sparsity.topk import topk_rows
 from aerogel.sparsity.transposable import transposable_mask
@@ -68,6 +69,8 @@ class NM(GroupPattern):
         return _from_rows(group_mask, shape, self.axis, self.m)
 
     def select(self, score: Tensor) -> Tensor:
+        if score.shape[self.axis] % self.m == 0 and ranks_natively(score, self.m):
+            return nm_select(score, self.n, self.m, self.axis)
         return self.expand(topk_rows(self.groups(score), self.n), score.shape)
 
     def is_satisfied(self, mask: Tensor, exact: bool = False) -> bool:
@@ -75,6 +78,34 @@ class NM(GroupPattern):
         counts = _padded_rows(rows, self.m, False).sum(dim=1)
         room = _padded_rows(torch.ones_like(rows), self.m, False).sum(dim=1).clamp(max=self.n)
         return bool((counts == room).all() if exact else (counts <= room).all())
+
+
+def nm_mask_(
+    mask: Tensor, score: Tensor, n: int, m: int, axis: Literal[0, 1] = 1, *, pad: bool = False
+) -> Tensor:
+    """Write into a mask which ``n`` of every ``m`` consecutive scores are largest.
+
+    Args:
+        mask: bool of the score's shape, overwritten.
+        score: (out, in, *kernel), higher = keep; of equals the first stays.
+        n: kept per group.
+        m: group length.
+        axis: as of `NM`.
+        pad: as of `NM`.
+
+    Returns:
+        The mask.
+
+    Raises:
+        ValueError: a mask of another type or shape, n > m, an axis that m does not divide.
+    """
+    pattern = NM(n, m, axis, pad)
+    pattern.validate(score.shape, "score")
+    if mask.dtype is not torch.bool or mask.shape != score.shape:
+        raise ValueError(
+            f"mask must be bool {tuple(score.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask.copy_(pattern.select(score))
 
 
 @dataclass(frozen=True)

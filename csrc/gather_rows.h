@@ -1,0 +1,28 @@
+// Dense rows out of a table whose rows keep their nonzeros only, an embedding lookup; and the
+// search for the best rows among their scores.
+#pragma once
+
+#include <cstdint>
+
+namespace aerogel {
+
+struct GatherRowsArgs {
+  const void* values = nullptr;   // float32, or float16 bits if `half`
+  const void* columns = nullptr;  // uint8 if `narrow`, else int32; within [0, dim)
+  const int64_t* row_ptr = nullptr;
+  const int64_t* ids = nullptr;  // within the rows
+  float* out = nullptr;          // [count][dim]
+  int64_t count = 0, dim = 0;
+  int64_t nonzeros = 0;  // of values and of columns
+  bool half = false, narrow = false;
+};
+
+// Places and columns out of range are passed over: a damaged table gives wrong rows, no more.
+void gather_rows(const GatherRowsArgs& args, int threads);
+
+// The entries of a (rows, columns) matrix above their column's limit, row by row, up to `room` of
+// them; returns how many there are. Few are expected: this reads the matrix at the cache's pace.
+int64_t entries_above(const float* matrix, int64_t rows, int64_t columns, const float* limits,
+                      int64_t* found_rows, int64_t* found_columns, float* found, int64_t room);
+
+}  // namespace aerogel
