@@ -10,6 +10,7 @@ extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
 extern const NmKernels kNmKernels;
+extern const NmMaskKernels kNmMaskKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
@@ -19,8 +20,8 @@ extern const FftConvKernels kFftConvKernels;
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
-                            &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
-                            &kTokenKernels,      &kAttendKernels,   &kSelectKernels,
-                            &kFftConvKernels};
+                            &kGemvKernels,       &kNmKernels,       &kNmMaskKernels,
+                            &kSparseInputKernels, &kTokenKernels,   &kAttendKernels,
+                            &kSelectKernels,     &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -37,6 +37,7 @@ from aerogel.kernels.fft_conv_plan import FrequencyMask
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
+from aerogel.kernels.nm_mask import nm_mask, nm_mask_reference
 from aerogel.kernels.nm_tensor import NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan, Value, Way
@@ -109,6 +110,8 @@ __all__ = [
     "native_gemv_weight",
     "native_nm_weight",
     "native_weight",
+    "nm_mask",
+    "nm_mask_reference",
     "nm_pattern",
     "pool_rows",
     "pool_rows_reference",
