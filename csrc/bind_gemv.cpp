@@ -5,7 +5,6 @@
 #include "gather_rows.h"
 #include "gemv.h"
 #include "nm.h"
-#include "nm_select.h"
 #include "sparse_input.h"
 
 namespace nb = nanobind;
@@ -101,13 +100,6 @@ void sparse_input(uintptr_t weight, int32_t type, uintptr_t scales, int64_t ldw,
   sparse_input_run(args, threads);
 }
 
-void nm_select(uintptr_t score, uintptr_t mask, int64_t outer, int64_t inner, int n, int m,
-               int threads) {
-  const NmSelectArgs args{pointer<const float>(score), pointer<uint8_t>(mask), outer, inner, n, m};
-  nb::gil_scoped_release release;
-  nm_select_run(args, threads);
-}
-
 void gather(uintptr_t values, bool half, uintptr_t columns, bool narrow, uintptr_t row_ptr,
             uintptr_t ids, uintptr_t out, int64_t count, int64_t dim, int64_t nonzeros, int threads) {
   const GatherRowsArgs args{pointer<const void>(values),     pointer<const void>(columns),
@@ -136,7 +128,6 @@ void bind_gemv(nb::module_& m) {
   m.def("nm_pack", &pack_nm, nb::rv_policy::take_ownership);
   m.def("entries_above", &above);
   m.def("gather_rows", &gather);
-  m.def("nm_select", &nm_select);
   m.def("sparse_input", &sparse_input);
 }
 

@@ -10,7 +10,7 @@ struct SpmmKernels;      // spmm.h: sparse weights x dense activations
 struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct NmKernels;        // nm.h: the same for N:M weights
-struct NmSelectKernels;  // nm_select.h: N:M masks
+struct NmMaskKernels;    // nm_mask.h: which weights N:M training keeps
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
@@ -30,12 +30,12 @@ struct KernelTable {
   const LayerKernels* layers;
   const GemvKernels* gemv;
   const NmKernels* nm;
+  const NmMaskKernels* nm_mask;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;
   const SelectKernels* select;
   const FftConvKernels* fft_conv;
-  const NmSelectKernels* nm_select;
 };
 
 // The table in use. Chosen once from cpuid; AEROGEL_ISA in the environment or select_isa override it.

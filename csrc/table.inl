@@ -10,18 +10,18 @@ extern const RooflineKernels kRooflineKernels;
 extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
 extern const NmKernels kNmKernels;
+extern const NmMaskKernels kNmMaskKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
 extern const SelectKernels kSelectKernels;
 extern const FftConvKernels kFftConvKernels;
-extern const NmSelectKernels kNmSelectKernels;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
                             &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
-                            &kGemvKernels,       &kNmKernels,       &kSparseInputKernels,
-                            &kTokenKernels,      &kAttendKernels,   &kSelectKernels,
-                            &kFftConvKernels,    &kNmSelectKernels};
+                            &kGemvKernels,       &kNmKernels,       &kNmMaskKernels,
+                            &kSparseInputKernels, &kTokenKernels,   &kAttendKernels,
+                            &kSelectKernels,     &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

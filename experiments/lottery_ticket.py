@@ -56,6 +56,7 @@ def run(seed: int) -> Result:
         metrics[name] = found.metrics["test"]
         if found.round in (0, *COMPARED):
             metrics[f"{name}: stops at iteration"] = found.metrics["early_stop"]
+            metrics[f"{name}: accuracy where it stops"] = found.metrics["test_at_stop"]
             metrics[f"{name}: train accuracy"] = found.metrics["train"]
             metrics[f"{name}: weights left"] = 100.0 * found.density
     for number in COMPARED:
@@ -111,7 +112,7 @@ def _train(
     trainer = StaticSparseTrainer(model, optimizer, masks)
     generator = torch.Generator().manual_seed(seed)
     snapshot, batches = None, []
-    best_loss, early_stop = float("inf"), 0
+    best_loss, early_stop, test_at_stop = float("inf"), 0, 0.0
     for step in range(STEPS):
         if not batches:
             batches = list(torch.randperm(TRAIN_IMAGES, generator=generator).split(BATCH))
@@ -124,12 +125,13 @@ def _train(
         F.cross_entropy(model(train.images[chosen]), train.labels[chosen]).backward()
         trainer.step()
         if (step + 1) % LOOK_EVERY == 0 and (loss := _loss(model, held_out)) < best_loss:
-            best_loss, early_stop = loss, step + 1
+            best_loss, early_stop, test_at_stop = loss, step + 1, _accuracy(model, test)
     trainer.finalize()
     metrics = {
         "test": _accuracy(model, test),
         "train": _accuracy(model, train),
         "early_stop": float(early_stop),
+        "test_at_stop": test_at_stop,
     }
     return TrainOutcome(STEPS, metrics, snapshot)
 

@@ -154,6 +154,7 @@ def _beyond_accuracy(model: nn.Module, name: str) -> dict[str, float]:
     attacked = fgsm_accuracy(model, images, labels, ATTACK / like.std[0])
     return {
         f"{name}: calibration error": 100.0 * expected_calibration_error(probabilities, labels),
+        f"{name}: negative log-likelihood": float(F.nll_loss(probabilities.log(), labels)),
         f"{name}: AUROC against digits": 100.0
         * ood_auroc(probabilities.amax(dim=1), others.amax(dim=1)),
         f"{name}: accuracy under FGSM 8/255": 100.0 * attacked,

@@ -13,9 +13,15 @@ from torch.nn.utils import parametrize
 
 from aerogel import runtime
 from aerogel.nested import load_state, save_state
-from aerogel.pruning import SRSTE, STE, ProgressiveGradientFlow, gradient_noise
+from aerogel.pruning import (
+    SRSTE,
+    STE,
+    ProgressiveGradientFlow,
+    gradient_noise,
+    track_gradient_noise,
+)
 from aerogel.pruning.nm_training import NMTrainer
-from aerogel.sparsity import NM
+from aerogel.sparsity import NM, inference_flops
 from aerogel.sparsity.parametrizations import soft
 
 ALL = {"include": ("0", "2")}
@@ -118,14 +124,13 @@ def test_the_chain_rule_restricts_gradients_until_fine_tuning_lets_them_through(
     ("ladder", "rungs"),
     [
         ("stepwise", [(7, 8), (4, 8), (2, 8), (1, 8)]),
+        ("geometric", [(2, 16), (1, 8)]),  # 16 inputs: rungs of 64 and 32 do not divide them
         ("densify", [(1, 16), (1, 8)]),
         ({4: (6, 8), 12: (2, 8), 20: (1, 8)}, [(6, 8), (2, 8), (1, 8)]),
     ],
 )
 def test_the_pattern_tightens_rung_by_rung_and_survives_resuming(ladder, rungs, tmp_path):
     model = net()
-    if ladder == "densify":  # 16 inputs: rungs of 64 and 32 do not divide them
-        rungs = [(1, 16), (1, 8)]
     options = {"kind": "structure", "ladder": ladder, "n": 1, "m": 8, "include": ("0",)}
     trainer = made(model, **options)
     seen = []
@@ -231,8 +236,30 @@ def test_gradient_noise_is_the_mean_second_moment_of_the_masked_weights():
     train(model, trainer, optimizer, 3)
     expected = optimizer.state[leaf(model, 2)]["exp_avg_sq"].mean()
     assert gradient_noise(model, optimizer) == pytest.approx(float(expected))
-    with pytest.raises(ValueError, match=r"second moments \(Adam, AdamW\), got SGD"):
+    with pytest.raises(ValueError, match="track_gradient_noise, got SGD"):
         gradient_noise(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_gradient_noise_is_the_same_measure_under_sgd():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    trainer = made(model, optimizer)
+    handle = track_gradient_noise(model, optimizer, decay=0.9)
+    expected = torch.zeros(8, 32)
+    for step in range(3):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        expected = 0.9 * expected + 0.1 * leaf(model, 2).grad ** 2
+        trainer.step()
+    handle.remove()
+    train(model, trainer, optimizer, 1, 3)
+    torch.testing.assert_close(optimizer.state[leaf(model, 2)]["exp_avg_sq"], expected)
+    moments = [optimizer.state[leaf(model, i)]["exp_avg_sq"] for i in (0, 2)]
+    mean = torch.cat([moment.flatten() for moment in moments]).mean()
+    assert gradient_noise(model, optimizer) == pytest.approx(float(mean))
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1.0"):
+        track_gradient_noise(model, optimizer, decay=1.0)
 
 
 def test_under_a_trainer_that_owns_the_step_the_result_is_the_same():
@@ -256,13 +283,47 @@ def test_the_trained_network_compiles_to_the_same_outputs():
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_too_many_steps_warn_once_a_step_and_stay_strict():
+@pytest.mark.filterwarnings("always")
+def test_too_many_steps_warn_once_and_stay_strict():
     model = net()
     trainer = made(model)
     train(model, trainer, trainer.optimizer, 40)
-    with pytest.warns(UserWarning, match="more than total_steps = 40"):
-        train(model, trainer, trainer.optimizer, 1)
+    with pytest.warns(UserWarning, match="more than total_steps = 40") as warned:
+        train(model, trainer, trainer.optimizer, 3)
+    assert len(warned) == 1
     assert trainer.beta == 0.0
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "structure"}])
+def test_the_strict_network_can_be_evaluated_at_any_time_and_leaves_no_trace(options):
+    ours, theirs = net(), net()
+    trainer, other = made(ours, **options), made(theirs, **options)
+    for step in range(40):
+        weight = leaf(ours).detach()
+        kept = NM(1, 4).select(weight.abs())
+        masks = trainer.masks.clone()
+        with trainer.strict():
+            assert torch.equal(ours[0].weight.detach(), weight * kept)
+        assert trainer.masks == masks
+        train(ours, trainer, trainer.optimizer, 1, step)
+        train(theirs, other, other.optimizer, 1, step)
+    assert torch.equal(leaf(ours), leaf(theirs))
+
+
+def test_training_flops_follow_the_rungs():
+    model = net()
+    report = {"masks": made(model, include=("0",)).masks, "input": torch.zeros(1, 16)}
+    phases = {"dense_fraction": 0.0, "fine_tune_fraction": 0.0, "include": ("0",), "n": 1, "m": 8}
+    sparse, other = 2 * 16 * 32, 2 * 32 * 8
+    stepwise = made(net(), kind="structure", **phases)
+    count = inference_flops(net(), **report)
+    # The mean over 7:8, 4:8, 2:8 and 1:8 forward, dense products backward.
+    assert stepwise.training_flops(count) == (0.4375 + 2.0) * sparse + 3.0 * other
+    assert made(net(), **phases).training_flops(count) == 3.0 * (sparse + other)
+    late = made(net(), **{**phases, "fine_tune_fraction": 0.25})
+    assert late.training_flops(count) == pytest.approx((0.78125 + 2) * sparse + 3 * other)
+    with pytest.raises(ValueError, match=r"no FLOPs of '2.weight'"):
+        made(net()).training_flops(count)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +341,8 @@ def test_too_many_steps_warn_once_a_step_and_stay_strict():
         ({"grad": "none"}, "grad must be"),
         ({"kind": "both"}, "kind must be"),
         ({"decay": "cosine"}, "decay must be"),
+        ({"kind": "structure", "ladder": {4: (3, 4), 20: (2, 4)}}, "must reach 1:4.*'0.weight'"),
+        ({"kind": "structure", "ladder": {4: (3, 4), 31: (1, 4)}}, "by step 30"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -43,7 +43,7 @@ from aerogel.kernels.gather_rows import (
 )
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
-from aerogel.kernels.nm_select import nm_select, ranks_natively
+from aerogel.kernels.nm_mask import nm_mask, nm_mask_reference
 from aerogel.kernels.nm_tensor import NM24Tensor, NM24Weight, NMForm
 from aerogel.kernels.ops import sddmm_op, spmm_op
 from aerogel.kernels.plan import OpInfo, Plan, Value, Way
@@ -121,12 +121,12 @@ __all__ = [
     "native_gemv_weight",
     "native_nm_weight",
     "native_weight",
+    "nm_mask",
+    "nm_mask_reference",
     "nm_pattern",
-    "nm_select",
     "pool_rows",
     "pool_rows_reference",
     "quantize_rows",
-    "ranks_natively",
     "reference_activation",
     "reference_mode",
     "roofline",

@@ -45,7 +45,11 @@ from aerogel.pruning.method import (
     TrainingMethod,
 )
 from aerogel.pruning.nm_training import SRSTE, STE
-from aerogel.pruning.progressive_gradient_flow import ProgressiveGradientFlow, gradient_noise
+from aerogel.pruning.progressive_gradient_flow import (
+    ProgressiveGradientFlow,
+    gradient_noise,
+    track_gradient_noise,
+)
 from aerogel.pruning.random_pruning import layerwise_report, random_prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparse_ift import METHOD as _SPARSE_IFT  # the module is hidden by its function
@@ -145,5 +149,6 @@ __all__ = [
     "refine_mask",
     "sparse_ift",
     "sparsegpt_",
+    "track_gradient_noise",
     "wanda_",
 ]

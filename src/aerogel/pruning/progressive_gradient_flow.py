@@ -29,17 +29,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.nm_training import NMTrainer
 from aerogel.sparsity.controller import GradScaler
+from aerogel.sparsity.cost import FlopReport
 from aerogel.sparsity.coupling import STE, Coupling, Soft
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.parametrizations import SoftMaskedWeight, find_parametrization
@@ -87,6 +90,8 @@ FINE_TUNE_FRACTION = 0.2
 # Over the middle phase, so that beta ends at exp(-8) = 3e-4 (or, if linear, at 0 after 80 %).
 EXPONENTIAL_DECAY = 8.0
 LINEAR_DECAY = 1 / 0.8
+# Of the second moment, as torch's Adam has it.
+ADAM_SECOND_DECAY = 0.999
 
 
 class ProgressiveGradientFlow(NMTrainer):
@@ -100,7 +105,7 @@ class ProgressiveGradientFlow(NMTrainer):
         kind: ``"mask"`` (MDGF) or ``"structure"`` (SDGF).
         decay: of the part that pruned weights play (``"mask"``): ``"exponential"`` or ``"linear"``.
         ladder: of patterns (``"structure"``): ``"stepwise"``, ``"geometric"``, ``"densify"``, or
-            {step: (n, m)} of one's own.
+            {step: (n, m)} of one's own, whose last rung is n:m and begins by the fine-tuning phase.
         total_steps: optimizer steps of the whole training.
         dense_fraction: share of them before any weight is pruned.
         fine_tune_fraction: share at the end with the strict pattern.
@@ -117,8 +122,9 @@ class ProgressiveGradientFlow(NMTrainer):
 
     Raises:
         ValueError: n > m, a pattern (of any rung) that does not fit a weight, a stepwise ladder
-            whose m / n is no power of two, phases that leave no step between them, k <= 0,
-            locations that match nothing, half-precision weights.
+            whose m / n is no power of two, a ladder of one's own that ends elsewhere, phases that
+            leave no step between them, k <= 0, locations that match nothing, half-precision
+            weights.
 
     Reference:
         Bambhaniya et al., arXiv 2402.04744.
@@ -153,10 +159,10 @@ class ProgressiveGradientFlow(NMTrainer):
         selection, groups = _selected(model, locations, qkv is not None, include, exclude)
         targets = {"ff": NM(n, m, axis)}
         targets["qkv"] = targets["ff"] if qkv is None else NM(*qkv, axis=axis)
-        self._target = targets["ff"]
+        self._targets = {name: targets[groups[name]] for name in selection}
         self._patterns: dict[str, NMLadder] = {}
         for name, ref in selection.items():
-            target = targets[groups[name]]
+            target = self._targets[name]
             target.validate(ref.shape, name)
             if kind == "structure":
                 self._patterns[name] = _ladder(target, ladder, begin, end, ref, name)
@@ -166,9 +172,10 @@ class ProgressiveGradientFlow(NMTrainer):
         def pattern_at(name: str, step: int) -> NM | None:
             if step < begin:
                 return None
-            return self._patterns[name].pattern(step) if self._patterns else targets[groups[name]]
+            return self._patterns[name].pattern(step) if self._patterns else self._targets[name]
 
         coupling: Coupling = STE() if kind == "structure" else _Flow(self._beta, grad, end)
+        self._pattern_at = pattern_at
         super().__init__(model, optimizer, selection, coupling, pattern_at)
 
     def step(self, scaler: GradScaler | None = None, *, unscaled: bool = False) -> bool:
@@ -195,10 +202,62 @@ class ProgressiveGradientFlow(NMTrainer):
     @property
     def pattern(self) -> NM | None:
         """The (first weight's) pattern in force; None in the dense phase."""
-        if self.phase == "dense":
-            return None
-        ladders = list(self._patterns.values())
-        return ladders[0].pattern(self.t) if ladders else self._target
+        return self._pattern_at(next(iter(self._targets)), self.t)
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """The network as if it were finished now: every weight under its final pattern.
+
+        For evaluation in the course of training, where the network as it stands still leans on
+        weights that will be pruned. Masks and factors are as before afterwards.
+        """
+        now, weights = self.masks, self.controller.stored_weights()
+        before = now.clone()
+        with torch.no_grad():
+            for name, mask in now.items():
+                mask.copy_(self._targets[name].select(weights[name].abs()))
+        self._set_step(self._phases[1])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, mask in now.items():
+                    mask.copy_(before[name])
+            self._set_step(self.t)
+
+    def training_flops(self, report: FlopReport) -> float:
+        """FLOPs of one training step, averaged over the whole training, to compare at equal cost.
+
+        Only the forward product skips zeros: under `"mask"` in the fine-tuning phase (or once the
+        factor is 0), under `"structure"` as the rungs tighten. Both backward products are dense.
+
+        Args:
+            report: of `inference_flops` of the model with the `masks`, before or after training.
+
+        Returns:
+            FLOPs of a forward and both backward products, for the report's batch.
+
+        Raises:
+            ValueError: a report that lacks one of the weights.
+        """
+        missing = [name for name in self._targets if name not in report.layers]
+        if missing:
+            raise ValueError(f"report has no FLOPs of {missing[0]!r}: count them with these masks")
+        saved = 0.0
+        for name in self._targets:
+            shares = [self._forward_share(name, step) for step in range(self.total_steps)]
+            saved += report.layers[name][0] * (1.0 - sum(shares) / self.total_steps)
+        return 3.0 * report.dense - saved
+
+    def _forward_share(self, name: str, step: int) -> float:
+        """Share of a weight's forward product that a step computes."""
+        pattern = self._pattern_at(name, step)
+        leaning = self._kind == "mask" and self._beta.value(step) > 0.0
+        return 1.0 if pattern is None or leaning else pattern.fixed_density
+
+    def _set_step(self, step: int) -> None:
+        for ref in self.controller.selection.values():
+            self.controller.coupling.set_step(ref, step)
 
     def finalize(self) -> MaskSet:
         """Bake the zeros into the weights and leave a plain model; returns the masks.
@@ -219,23 +278,63 @@ def gradient_noise(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
     Args:
         model: in training, with N:M masks on some weights; all linear weights if none has any.
-        optimizer: Adam or AdamW, after at least one step.
+        optimizer: Adam or AdamW, or another one under `track_gradient_noise`; after a step.
 
     Raises:
         ValueError: an optimizer that keeps no second moments.
     """
-    refs = list(select_parameters(model).values())
-    masked = [ref for ref in refs if find_parametrization(ref.module, ref.attribute) is not None]
     total, count = 0.0, 0
-    for ref in masked or refs:
+    for ref in _noisy(model):
         moment = optimizer.state[ref.parameter].get("exp_avg_sq")
         if not isinstance(moment, Tensor):
             raise ValueError(
-                f"optimizer must keep second moments (Adam, AdamW), got {type(optimizer).__name__}"
+                f"optimizer must keep second moments (Adam, AdamW), or take them with "
+                f"track_gradient_noise, got {type(optimizer).__name__}"
             )
         total += float(moment.sum())
         count += moment.numel()
     return total / count
+
+
+def track_gradient_noise(
+    model: nn.Module, optimizer: torch.optim.Optimizer, decay: float = ADAM_SECOND_DECAY
+) -> RemovableHandle:
+    """Keep second moments of gradients beside an optimizer that has none, for `gradient_noise`.
+
+    They are the running mean that Adam takes, in the optimizer's own state, and so are saved and
+    resumed with it. Nothing else about the training changes.
+
+    Args:
+        model: in training, with its masks on.
+        optimizer: SGD, for example.
+        decay: of the running mean, in [0, 1).
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        ValueError: a decay out of range.
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    leaves = [ref.parameter for ref in _noisy(model)]
+
+    @torch.no_grad()
+    def update(*_: object) -> None:
+        for leaf in leaves:
+            if leaf.grad is not None:
+                state = optimizer.state[leaf]
+                moment = state.setdefault("exp_avg_sq", torch.zeros_like(leaf))
+                moment.mul_(decay).addcmul_(leaf.grad, leaf.grad, value=1.0 - decay)
+
+    return optimizer.register_step_pre_hook(update)
+
+
+def _noisy(model: nn.Module) -> list[ParamRef]:
+    """The weights under masks; all of them if none is."""
+    refs = list(select_parameters(model).values())
+    masked = [ref for ref in refs if find_parametrization(ref.module, ref.attribute) is not None]
+    return masked or refs
 
 
 @dataclass(frozen=True)
@@ -344,6 +443,11 @@ def _ladder(
 ) -> NMLadder:
     length = int(ref.shape[target.axis])
     ladder = NMLadder(target.n, target.m, kind, begin, end, target.axis, length)
+    if ladder.pattern(end) != target:
+        raise ValueError(
+            f"ladder={kind!r} must reach {target}, the pattern of {name!r}, "
+            f"by step {end}, when fine-tuning begins"
+        )
     for pattern in ladder.patterns:
         pattern.validate(ref.shape, name)
     return ladder

@@ -77,7 +77,8 @@ def random_prune(
         allocation: how the density is shared over layers: "erk", "er", "uniform", "uniform_plus"
             (first convolution dense, classifier at least 0.2), "erk_plus", "er_plus" (classifier
             dense), "snip", "grasp" (the ratios, not the places, that these scores give on a copy
-            of the network with Glorot-normal weights), or a density for every weight by name.
+            of the network; for SNIP its weights are drawn anew, Glorot-normal, as in the paper's
+            code), or a density for every weight by name.
         exact: keep exact counts; otherwise every unit is drawn on its own, as the paper's code
             does, and the density fluctuates by about ``sqrt(d (1 - d) / units)``.
         loader: (inputs, labels) batches, for "snip" (the first) and "grasp" (25 samples a class, or
@@ -235,7 +236,7 @@ def _densities(
         return allocate(selection, density, allocation)
     if loader is None or loss_fn is None:
         raise ValueError(f"allocation={allocation!r} needs loader and loss_fn")
-    scores = _scores_at_glorot(model, selection, allocation, loader, loss_fn, generator)
+    scores = _first_scores(model, selection, allocation, loader, loss_fn, generator)
     return allocate(selection, density, "from_scores", scores=scores)
 
 
@@ -253,7 +254,7 @@ def _given(
     return densities
 
 
-def _scores_at_glorot(
+def _first_scores(
     model: nn.Module,
     selection: ParamSelection,
     kind: Literal["snip", "grasp"],
@@ -261,14 +262,14 @@ def _scores_at_glorot(
     loss_fn: LossFn,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """SNIP or GraSP scores of a copy of the network whose weights are drawn anew."""
+    """SNIP or GraSP scores of a copy of the network."""
     drawn = copy.deepcopy(model)
     own = select_parameters(drawn, include=tuple(selection))
-    for ref in own.values():
-        values = torch.empty(ref.shape)
-        nn.init.xavier_normal_(values, generator=generator)
-        ref.parameter.data.copy_(values)
     if kind == "snip":
+        for ref in own.values():
+            values = torch.empty(ref.shape)
+            nn.init.xavier_normal_(values, generator=generator)
+            ref.parameter.data.copy_(values)
         batch = next(iter(loader), None)
         if batch is None:
             raise ValueError("loader is empty")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerogel.kernels import nm_select, ranks_natively
+from aerogel.kernels import nm_mask
 from aerogel.sparsity.pattern import Pattern, need_dims
 from aerogel.sparsity.topk import topk_rows
 from aerogel.sparsity.transposable import transposable_mask
@@ -69,9 +69,7 @@ class NM(GroupPattern):
         return _from_rows(group_mask, shape, self.axis, self.m)
 
     def select(self, score: Tensor) -> Tensor:
-        if score.shape[self.axis] % self.m == 0 and ranks_natively(score, self.m):
-            return nm_select(score, self.n, self.m, self.axis)
-        return self.expand(topk_rows(self.groups(score), self.n), score.shape)
+        return nm_mask(score, self.n, self.m, self.axis)
 
     def is_satisfied(self, mask: Tensor, exact: bool = False) -> bool:
         rows = _axis_last(mask, self.axis)

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
+
 Rounding = Literal["round", "floor", "ceil", "round_kept"]
 
 # Products like 0.7 * 10 miss the integer they mean by some ulps; nearer than this is the integer.
 _INTEGER_SLACK = 1e-9
-
-# Below this group length, ranking by pairwise comparison beats a sort of every row.
-_PAIRWISE_LIMIT = 8
 
 _TIE_CHUNK = 1 << 20
 
@@ -165,25 +164,13 @@ def topk_rows(score: Tensor, k: int) -> Tensor:
         raise ValueError(f"k must be in [0, {columns}], got {k}")
     if k == 0 or k == columns or score.numel() == 0:
         return torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device)
+    if columns <= LONGEST_GROUP:
+        return nm_mask(score, k, columns)
     score = _comparable(score)
-    if columns <= _PAIRWISE_LIMIT:
-        return _rank_pairwise(score) < k
     threshold = torch.kthvalue(score, columns - k + 1, dim=1, keepdim=True).values
     above, equal = score > threshold, score == threshold
     missing = k - above.sum(dim=1, keepdim=True)
     return above | (equal & (equal.cumsum(dim=1) <= missing))
-
-
-def _rank_pairwise(score: Tensor) -> Tensor:
-    """Rank of every entry in its short row: the number of entries that beat it."""
-    columns = score.t().contiguous()
-    ranks = torch.zeros(columns.shape, dtype=torch.uint8, device=score.device)
-    for left in range(len(columns)):
-        for right in range(left + 1, len(columns)):
-            left_wins = columns[left] >= columns[right]
-            ranks[right] += left_wins
-            ranks[left] += ~left_wins
-    return ranks.t().contiguous()
 
 
 def _comparable(score: Tensor) -> Tensor:
