@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ COLUMNS = (
     Column("openvino", "x OpenVINO", ".2f"),
     Column(ORIGINAL, "x the dense network in ONNX Runtime", ".2f"),
     Column("layers", "pruned layers alone, x torch", ".2f"),
-    Column("missing", "not run"),
 )
 PRUNED = 0.3  # a layer with fewer zeros was not pruned
 
@@ -130,7 +129,7 @@ def _case(slug: str) -> Case:
     return special.get(slug, Case(slug, "mobilenet_v2", UNSTRUCTURED, 0.85, 2.0))
 
 
-CASES = tuple(_case(slug) for slug in METHODS)
+CASES = tuple(sorted(map(_case, METHODS), key=lambda case: case.model))
 
 
 # Pruning
@@ -253,42 +252,63 @@ def pruned(case: Case, folder: Path) -> nn.Module:
 # Measuring
 
 
-def row_of(case: Case, setup: Setup, network: nn.Module, workspace: Any) -> dict[str, Any]:
+class Peers:
+    """The dense engines, ready to be called; kept for all methods on one network."""
+
+    def __init__(self, setup: Setup, workspace: Any) -> None:
+        self._setup, self._workspace = setup, workspace
+        self._model, self._calls = "", {}
+
+    def of(self, case: Case, network: nn.Module, inputs: bench.Inputs) -> dict[str, Any]:
+        """Of the dense network, and of the network itself where a method made another one."""
+        if case.rewrites:
+            dense = fresh(case).eval().requires_grad_(False)
+            calls = self._prepared(network, inputs, PEERS)
+            original = self._prepared(dense, inputs, (ONNX,))
+            return calls | dict(zip((ORIGINAL,), original.values(), strict=False))
+        if case.model != self._model:
+            self._calls = self._prepared(network, inputs, PEERS)  # they gain nothing from zeros
+            self._model = case.model
+        return self._calls
+
+    def _prepared(
+        self, network: nn.Module, inputs: bench.Inputs, engines: Sequence[bench.Engine]
+    ) -> dict[str, Any]:
+        threads = self._setup.threads
+        return {
+            engine.name: engine.prepare(network, inputs, threads, self._workspace)
+            for engine in engines
+            if engine.available() is None
+        }
+
+
+def row_of(case: Case, setup: Setup, network: nn.Module, peers: Peers) -> dict[str, Any]:
     """Everything that is measured of one case."""
     inputs = bench.Inputs.of(torch.randn(1, 3, PIXELS, PIXELS))
-    dense = fresh(case).eval().requires_grad_(False)
     compiled = aerogel.compile(network, inputs.args, threads=setup.threads)
     explained = compiled.explain()
     if setup.options.explain:
         print(f"\n{case.name}\n{explained}\n", file=sys.stderr)
-    calls: dict[str, Any] = {OURS: lambda: compiled(*inputs.args)}
-    missing = []
-    for engine in PEERS:
-        if (reason := engine.available()) is not None:
-            missing.append(f"{engine.name}: {reason}")
-            continue
-        calls[engine.name] = engine.prepare(network, inputs, setup.threads, workspace)
-    if case.rewrites and ONNX.name in calls:
-        calls[ORIGINAL] = ONNX.prepare(dense, inputs, setup.threads, workspace)
+    calls = {OURS: lambda: compiled(*inputs.args), **peers.of(case, network, inputs)}
     samples = networks.take_turns(calls, setup.threads, setup.rounds * setup.sweeps)
     seconds = statistics.median(samples[OURS])
-    work, whole = (networks.operations(each, inputs) for each in (network, dense))
+    whole = networks.operations(fresh(case).eval(), inputs)
+    work = networks.operations(network, inputs)
     return {
         "method": case.method,
         "network": case.model,
         "pattern": case.pattern,
-        **shares(case, network, inputs, whole),
+        **shares(network, inputs, whole),
         "left": work / whole,
         "ms": 1e3 * seconds,
         "of_limit": 1e-9 * work / setup.roof.fma_gflops / seconds,
         "error": networks.relative_error(compiled(*inputs.args), network(*inputs.args)),
         "layers": layers_over_torch(explained) if case.by_layers else None,
         **{name: harness.ratio(taken, samples[OURS]) for name, taken in samples.items()},
-        "missing": "; ".join(missing) or None,
     }
 
 
-def shares(case: Case, network: nn.Module, inputs: bench.Inputs, whole: int) -> dict[str, Any]:
+def shares(network: nn.Module, inputs: bench.Inputs, whole: int) -> dict[str, Any]:
     """Zeros of the pruned layers, and the multiply-adds that as many leave if spread evenly."""
     masks = MaskSet.from_weights(network)
     pruned = [name for name, part in masks.layer_density().items() if part < 1 - PRUNED]
@@ -335,8 +355,9 @@ def measure(setup: Setup) -> Findings:
     with bench.Workspace() as workspace, torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(setup.options.networks or scratch)
         folder.mkdir(parents=True, exist_ok=True)
+        peers = Peers(setup, workspace)
         for case in networks.wanted(CASES, setup):
-            row = row_of(case, setup, pruned(case, folder), workspace)
+            row = row_of(case, setup, pruned(case, folder), peers)
             rows.append(row)
             figure = figure_of(case, row)
             figures += [] if figure is None else [figure]
