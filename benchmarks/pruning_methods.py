@@ -210,16 +210,19 @@ class Loop:
         return ((images,) for images, _ in batches(self.case))
 
 
+def targets(case: Case, network: nn.Module) -> tuple[str, ...]:
+    """Names of the weights that the method prunes."""
+    method = METHODS[case.method]
+    if isinstance(method, RewritingMethod):
+        return method.masked(network)
+    return pruned_parameters(network, case.pattern, proposed=method.proposes(network))
+
+
 def prune(case: Case, folder: Path) -> nn.Module:
     """The network as the method leaves it, in evaluation mode."""
     method = METHODS[case.method]
     network = rewritten(case, start(case))
-    names: tuple[str, ...] = ()
-    if isinstance(method, RewritingMethod):
-        names = method.masked(network)
-    else:
-        names = pruned_parameters(network, case.pattern, proposed=method.proposes(network))
-    goal = Goal(names, case.sparsity, case.pattern, STEPS, updates=UPDATES)
+    goal = Goal(targets(case, network), case.sparsity, case.pattern, STEPS, updates=UPDATES)
     if method.prepare is not None:
         example = torch.randn(1, 3, PIXELS, PIXELS)
         method.prepare(network.eval(), copy.deepcopy(network), example, goal)
@@ -298,7 +301,7 @@ def row_of(case: Case, setup: Setup, network: nn.Module, peers: Peers) -> dict[s
         "method": case.method,
         "network": case.model,
         "pattern": case.pattern,
-        **shares(network, inputs, whole),
+        **shares(case, network, inputs, whole),
         "left": work / whole,
         "ms": 1e3 * seconds,
         "of_limit": 1e-9 * work / setup.roof.fma_gflops / seconds,
@@ -308,12 +311,12 @@ def row_of(case: Case, setup: Setup, network: nn.Module, peers: Peers) -> dict[s
     }
 
 
-def shares(network: nn.Module, inputs: bench.Inputs, whole: int) -> dict[str, Any]:
+def shares(case: Case, network: nn.Module, inputs: bench.Inputs, whole: int) -> dict[str, Any]:
     """Zeros of the pruned layers, and the multiply-adds that as many leave if spread evenly."""
-    masks = MaskSet.from_weights(network)
-    pruned = [name for name, part in masks.layer_density().items() if part < 1 - PRUNED]
+    pruned = targets(case, network)
     if not pruned:
         return {"zeros": 0.0, "even": None}
+    masks = {name: network.get_parameter(name) != 0 for name in pruned}
     twin = copy.deepcopy(network)
     for name in pruned:
         twin.get_parameter(name).fill_(1.0)
