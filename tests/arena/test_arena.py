@@ -15,7 +15,7 @@ from aerogel.arena import Arena, Outcome, executors, markdown, page, run
 from aerogel.arena.plan import pattern_for
 from aerogel.arena.run import _train_dense
 from aerogel.cli.app import app
-from aerogel.pruning import METHODS, SearchMethod
+from aerogel.pruning import METHODS, GradualPruner, SearchMethod
 
 RECIPE = """
 model: {name: digits_mlp, options: {hidden: [48, 32]}}
@@ -26,6 +26,7 @@ dense: {epochs: 2, batch_size: 64, lr: 0.05, eval_samples: 100}
 prune: {epochs: 2, batch_size: 64, lr: 0.05, eval_samples: 100}
 measure: {rounds: 3}
 """
+STOP = 30  # steps, within the second epoch
 QUICK = ("gradual-pruning", "magnitude", "rigl", "bdwp")
 
 
@@ -97,6 +98,32 @@ def test_a_repeated_run_reads_what_is_there(
 
     monkeypatch.setattr("aerogel.train.fit", refuse)
     assert run(arena(recipe), folder).rows == found.rows
+
+
+def test_a_run_that_is_stopped_within_a_trial_goes_on_there(
+    outcome: tuple[Path, Outcome], recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = arena(recipe, methods=("gradual-pruning",), sparsities=(0.5,))
+    taken: list[int] = []
+    step = GradualPruner.step
+
+    def counted(self: GradualPruner, *args: object) -> object:
+        taken.append(self.controller.t)
+        if len(taken) == STOP:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(GradualPruner, "step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, tmp_path)
+    assert not (tmp_path / "arena.json").exists()
+    told: list[str] = []
+    (row,) = run(plan, tmp_path, on_trial=lambda *event: told.append(event[2])).rows
+    assert 0 < taken[STOP] < STOP  # from the end of the first epoch, not from its beginning
+    assert told == ["dense, seed 0", "gradual-pruning-50-seed0"]
+    files = [f / "gradual-pruning-50-seed0" / "model.safetensors" for f in (outcome[0], tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert row.seconds is not None
 
 
 def test_a_trial_that_fails_stops_no_other(

@@ -473,14 +473,47 @@ def test_networks_of_transformers_go_through_both_stages():
     images = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
     config = transformers.ViTConfig(num_hidden_layers=3, **sizes, **images)
     model = transformers.ViTForImageClassification(config).eval()
-    result = gpusq(model, loader(), replace(CONFIG, quantise_attention=False))
+    result = gpusq(model, loader(), CONFIG)
     masks = student_masks(result.student)[1]
     assert len(masks) == 3 * 6
     assert not any("classifier" in name or "patch" in name for name in masks)
     assert len(result.layer_errors) == 2
-    assert bake_student(result.student)(loader()[0][0]).logits.shape == (8, 3)
+    # Inputs of the layers, their weights, and both operands of both products of attention.
+    assert len(list(quantisers(result.student))) == 3 * (6 + 6 + 4)
+    x = loader()[0][0]
+    image = x[:1]
+    cost, tokens = gpusq_cost(result.student, image), 5
+    assert cost.bit_operations < gpusq_cost(result.sparse, image).bit_operations / 4
+    left = cost.macs - 3 * tokens * (4 * 16 * 16 + 2 * 16 * 32) // 2
+    assert left == 3 * 2 * tokens * tokens * 16 + 4 * 16 * 16 + 16 * 3
+    baked = bake_student(result.student)
+    assert list(baked.state_dict()) == list(model.state_dict())
+    assert baked.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(baked(x).logits, result.student(x).logits, rtol=0, atol=0.05)
+    assert not torch.equal(baked(x).logits, result.student(x).logits)
     assert METHODS["gpusq-vit"].unfit(model) is None
     assert set(METHODS["gpusq-vit"].proposes(model)) == set(masks)
+
+
+def test_of_a_swin_the_last_blocks_of_late_stages_teach_and_merging_stays_dense():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=8, patch_size=1, num_channels=1, embed_dim=8, depths=[1, 2, 2],
+        num_heads=[1, 2, 2], window_size=2, num_labels=3, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = transformers.SwinForImageClassification(config).eval()
+    late = late_blocks(model)
+    assert [name.split("layers.")[1] for name in late] == ["1.blocks.1", "2.blocks.1"]
+    result = gpusq(model, loader(), CONFIG)
+    assert set(result.layer_errors) == set(late)
+    masks = student_masks(result.student)[1]
+    assert len(masks) == 5 * 6
+    assert not any("downsample" in name for name in masks)
+    assert len(list(quantisers(result.student))) == 5 * (6 + 6 + 4)
+    x = loader()[0][0]
+    baked = bake_student(result.student)
+    torch.testing.assert_close(baked(x).logits, result.student(x).logits, rtol=0, atol=0.05)
 
 
 # Bad input

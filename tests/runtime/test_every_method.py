@@ -20,7 +20,10 @@ SEEN_AS = {"kernel-group:4": "4x1"}
 
 
 # One-way filters have no zeros to collect on.
-@pytest.fixture(scope="module", params=[slug for slug in METHODS if slug != "a-priori-compression"])
+WITH_ZEROS = [slug for slug in METHODS if slug != "a-priori-compression"]
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
 def network(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[nn.Module, str]:
@@ -30,6 +33,7 @@ def network(
     return model.eval(), pattern
 
 
+@pytest.mark.parametrize("network", WITH_ZEROS, indirect=True)
 def test_its_layers_run_in_sparse_kernels(network: tuple[nn.Module, str]) -> None:
     model, pattern = network
     for batch in (1, 5):

@@ -8,8 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from aerogel.pruning.gpusq_student import parse_nm
-from aerogel.sparsity.blocks import find_blocks
+from aerogel.pruning.gpusq_student import block_stages, parse_nm
 from aerogel.sparsity.distillation import (
     DistillationObjective,
     Scores,
@@ -127,14 +126,11 @@ class GPUSQConfig:
 
 
 def late_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the last quarter of the blocks, at least 2; of a Swin, its last two stages.
+    """Names of the last quarter of the blocks, at least 2; of a Swin, the last of each late stage.
 
     Raises:
         ValueError: the network has no list of equal blocks.
     """
-    path, blocks = find_blocks(model)
-    count = max(LEAST_LATE_BLOCKS, int(LATE_SHARE * len(blocks)))
-    first = max(0, len(blocks) - count)
-    return tuple(
-        f"{path}.{number}" if path else f"{number}" for number in range(first, len(blocks))
-    )
+    stages = block_stages(model)
+    count = max(LEAST_LATE_BLOCKS, int(LATE_SHARE * len(stages)))
+    return tuple(stage[-1] for stage in stages[-count:])

@@ -19,11 +19,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from aerogel.kernels import NM24Weight, NMForm, quantize_rows
 from aerogel.runtime.module_state import bake_parametrizations
+from aerogel.sparsity.attention_implementation import switchable_attention
 from aerogel.sparsity.blocks import ForwardFn, calibrating, find_blocks, run_batch
 from aerogel.sparsity.cost import FLOPS_PER_MAC, inference_flops
+from aerogel.sparsity.fake_attention import quantise_attention, restore_attention
 from aerogel.sparsity.fake_quantize import (
     INPUT_QUANTISER,
     ActivationQuantiser,
+    AttentionQuantisers,
     FakeQuantize,
     QuantisedAttention,
     attach_weight_quantiser,
@@ -164,12 +167,16 @@ def quantise_student(
     selection, _ = student_masks(student)
     if any(True for _ in quantisers(student)):
         raise ValueError(f"this {type(student).__name__} is quantised already")
-    products = require_attention(student) if attention else []
+    if attention:
+        require_attention(student)
     for ref in selection.values():
         attach_weight_quantiser(ref, bits)
         for module, _ in ref.places:
             quantise_input(module, bits, percentile)
-    for parent, name in products:
+    if not attention:
+        return
+    quantise_attention(student, percentile)
+    for parent, name in list(_attention_products(student)):
         core = parent._modules[name]
         assert core is not None
         quantised = QuantisedAttention(core, percentile=percentile)
@@ -184,6 +191,7 @@ def bake_student_(student: nn.Module) -> nn.Module:
     """
     masked, _ = student_masks(student)
     remove_activation_quantisers(student)
+    restore_attention(student)
     bake_parametrizations(student)
     for ref in masked.values():
         for module, attribute in ref.places:
@@ -284,6 +292,22 @@ def gpusq_cost(student: nn.Module, batch: Any, *, forward: ForwardFn = run_batch
     )
 
 
+def block_stages(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names of a network's blocks, stage by stage; without stages (as a Swin's), one in each.
+
+    Raises:
+        ValueError: it has no list of equal blocks.
+    """
+    path, blocks = find_blocks(model)
+    stages = []
+    for number, block in enumerate(blocks):
+        name = f"{path}.{number}" if path else f"{number}"
+        inner = block._modules.get("blocks")
+        staged = isinstance(inner, (nn.ModuleList, nn.Sequential))
+        stages.append(tuple(f"{name}.blocks.{i}" for i in range(len(inner))) if staged else (name,))  # type: ignore[arg-type]
+    return stages
+
+
 def proposed_weights(model: nn.Module) -> tuple[str, ...]:
     """Names of the weights that a model offers, or of all linear layers inside its blocks.
 
@@ -293,11 +317,11 @@ def proposed_weights(model: nn.Module) -> tuple[str, ...]:
     targets = getattr(model, "prune_targets", None)
     if callable(targets):
         return tuple(f"{name}.weight" for name, _ in targets())
-    path, _ = find_blocks(model)
+    inside = tuple(f"{block}." for stage in block_stages(model) for block in stage)
     names = tuple(
         f"{name}.weight"
         for name, module in model.named_modules()
-        if name.startswith(f"{path}.")
+        if name.startswith(inside)
         and isinstance(module, nn.Linear)
         and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
@@ -306,22 +330,21 @@ def proposed_weights(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def require_attention(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """All `attention_products`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = list(attention_products(model))
-    if not found:
+def require_attention(model: nn.Module) -> None:
+    """Raise `ValueError` if there is no attention whose products can be quantised."""
+    if not has_attention(model):
         raise ValueError(
             f"{type(model).__name__} has no attention module that is called with queries, keys "
             "and values; quantise_attention=False leaves attention in float"
         )
-    return found
 
 
-def attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def has_attention(model: nn.Module) -> bool:
+    """Whether there is attention whose products can be quantised: ours, or of transformers."""
+    return any(True for found in (_attention_products, switchable_attention) for _ in found(model))
+
+
+def _attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(parent, name) of every module that is called with queries, keys and values alone."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -335,14 +358,14 @@ def attention_products(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 @torch.no_grad()
 def _attention_macs(student: nn.Module, batch: Any, forward: ForwardFn) -> tuple[int, int]:
     """Multiply-adds of quantised attention products, and their bits."""
-    found = [m for m in student.modules() if isinstance(m, QuantisedAttention)]
+    found = [m for m in student.modules() if isinstance(m, AttentionQuantisers)]
     if not found:
         return 0, FLOAT_BITS
     counted = 0
 
     def count(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal counted
-        q, k, v = args
+        q, k, v = args[:3]
         counted += q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
     handles = [module.register_forward_pre_hook(count) for module in found]

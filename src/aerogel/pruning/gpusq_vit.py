@@ -48,11 +48,11 @@ from torch import nn
 from aerogel.pruning.gpusq_recipe import GPUSQConfig, Stage
 from aerogel.pruning.gpusq_student import (
     GPUSQCost,
-    attention_products,
     bake_student,
     bake_student_,
     export_nm,
     gpusq_cost,
+    has_attention,
     linear_weights,
     mask_student,
     parse_nm,
@@ -415,7 +415,7 @@ def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> GP
         bits=4 if isinstance(pattern, NMPairs) else 8,
         pattern=pattern.spec,
         include=goal.parameters,
-        quantise_attention=any(True for _ in attention_products(model)),
+        quantise_attention=has_attention(model),
     )
     return GPUSQTrainer(model, optimizer, goal.steps, config)
 

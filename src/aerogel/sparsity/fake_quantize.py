@@ -159,8 +159,32 @@ class ActivationQuantiser(nn.Module):
         return f"bits={self.bits}, percentile={self.percentile}"
 
 
-class QuantisedAttention(nn.Module):
-    """softmax(q k^T * scale) v with q, k, v and the probabilities rounded; scores stay exact.
+class AttentionQuantisers(nn.Module):
+    """softmax(q k^T * scale + mask) v in rounded q, k, v and probabilities; scores stay exact.
+
+    Args:
+        bits: of all four operands.
+        percentile: see `ActivationQuantiser`.
+    """
+
+    def __init__(self, bits: int = ATTENTION_BITS, percentile: float | None = None) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.probabilities = (
+            ActivationQuantiser(bits, percentile) for _ in range(4)
+        )
+
+    def product(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None
+    ) -> Tensor:
+        """q, k, v: (B, heads, N, head_dim), mask added to the scores -> as q."""
+        scores = self.query(q) @ self.key(k).transpose(-2, -1) * scale
+        scores = scores if mask is None else scores + mask
+        probabilities = F.dropout(scores.softmax(-1), dropout, self.training)
+        return self.probabilities(probabilities) @ self.value(v)
+
+
+class QuantisedAttention(AttentionQuantisers):
+    """An attention product in rounded operands.
 
     Args:
         core: the attention product it stands for: a module with `scale` (and `dropout`) that is
@@ -172,20 +196,15 @@ class QuantisedAttention(nn.Module):
     def __init__(
         self, core: nn.Module, bits: int = ATTENTION_BITS, percentile: float | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(bits, percentile)
         self.core = core
         self.scale, self.dropout = float(core.scale), float(getattr(core, "dropout", 0.0))  # type: ignore[arg-type]
-        self.query, self.key, self.value, self.probabilities = (
-            ActivationQuantiser(bits, percentile) for _ in range(4)
-        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: (B, heads, N, head_dim) -> the same shape."""
         if not self.query.enabled:
             return self.core(q, k, v)
-        scores = self.query(q) @ self.key(k).transpose(-2, -1) * self.scale
-        probabilities = F.dropout(scores.softmax(-1), self.dropout, self.training)
-        return self.probabilities(probabilities) @ self.value(v)
+        return self.product(q, k, v, self.scale, self.dropout, None)
 
 
 def attach_weight_quantiser(ref: ParamRef, bits: int) -> FakeQuantize:

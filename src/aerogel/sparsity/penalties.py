@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.sparsity.attention_implementation import switch_attention
 from aerogel.sparsity.fused_penalty import attention_log_penalty
 from aerogel.sparsity.patterns import Filter, Pattern
 from aerogel.sparsity.select import ParamRef, ParamSelection, unknown_name
@@ -166,7 +167,7 @@ class AttentionLogPenalty:
         self.names = [list(found)[i] for i in _chosen(blocks, len(found))]
         self._extract = extract
         self._terms: dict[str, Tensor] = {}
-        self._restore = _eager_attention(model)
+        self._restore = switch_attention(model, "eager")
         self._handles: list[Any] = []
         for name in self.names:
             module = found[name]
@@ -335,26 +336,6 @@ def _ask_for_weights(
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
     kwargs = {**dict(zip(names, args[3:], strict=False)), **kwargs}
     return args[:3], {**kwargs, "need_weights": True, "average_attn_weights": False}
-
-
-def _eager_attention(model: nn.Module) -> Callable[[], None]:
-    """Switch a transformers model to eager attention; returns what switches it back.
-
-    The whole model, not one block: it builds one attention mask in its implementation's format.
-    """
-    switched: list[tuple[Callable[[str], None], str]] = []
-    for module in model.modules():  # outermost first, which switches what it contains
-        setter = getattr(module, "set_attn_implementation", None)
-        before = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if setter is not None and before is not None and before != "eager":
-            setter("eager")
-            switched.append((setter, before))
-
-    def restore() -> None:
-        for setter, before in switched:
-            setter(before)
-
-    return restore
 
 
 def _nothing() -> None:
