@@ -7,7 +7,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
 DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
 BENCHMARKS ?= spmm conv gemv nm group_kernels attention attention_selectors attention_caches \
-  attention_quality attention_memory fftconv networks transformer_networks peers \
+  attention_quality attention_memory fftconv oneway networks transformer_networks peers \
   fast_sparse_convnets pruning_methods sparse_training scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aerogel.nn import (
@@ -111,6 +112,27 @@ def test_initial_variance_is_a_plain_layers(kind: Any, mode: str) -> None:
     layer = kind(32, 32, 3, mode=mode, rank=3 if mode == "per_kernel" else 32, padding="valid")
     ratio = float(layer(maps(layer, 9)).var()) / 2.0
     assert 1 / 1.5 < ratio < 1.5
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_through_the_dense_kernel(kind: Any, mode: str) -> None:
+    torch.manual_seed(0)
+    layer = kind(3, 4, 3, rank=2, mode=mode).double()
+    x = maps(layer).double().requires_grad_()
+    wanted = [x, *layer.parameters()]
+    found = torch.autograd.grad(layer(x).square().sum(), wanted)
+    conv = F.conv2d if layer.dims == 2 else F.conv3d
+    dense = conv(x, layer.materialize(), layer.bias, padding=1)
+    torch.testing.assert_close(found, torch.autograd.grad(dense.square().sum(), wanted))
+
+
+def test_its_text_tells_the_share_of_the_dense_parameters() -> None:
+    assert "rank=6, parameters=0.281 of dense" in repr(OneWayConv3d(8, 6, 3))
+
+
+def test_an_empty_batch_keeps_its_shape() -> None:
+    assert OneWayConv3d(3, 4, 3, 2)(torch.zeros(0, 3, 5, 6, 7)).shape == (0, 4, 3, 3, 4)
 
 
 def test_recomputing_gives_the_same_gradients() -> None:

@@ -252,6 +252,34 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pat
 
 
 @PATTERNS
+def test_a_checkpoint_in_the_layout_of_the_authors_code_is_recognised_as_sparse(pattern, tmp_path):
+    """Half precision, in shards, the tied head left out: `save_pretrained` as their `main` does."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(VOCABULARY, (4, TOKENS))
+    masks = dsnot_(model, [ids], 0.5 if pattern else 0.6, pattern=pattern).masks
+    model.half().save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 1
+    fresh = aerogel.load(tmp_path / "theirs", transformers.LlamaForCausalLM(config).eval().half())
+    for n, mask in masks.items():
+        weight = fresh.get_parameter(n)
+        assert torch.equal(weight, model.get_parameter(n))
+        zeros = detect_zeros(weight)
+        assert zeros.pattern == (pattern or "unstructured")
+        assert zeros.sparsity >= 1 - mask.float().mean().item()  # half precision rounds some off
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+    loaded, x = fresh.model.layers[0].mlp.float(), torch.randn(1, 64)
+    explained = aerogel.compile(loaded, (x,), cache=False).explain()
+    assert {row.pattern for row in explained.rows if row.layer.endswith("proj")} == {
+        pattern or "unstructured"
+    }
+
+
+@PATTERNS
 def test_masks_published_densely_make_a_model_sparse_again(pattern, tmp_path):
     from safetensors.torch import save_file
 

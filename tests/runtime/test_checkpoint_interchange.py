@@ -7,14 +7,16 @@ code is asked too (done with 0.9.4, 0.10.2, 0.12.2 and 0.13.0).
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from aerogel.runtime.checkpoint import inspect, load, save
+from aerogel.runtime.checkpoint import CheckpointError, inspect, load, save
 
 
 def bitmask_by_hand(tensor: Tensor) -> Tensor:
@@ -157,3 +159,72 @@ def test_compressed_tensors_itself_agrees_both_ways(tmp_path, format) -> None:
     for name, value in state.items():
         assert torch.equal(ours[name], value)
         assert torch.equal(back[name], value)
+
+
+def shards(folder: Path, parts: dict[str, dict[str, Tensor]], **claims: str) -> Path:
+    """The parts as files, and their index, which claims also what is given."""
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file)
+    names = {name: file for file, tensors in parts.items() for name in tensors}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**names, **claims}}))
+    return index
+
+
+def test_a_checkpoint_in_several_files_loads_by_its_index_or_folder(tmp_path: Path) -> None:
+    weight, bias = unstructured(8, 16), torch.rand(8)
+    index = shards(tmp_path, {"a.safetensors": {"weight": weight}, "b.safetensors": {"bias": bias}})
+    for path in (index, tmp_path):
+        model = load(path, nn.Linear(16, 8))
+        assert torch.equal(model.weight, weight)
+        assert torch.equal(model.bias, bias)
+    found = inspect(index)
+    assert {t.name: t.shape for t in found.tensors} == {"weight": (8, 16), "bias": (8,)}
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in "ab"]
+    assert found.file_bytes == sum(sizes)
+    save({"weight": weight, "bias": bias}, tmp_path / "model.safetensors")
+    index.unlink()
+    assert inspect(tmp_path).sha256
+
+
+def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
+    parts = {"a.safetensors": {"x": torch.ones(2)}, "b.safetensors": {"y": torch.ones(2)}}
+    for name, file, message in (
+        ("z", "a.safetensors", "a.safetensors holds 'z', which it does not"),
+        ("z", "../a.safetensors", r"names '\.\./a.safetensors'; expected a file in its own folder"),
+        ("z", str(tmp_path / "a.safetensors"), "expected a file in its own folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(shards(tmp_path, parts, **{name: file}))
+    with pytest.raises(FileNotFoundError):
+        load(shards(tmp_path, parts, z="missing.safetensors"))
+    twice = {
+        "a.safetensors": {"x": torch.ones(2), "w": torch.ones(2)},
+        "b.safetensors": {"x": torch.zeros(2)},
+    }
+    with pytest.raises(CheckpointError, match="'x' is in another file too"):
+        load(shards(tmp_path, twice))
+    for text in ("{]", "[]", '{"weight_map": {}}', '{"weight_map": {"x": 3}}', "[" * 100_000):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+            load(index)
+
+
+def test_of_tied_tensors_one_is_enough(tmp_path: Path) -> None:
+    """transformers leaves out the head of a model whose head is its embedding."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embedding.weight
+
+    path = tmp_path / "tied.safetensors"
+    weight = torch.rand(6, 4)
+    save_file({"embedding.weight": weight}, path)
+    model = load(path, Tied())
+    assert torch.equal(model.head.weight, weight)
+    model.head.weight = nn.Parameter(torch.zeros(6, 4))
+    with pytest.raises(ValueError, match=r"1 missing \['head.weight'\]"):
+        load(path, model)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from aerogel.nn import oneway_fitting as fitting
+from aerogel.nn.thin_conv import conv_along
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -413,8 +414,12 @@ class OneWayConv(nn.Module):
         if self.padding_mode == "circular" and any(padding):
             around = [n for n in reversed(padding) for _ in range(2)]
             x, padding = F.pad(x, around, mode="circular"), [0] * self.dims
-        call: Any = F.conv2d if self.dims == 2 else F.conv3d
-        return call(x, stage.weight, bias, stride, padding, dilation, stage.groups)
+        options = (stride, padding, dilation, stage.groups)
+        if self.dims == 2:
+            return F.conv2d(x, stage.weight, bias, *options)
+        if len(stage.axes) == 1 and x.device.type == "cpu":
+            return conv_along(x, stage.weight, bias, stage.axes[0], options)
+        return F.conv3d(x, stage.weight, bias, *options)
 
 
 class OneWayConv2d(OneWayConv):

@@ -24,6 +24,12 @@ at 60 % zeros, DSnoT brings the embeddings nearer to the dense ones on top of ma
 Wanda, and more so at 70 %. On a small language model with a tiny calibration set it repairs
 magnitude's masks by far, but refining all layers does not better Wanda's; refining attention only
 (``skip="mlp"``) does so by a little. Score held-out text both ways before choosing.
+
+Beside the authors' code, on the first block of that language model and the same sequences: the
+same masks at 60 % from Wanda's, but for a few rows whose sums round otherwise. Carried through all
+blocks such rows grow: its perplexity is 151 where ours is 156 to 160, and Wanda's 143. Differences:
+there an N:M row may end with a larger error than it began with, and some lose their pattern; here
+it gets its starting mask back. Of equal scores the code prunes the first, this keeps it.
 """
 
 from __future__ import annotations

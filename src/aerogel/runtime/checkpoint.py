@@ -44,7 +44,8 @@ from aerogel.runtime.contents import (
 )
 from aerogel.runtime.detect import detect_zeros
 from aerogel.runtime.formats import CheckpointError
-from aerogel.runtime.module_state import dense_state, fill
+from aerogel.runtime.module_state import dense_state, fill, memory_of
+from aerogel.runtime.shards import open_parts
 
 if TYPE_CHECKING:
     from aerogel.kernels import BlockRowWeight
@@ -102,7 +103,7 @@ def _split_shared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     unique: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     for name, tensor in state.items():
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        same = memory_of(tensor)
         if tensor.numel() and same in first:
             shared[name] = first[same]
             continue
@@ -237,19 +238,21 @@ def _verify(file: Container) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    file = Container(path)
-    entries, shared = entries_of(file)
-    _verify(file)
     state: dict[str, Tensor] = {}
     masks: dict[str, np.ndarray] = {}
-    for entry in entries:
-        state[entry.name], kept = entry.read(file)
-        if kept is not None:
-            masks[entry.name] = kept
-    for alias, name in shared.items():
-        state[alias] = state[name]
-        if name in masks:
-            masks[alias] = masks[name]
+    for file in open_parts(path):
+        entries, shared = entries_of(file)
+        _verify(file)
+        for entry in entries:
+            if entry.name in state:
+                raise CheckpointError(f"{file.path}: {entry.name!r} is in another file too")
+            state[entry.name], kept = entry.read(file)
+            if kept is not None:
+                masks[entry.name] = kept
+        for alias, name in shared.items():
+            state[alias] = state[name]
+            if name in masks:
+                masks[alias] = masks[name]
     return state, masks
 
 
@@ -269,9 +272,10 @@ def load(
     zeros stay zero in further training.
 
     Args:
-        path: the file.
+        path: the file; of a checkpoint in several files, its index (`.json`) or its folder.
         model: a module to load into; it keeps its devices and dtypes.
-        strict: whether the file and the model must name the same tensors.
+        strict: whether the file and the model must name the same tensors. Of tensors that the model
+            ties together one is enough.
 
     Returns:
         The model, or without one a dict of dense CPU tensors; tied names share one tensor.
@@ -326,24 +330,29 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     """Describe a checkpoint from its header alone, without reading or verifying the values.
 
     Args:
-        path: the file.
+        path: as in `load`.
 
     Returns:
-        Its tensors with layout, pattern and sparsity, its metadata and its sizes.
+        Its tensors with layout, pattern and sparsity, its metadata and its sizes; without a
+        checksum if it is in several files.
 
     Raises:
         CheckpointError: the file is no safetensors file, or its description is contradictory.
         OSError: the file cannot be opened.
     """
-    file = Container(path)
-    entries, shared = entries_of(file)
-    user = {k: v for k, v in file.metadata.items() if k not in _RESERVED}
+    files = open_parts(path)
+    found = [entries_of(file) for file in files]
+    metadata = {key: value for file in files for key, value in file.metadata.items()}
     return CheckpointInfo(
         path=str(path),
-        format_version=FORMAT_VERSION if ours(file) else None,
-        file_bytes=file.file_bytes,
-        tensors=[tensor_info(file, entry) for entry in entries],
-        shared=shared,
-        metadata=user,
-        sha256=file.metadata.get(DIGEST),
+        format_version=FORMAT_VERSION if all(map(ours, files)) else None,
+        file_bytes=sum(file.file_bytes for file in files),
+        tensors=[
+            tensor_info(file, entry)
+            for file, (entries, _) in zip(files, found, strict=True)
+            for entry in entries
+        ],
+        shared={alias: name for _, shared in found for alias, name in shared.items()},
+        metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
+        sha256=metadata.get(DIGEST) if len(files) == 1 else None,
     )

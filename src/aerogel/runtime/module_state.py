@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the very same memory, seen the same way."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _is_mask(buffer: Tensor | None, shape: torch.Size) -> bool:
     return isinstance(buffer, Tensor) and buffer.dtype == torch.bool and buffer.shape == shape
 
@@ -101,7 +106,13 @@ def fill(
 ) -> None:
     """Copy dense tensors into a model, through its parametrizations where it has any."""
     expected = dense_state(model)[0]
-    missing = sorted(expected.keys() - state.keys())
+    given = {memory_of(value) for name, value in expected.items() if name in state}
+    # Other programs leave out all but one of the tensors that share their memory.
+    missing = sorted(
+        name
+        for name, value in expected.items()
+        if name not in state and not (value.numel() and memory_of(value) in given)
+    )
     extra = sorted(state.keys() - expected.keys())
     if strict and (missing or extra):
         close = {n: get_close_matches(n, list(expected), 1) for n in extra[:3]}
