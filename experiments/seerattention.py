@@ -162,8 +162,8 @@ def _block_weights(weights: Tensor) -> Tensor:
     return weights.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(2, (-1, BLOCK)).mean(3)
 
 
-def _mean_scores(ctx: AttentionContext) -> Tensor:
-    q, k = (pool_blocks(t, BLOCK, ("avg",)) for t in (ctx.q, ctx.k))
+def _mean_scores(ctx: AttentionContext, block: int = BLOCK) -> Tensor:
+    q, k = (pool_blocks(t, block, ("avg",)) for t in (ctx.q, ctx.k))
     return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
 
 
@@ -233,7 +233,7 @@ class _Counted(SeerAttentionSelector):
         scores = super().scores(ctx)
         if self.gated:
             return scores
-        return _mean_scores(ctx).masked_fill(scores == -torch.inf, -torch.inf)
+        return _mean_scores(ctx, self.block).masked_fill(scores == -torch.inf, -torch.inf)
 
     def plan_prefill(self, ctx: AttentionContext) -> Plan:
         plan = super().plan_prefill(ctx)
