@@ -8,8 +8,9 @@ import plans as make
 import pytest
 import torch
 
-from aerogel.attention import AttentionShape, attend, gpu
+from aerogel.attention import AttentionShape, SpanPlan, attend, gpu
 from aerogel.attention.gpu import to_block_mask
+from aerogel.attention.prompt_patterns import TriShapePlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -22,7 +23,8 @@ def test_flex_attention_gives_the_reference(causal):
     plans = make.masked_plans(shape, 3)
     names = ("offsets per head", "list")
     if causal:
-        names = ("mix", "shifted span", "token span", "block span", "block")
+        names = ("mix", "shifted span", "token span", "block span", "block", "tri-shape")
+        plans["tri-shape"] = TriShapePlan(SpanPlan.uniform(3, 40), 30)
     for plan in (plans[name] for name in names):
         for pads, window in ((None, 70), (padding, None)):
             options = {"plan": plan, "causal": causal, "key_padding": pads, "return_lse": True}

@@ -51,7 +51,7 @@ def to_block_mask(
     shape, but not where there is padding.
 
     Args:
-        plan: block, span, mix or dense plan; query tiles divide into `block` rows or hold them.
+        plan: block, span, mix or dense plan, of query tiles of any size.
         shape: sizes and causal rule.
         key_padding: (batch, k_len) bool, True at real keys.
         window: tokens.
@@ -150,8 +150,6 @@ def _made(
     """Coverage of every tile from the lowered ranges; `mask_mod` reads spans, or the ranges."""
     streams = lower(_ranges_only(plan.passes(shape)), shape, window)
     stream = streams[0]
-    if len({(s.batch, s.heads, s.block_q) for s in streams}) > 1:
-        raise ValueError("backend='flex': expected the same query tiles for all heads")
     n_q, n_k = shape.tiles(block), -(-shape.k_len // block)
     covered = torch.zeros(stream.batch * stream.heads * n_q * n_k, dtype=torch.int64)
     for chunk in (chunk for s in streams for chunk in s.chunks()):
@@ -232,9 +230,9 @@ def _mask_mod(
     """Whether a pair is in the plan, by what each stream holds and its windows."""
     stream = streams[0]
     heads_per = max(1, shape.q_heads // stream.heads)
-    offset, causal, block_q = shape.q_offset, shape.causal, stream.block_q
+    offset, causal = shape.q_offset, shape.causal
     shared_batch, shared_heads = stream.batch == 1, stream.heads == 1
-    tables = [_held(part, shape).to(device) for part in streams]
+    tables = [(part.block_q, _held(part, shape).to(device)) for part in streams]
     windows = [None if part.window is None else part.window.to(device) for part in streams]
     padding = None if key_padding is None else key_padding.to(device)
 
@@ -242,7 +240,7 @@ def _mask_mod(
         plan_head = h * 0 if shared_heads else h // heads_per
         row = b * 0 if shared_batch else b
         keep = j < 0
-        for held, window in zip(tables, windows, strict=True):
+        for (block_q, held), window in zip(tables, windows, strict=True):
             bits = held[row, plan_head, q // block_q, j]
             found = bits > 0
             if window is not None:
