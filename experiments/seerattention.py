@@ -49,7 +49,7 @@ SEEDS = (0, 1, 2)
 BLOCK, GATE_DIM, KEPT = 32, 32, (2, 4, 6)
 PIECES, HELD_OUT, STEPS, BATCH, LR = 30, 6, 300, 4, 5e-3
 LM_LAYERS, LM_LENGTH, LM_WINDOWS, LM_STEPS, RATIO = (4, 11, 18, 25), 1024, 4, 200, 0.25
-BYTES, BYTE_BLOCK, BYTE_WINDOWS, BYTE_HELD_OUT = 256, 16, 30, 12
+BYTES, BYTE_BLOCK, BYTE_WINDOWS, BYTE_HELD_OUT = 256, 16, 120, 12
 
 
 def run(seed: int) -> Result:
@@ -184,7 +184,7 @@ def _smollm2() -> dict[str, float]:
     model, windows = model_and_windows(LM_LENGTH)
     held_out = windows[LM_WINDOWS : LM_WINDOWS + 1]
     options = {"block_size": BLOCK, "gate_dim": 64, "layers": LM_LAYERS}
-    return _causal("SmolLM2", model, windows[:LM_WINDOWS], held_out, options)
+    return _causal("SmolLM2", model, windows[:LM_WINDOWS], held_out, options, LM_STEPS, 1)
 
 
 @lru_cache(maxsize=1)
@@ -194,15 +194,21 @@ def _byte_model() -> dict[str, float]:
     windows = recall.draw_windows(text.train, BYTE_WINDOWS, BYTES, draw)
     held_out = recall.draw_windows(text.held_out, BYTE_HELD_OUT, BYTES, draw)
     options = {"block_size": BYTE_BLOCK, "gate_dim": 32}
-    return _causal("byte model", tiny_lm.load(), windows, held_out, options)
+    return _causal("byte model", tiny_lm.load(), windows, held_out, options, STEPS, BATCH)
 
 
 def _causal(
-    label: str, model: nn.Module, windows: Tensor, held_out: Tensor, options: dict[str, Any]
+    label: str,
+    model: nn.Module,
+    windows: Tensor,
+    held_out: Tensor,
+    options: dict[str, Any],
+    steps: int,
+    batch: int,
 ) -> dict[str, float]:
     """Trains gates of a language model, and measures what they and mean pooling keep."""
     selector = make_gates(model, method="ratio", ratio=RATIO, last_block_dense=False, **options)
-    losses = distill_gates(model, selector, windows, steps=LM_STEPS, lr=LR)
+    losses = distill_gates(model, selector, windows, steps=steps, batch_size=batch, lr=LR)
     metrics = {f"{label}: dense, nats": float(token_nats(model, held_out).mean())}
     for name in ("gate", "mean pooling"):
         counted = _Counted(selector, name == "gate")
@@ -214,7 +220,7 @@ def _causal(
         metrics[f"{label}: kept, {name}"] = 100 * sum(counted.kept) / len(counted.kept)
         metrics[f"{label}: area, {name}"] = 100 * sum(counted.area) / len(counted.area)
     rows = windows.shape[1] // selector.block / len(selector.gates)
-    last = losses[-len(windows) :]
+    last = losses[-max(1, len(windows) // batch) :]
     metrics[f"{label}: loss before"] = losses[0] * rows
     metrics[f"{label}: loss after"] = sum(last) * rows / len(last)
     return metrics
