@@ -8,7 +8,8 @@ own best.
 
 Second, the causal path with rotary embedding: gates of four layers of SmolLM2-135M-Instruct learn
 on windows of 1024 tokens, blocks of 32; on another window every row keeps so many blocks that a
-quarter of the area stays. The whole model's loss is scored with those four layers sparse.
+quarter of the area stays. The whole model's loss is scored with those four layers sparse. The same
+on the small byte model (experiments/tiny_lm.py): all three layers, 256 bytes, blocks of 16.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minilm_attention
+import tiny_lm
 from aerogel.attention import (
     AttentionContext,
     DensePlan,
@@ -30,9 +33,11 @@ from aerogel.attention import (
     detach,
     stable_topk,
 )
-from aerogel.attention.block_target import BlockRule
+from aerogel.attention.block_target import BlockRule, block_target
 from aerogel.attention.seer_gate import SeerGate, pool_blocks
 from aerogel.attention.seerattention import Lesson
+from aerogel.data import recall
+from aerogel.data.source_text import load_source_text
 from aerogel.finetune import distill_gates, fit_gates, make_gates
 from aerogel.insight import token_nats
 from aerogel.report.evidence import Claim, Result, as_script, mean
@@ -44,16 +49,18 @@ SEEDS = (0, 1, 2)
 BLOCK, GATE_DIM, KEPT = 32, 32, (2, 4, 6)
 PIECES, HELD_OUT, STEPS, BATCH, LR = 30, 6, 300, 4, 5e-3
 LM_LAYERS, LM_LENGTH, LM_WINDOWS, LM_STEPS, RATIO = (4, 11, 18, 25), 1024, 4, 200, 0.25
+BYTES, BYTE_BLOCK, BYTE_WINDOWS, BYTE_HELD_OUT, BYTE_BATCH = 256, 16, 60, 12, 2
 
 
 def run(seed: int) -> Result:
     """Train gates; measure what their blocks keep."""
     started = time.perf_counter()
-    metrics = _encoder(seed) | _language_model()
+    metrics = _encoder(seed) | _smollm2() | _byte_model()
     notes = (
         "Kept: softmax weight in the chosen blocks, %, mean over layers, heads and rows.",
         "Loss of a gate: divergence from its target, nats a row of blocks.",
-        "SmolLM2 is measured once, with the first seed's gates.",
+        "SmolLM2 and the byte model are measured once, with the first seed's gates. In the byte "
+        "model's small blocks the target itself, largest weights, keeps less than mean pooling.",
     )
     return Result(SLUG, seed, metrics, time.perf_counter() - started, notes)
 
@@ -83,6 +90,14 @@ def claims(results: Sequence[Result]) -> list[Claim]:
             "SmolLM2, kept: gate over mean pooling",
             mean(results, "SmolLM2: kept, gate"),
             mean(results, "SmolLM2: kept, mean pooling"),
+            0,
+            paper,
+            "%",
+        ),
+        Claim(
+            "byte model, kept: gate of the best blocks",
+            mean(results, "byte model: kept, gate"),
+            0.97 * mean(results, "byte model: kept, target"),
             0,
             paper,
             "%",
@@ -153,8 +168,8 @@ def _block_weights(weights: Tensor) -> Tensor:
     return weights.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(2, (-1, BLOCK)).mean(3)
 
 
-def _mean_scores(ctx: AttentionContext) -> Tensor:
-    q, k = (pool_blocks(t, BLOCK, ("avg",)) for t in (ctx.q, ctx.k))
+def _mean_scores(ctx: AttentionContext, block: int = BLOCK) -> Tensor:
+    q, k = (pool_blocks(t, block, ("avg",)) for t in (ctx.q, ctx.k))
     return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
 
 
@@ -171,42 +186,67 @@ def _whole_target(lesson: Lesson, blocks: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _language_model() -> dict[str, float]:
+def _smollm2() -> dict[str, float]:
     model, windows = model_and_windows(LM_LENGTH)
-    options = {"block_size": BLOCK, "gate_dim": 64, "layers": LM_LAYERS}
-    selector = make_gates(model, method="ratio", ratio=RATIO, last_block_dense=False, **options)
-    losses = distill_gates(model, selector, windows[:LM_WINDOWS], steps=LM_STEPS, lr=LR)
     held_out = windows[LM_WINDOWS : LM_WINDOWS + 1]
-    metrics = {"SmolLM2: dense, nats": float(token_nats(model, held_out).mean())}
-    for name in ("gate", "mean pooling"):
-        counted = _Counted(selector, name == "gate")
+    options = {"block_size": BLOCK, "gate_dim": 64, "layers": LM_LAYERS}
+    return _causal("SmolLM2", model, windows[:LM_WINDOWS], held_out, options, 1)
+
+
+@lru_cache(maxsize=1)
+def _byte_model() -> dict[str, float]:
+    draw = torch.Generator().manual_seed(0)
+    text = load_source_text()
+    windows = recall.draw_windows(text.train, BYTE_WINDOWS, BYTES, draw)
+    held_out = recall.draw_windows(text.held_out, BYTE_HELD_OUT, BYTES, draw)
+    options = {"block_size": BYTE_BLOCK, "gate_dim": 32}
+    return _causal("byte model", tiny_lm.load(), windows, held_out, options, BYTE_BATCH)
+
+
+def _causal(
+    label: str,
+    model: nn.Module,
+    windows: Tensor,
+    held_out: Tensor,
+    options: dict[str, Any],
+    batch: int,
+) -> dict[str, float]:
+    """Trains gates of a language model; measures what they, mean pooling and their target keep."""
+    selector = make_gates(model, method="ratio", ratio=RATIO, last_block_dense=False, **options)
+    losses = distill_gates(model, selector, windows, steps=LM_STEPS, batch_size=batch, lr=LR)
+    metrics = {f"{label}: dense, nats": float(token_nats(model, held_out).mean())}
+    for name in ("gate", "mean pooling", "target"):
+        counted = _Counted(selector, name)
         attach(model, counted)
         try:
-            metrics[f"SmolLM2: {name}, nats"] = float(token_nats(model, held_out).mean())
+            metrics[f"{label}: {name}, nats"] = float(token_nats(model, held_out).mean())
         finally:
             detach(model)
-        metrics[f"SmolLM2: kept, {name}"] = 100 * sum(counted.kept) / len(counted.kept)
-        metrics[f"SmolLM2: area, {name}"] = 100 * sum(counted.area) / len(counted.area)
-    n = LM_LENGTH // BLOCK
-    metrics["SmolLM2: loss before"] = losses[0] * n / len(LM_LAYERS)
-    metrics["SmolLM2: loss after"] = sum(losses[-LM_WINDOWS:]) * n / len(LM_LAYERS) / LM_WINDOWS
+        metrics[f"{label}: kept, {name}"] = 100 * sum(counted.kept) / len(counted.kept)
+        metrics[f"{label}: area, {name}"] = 100 * sum(counted.area) / len(counted.area)
+    rows = windows.shape[1] // selector.block / len(selector.gates)
+    last = losses[-max(1, len(windows) // batch) :]
+    metrics[f"{label}: loss before"] = losses[0] * rows
+    metrics[f"{label}: loss after"] = sum(last) * rows / len(last)
     return metrics
 
 
 class _Counted(SeerAttentionSelector):
-    """The gates, or mean pooling in their place; notes what is kept of each layer's map."""
+    """The gates, or mean pooling or their target instead; notes what is kept of each map."""
 
-    def __init__(self, other: SeerAttentionSelector, gated: bool) -> None:
+    def __init__(self, other: SeerAttentionSelector, by: str) -> None:
         super().__init__({int(n): gate for n, gate in other.gates.items()})  # type: ignore[misc]
-        self.rule, self.gated = BlockRule("ratio", 0.0, RATIO, last_block_dense=False), gated
+        self.rule, self.by = BlockRule("ratio", 0.0, RATIO, last_block_dense=False), by
         self.kept: list[float] = []
         self.area: list[float] = []
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         scores = super().scores(ctx)
-        if self.gated:
+        if self.by == "gate":
             return scores
-        return _mean_scores(ctx).masked_fill(scores == -torch.inf, -torch.inf)
+        if self.by == "target":
+            return torch.log(block_target(ctx, self.block))
+        return _mean_scores(ctx, self.block).masked_fill(scores == -torch.inf, -torch.inf)
 
     def plan_prefill(self, ctx: AttentionContext) -> Plan:
         plan = super().plan_prefill(ctx)

@@ -114,5 +114,33 @@ def test_rings_refuse_what_they_cannot_hold():
     with pytest.raises(ValueError, match="bounded"):
         SpanCacheLayer(span, 1)
     layer = SpanCacheLayer(SpanPlan.uniform(1, 4), 1)
-    with pytest.raises(ValueError, match="ring"):
+    layer.update(*torch.zeros(2, 1, 1, 6, 8))
+    with pytest.raises(ValueError, match="ring of 5"):
         layer.crop(-1)
+    with pytest.raises(ValueError, match="below"):
+        layer.crop(1)
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_rings_that_have_not_gone_round_give_back_their_last_tokens(granularity):
+    shape = AttentionShape(2, 4, 2, 40, 40, causal=True)
+    q, k, v = make.tensors(shape)
+    span = SpanPlan.uniform(2, 5, heads=2, stride=3, block=4, granularity="block")
+    if granularity == "token":
+        span = SpanPlan.uniform(8, 20, heads=2)
+    else:
+        span = replace(span, sink=torch.zeros(2, dtype=torch.int32))
+    want = attend(q, k, v, plan=span, causal=True)
+    layer = SpanCacheLayer(span, 2)
+    layer.update(k[:, :, :11], v[:, :, :11])
+    layer.update(*(t[:, :, 20:29].flip(-1) for t in (k, v)))  # of a draft that was refused
+    layer.crop(-9)
+    assert layer.get_seq_length() == 11
+    for begin, end in ((11, 15), *((n, n + 1) for n in range(15, 40))):
+        new = layer.update(k[:, :, begin:end], v[:, :, begin:end])
+        got = layer.attend(q[:, :, begin:end], *new)
+        torch.testing.assert_close(got, want[:, :, begin:end], rtol=2e-5, atol=2e-5)
+    fresh = SpanCacheLayer(span, 2)
+    fresh.update(k[:, :, :3], v[:, :, :3])
+    fresh.crop(-3)
+    assert fresh.get_seq_length() == 0

@@ -245,6 +245,11 @@ def test_native_is_the_reference(slug, size, dim):
     contract.check_native_is_the_reference(CASES[slug], SHAPES[size], dim)
 
 
+@calls("chunk")
+def test_native_is_the_reference_in_heads_of_64(slug, size):
+    contract.check_native_is_the_reference(CASES[slug], SHAPES[size], 64)
+
+
 @calls()
 def test_a_full_budget_is_dense_attention(slug, size):
     contract.check_full_budget_is_dense(CASES[slug], SHAPES[size])

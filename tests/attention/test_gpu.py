@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import plans as make
 import pytest
 import torch
 
-from aerogel.attention import AttentionShape, attend
+from aerogel.attention import AttentionShape, SpanPlan, attend, gpu
 from aerogel.attention.gpu import to_block_mask
+from aerogel.attention.prompt_patterns import TriShapePlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -18,19 +21,32 @@ def test_flex_attention_gives_the_reference(causal):
     q, k, v = make.tensors(shape, 16)
     padding = torch.arange(200) >= torch.tensor([[0], [40]])
     plans = make.masked_plans(shape, 3)
-    names = ("mix", "shifted span", "block") if causal else ("offsets per head", "list")
+    names = ("offsets per head", "list")
+    if causal:
+        names = ("mix", "shifted span", "token span", "block span", "block", "tri-shape")
+        plans["tri-shape"] = TriShapePlan(SpanPlan.uniform(3, 40), 30)
     for plan in (plans[name] for name in names):
-        for pads in (None, padding):
-            got = attend(
-                q, k, v, plan=plan, causal=causal, key_padding=pads, return_lse=True, backend="flex"
-            )
-            want = attend(
-                q, k, v, plan=plan, causal=causal, key_padding=pads, return_lse=True,
-                backend="reference",
-            )  # fmt: skip
+        for pads, window in ((None, 70), (padding, None)):
+            options = {"plan": plan, "causal": causal, "key_padding": pads, "return_lse": True}
+            got = attend(q, k, v, backend="flex", window=window, **options)
+            want = attend(q, k, v, backend="reference", window=window, **options)
             torch.testing.assert_close(got.output, want.output, rtol=2e-5, atol=2e-5)
             filled = torch.isfinite(want.lse)
             torch.testing.assert_close(got.lse[filled], want.lse[filled], rtol=2e-5, atol=2e-5)
+
+
+def test_a_plans_mask_is_made_once_for_each_shape_and_goes_with_the_plan():
+    shape = AttentionShape(1, 2, 2, 100, 100, causal=True)
+    plan = make.masked_plans(shape)["block"]
+    mask = to_block_mask(plan, shape)
+    assert to_block_mask(plan, shape) is mask
+    assert to_block_mask(plan, shape, window=9) is not mask
+    assert to_block_mask(plan, replace(shape, causal=False)) is not mask
+    real = torch.ones(1, 100, dtype=torch.bool)
+    assert to_block_mask(plan, shape, key_padding=real) is not mask
+    before = len(gpu._masks)
+    del plan
+    assert len(gpu._masks) == before - 1
 
 
 def test_whole_tiles_go_to_the_full_lists():

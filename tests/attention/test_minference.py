@@ -220,6 +220,19 @@ def test_short_prompts_low_layers_and_steps_are_dense():
     assert isinstance(MInferenceSelector().plan_prefill(context(long)), DensePlan)
 
 
+@pytest.mark.parametrize(("window", "dense"), [(190, True), (170, False)])
+def test_a_window_that_keeps_85_percent_of_the_pairs_is_dense(window, dense):
+    selector = MInferenceSelector(
+        PatternConfig(({h: HeadPattern("stream_llm", 10, window) for h in range(4)},))
+    )
+    shape = AttentionShape(1, 4, 2, 300, 300, causal=True)
+    plan = selector.plan_prefill(context(shape))
+    assert isinstance(plan, DensePlan) == dense
+    assert (
+        AShapeSelector(10, window).plan_prefill(context(shape)).density(shape) >= 0.85 or not dense
+    )
+
+
 def test_configurations_survive_a_round_trip(tmp_path):
     config = PatternConfig(
         ({0: HeadPattern("stream_llm", 100, 800)}, {}, {3: HeadPattern("block_sparse", 9, 0)}),

@@ -42,6 +42,7 @@ def test_sizes_follow_the_rules():
     plan = MoAPlan.uniform(ElasticSpan(-1024, 1), 1, 1)
     assert plan.cache_sizes(1100, 0).tolist() == [[128]]
     assert plan.cache_sizes(8192, 1024).tolist() == [[8192]]
+    assert MIXED.spans(100).tolist() == [[25, 36.5], [92, 100]]
     assert MIXED.density(160) == pytest.approx((40 + 48 + 152 + 160) / 4 / 160)
 
 

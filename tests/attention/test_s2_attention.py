@@ -23,6 +23,9 @@ from aerogel.attention import (
     detach,
 )
 from aerogel.attention.cache import AerogelCache, SpanCacheLayer
+from aerogel.attention.lowering import lower
+from aerogel.attention.ops import tile_attention
+from aerogel.kernels import native_available
 
 CAUSAL = "1 11 111 1011 10011 100111 1001011 10010011"
 
@@ -36,6 +39,72 @@ def test_the_worked_tables():
     assert [row[: i + 1] for i, row in enumerate(mask)] == rows(CAUSAL)
     both = LocalStridePattern(1, 1, 16, 2, 3, causal=False).mask(8, 8)[0].int().tolist()
     assert both[:2] == rows("11001001 11100100")
+    uneven = LocalStridePattern(1, 1, 16, (2, 1), 3, causal=False).mask(8, 8)[0].int().tolist()
+    assert uneven[:3] == rows("10010010 11001001 01100100")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans(),
+    st.integers(0, 2),
+)  # fmt: skip
+def test_uneven_windows_and_both_kinds_of_columns_follow_the_published_rule(
+    left, right, stride, causal, absolute, dense_heads
+):
+    position = "absolute" if absolute else "relative"
+    local = left if causal else (left, right)
+    pattern = LocalStridePattern(
+        4, 4, 16, local, stride, dense_heads, head_offset=1, causal=causal, position=position
+    )
+    step, right = max(1, stride // 4), 1 if causal else right
+    mask = pattern.mask(7, 9, past=1)
+    for h in range(4):
+        for i in range(1, 8):
+            for j in range(9):
+                beyond = max(0, i - j - left + 1) + max(0, j - i - right + 1)
+                column = (j + h * step + 1) % stride == 0 if absolute else beyond % stride == 0
+                kept = beyond == 0 or column or h >= 4 - dense_heads
+                assert bool(mask[h, i - 1, j]) == (kept and (j <= i or not causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_patterns_that_no_cache_can_shrink_still_run(causal):
+    local = 2 if causal else (1, 3)
+    selector = S2Selector(16, local, 3, position="relative")
+    assert S2Selector(**selector.options()).sizes == selector.sizes
+    shape = AttentionShape(2, 4, 4, 90, 90, causal=causal)
+    q, k, v = make.tensors(shape)
+    plan = selector.plan_prefill(context(shape, q, k, v))
+    mask = selector.pattern(4, 4, causal).mask(6, 6)
+    mask = mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :90, :90]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask & shape.causal_mask()
+    )
+    torch.testing.assert_close(
+        attend(q, k, v, plan=plan, causal=causal), want, rtol=2e-5, atol=2e-5
+    )
+    if causal:
+        assert selector.cache_layer(0, 4) is None
+        assert selector.pattern(4, 4).cache_tokens(90) == [96] * 4
+        with pytest.raises(ValueError, match="relative"):
+            selector.pattern(4, 4).span()
+
+
+@pytest.mark.skipif(not native_available(), reason="needs the tile kernels")
+@pytest.mark.parametrize("rows", [90, 33])
+def test_small_blocks_share_tiles_of_64_rows_and_nothing_changes(rows):
+    shape = AttentionShape(2, 4, 2, rows, 90, causal=True)
+    q, k, v = (t.requires_grad_() for t in make.tensors(shape))
+    plan = LocalStridePattern(4, 2, 4, 3, 5, step=1).span()
+    (merged,) = plan.streams(shape)
+    assert merged.block_q == 64
+    results = []
+    for streams in ([merged], lower(plan.passes(shape), shape)):
+        assert results == [] or streams[0].block_q <= 4
+        o, lse = tile_attention(q, k, v, streams[0], shape, scale=0.25)
+        results.append((o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -196,6 +265,9 @@ def test_a_custom_mask_runs_and_refuses_what_it_does_not_cover():
         ({"block": 24}, "power of two"),
         ({"local_blocks": 0}, "local_blocks"),
         ({"stride": 0}, "stride"),
+        ({"local_blocks": (2, 1)}, "causal=True"),
+        ({"local_blocks": (2, 0), "causal": False}, "local_blocks"),
+        ({"position": "moving"}, "position"),
         ({"dense_heads": 3}, "dense_heads"),
         ({"dense_heads": 1, "homo_head": True}, "homo_head"),
         ({"num_heads": 3}, "multiple"),

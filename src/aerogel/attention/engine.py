@@ -18,7 +18,6 @@ from aerogel.attention.call import Call, check_call, check_tensors
 from aerogel.attention.gather import gathered_attention
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
-from aerogel.attention.lowering import lower
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.ops import tile_attention
 from aerogel.attention.plan import DensePlan, Plan
@@ -225,7 +224,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             scale=call.scale, key_padding=padding, softcap=call.softcap,
             dropout_p=call.dropout_p, seed=call.seed,
         )
-        for stream in lower(call.plan.passes(call.shape), call.shape, call.window)
+        for stream in call.plan.streams(call.shape, call.window)
     ]  # fmt: skip
     o, lse = parts[0] if len(parts) == 1 else merge(parts)
     if q_perm is not None:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from aerogel.attention.ragged import row_numbers
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import merge
+from aerogel.attention.span_plan import SpanPlan
 
 _BLOCK = 64
 # Before torch 2.9 the log-sum-exp is asked for by `return_lse`.
 _AUX: Any = flex.AuxRequest(lse=True) if hasattr(flex, "AuxRequest") else None
+_masks: WeakKeyDictionary[Plan, dict[Any, BlockMask]] = WeakKeyDictionary()
 
 
 def to_block_mask(
@@ -44,10 +47,11 @@ def to_block_mask(
 
     Tiles that the plan holds whole go into the full lists; of the others, `mask_mod` keeps the
     plan's pairs, the causal rule, the window and the padding. Single keys (`extra_idx`) are not in
-    it: they are a second, gathered call.
+    it: they are a second, gathered call. The mask of a plan is kept as long as the plan, for each
+    shape, but not where there is padding.
 
     Args:
-        plan: block, span, mix or dense plan; query tiles divide into `block` rows or hold them.
+        plan: block, span, mix or dense plan, of query tiles of any size.
         shape: sizes and causal rule.
         key_padding: (batch, k_len) bool, True at real keys.
         window: tokens.
@@ -58,8 +62,7 @@ def to_block_mask(
         ValueError: the plan has no ranges.
     """
     shape = plan.shaped(shape)
-    passes = _ranges_only(plan.passes(shape))
-    return _block_mask(passes, shape, key_padding, window, block, torch.device(device))
+    return _block_mask(plan, shape, key_padding, window, block, torch.device(device))
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -75,10 +78,9 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Te
     parts = []
     if isinstance(plan, KeyListPlan):
         return gathered_attention(q, k, v, call)
-    passes = plan.passes(shape)
-    mask = _block_mask(_ranges_only(passes), shape, call.key_padding, call.window, _BLOCK, q.device)
+    mask = _block_mask(plan, shape, call.key_padding, call.window, _BLOCK, q.device)
     parts.append(_flex(q, k, v, call, mask))
-    for part in passes:
+    for part in [] if isinstance(plan, SpanPlan) else plan.passes(shape):
         if part.ranges.token.numel():
             listed = replace(call, plan=_listed(part.ranges, shape))
             parts.append(gathered_attention(q, k, v, listed))
@@ -121,18 +123,33 @@ def _ranges_only(passes: list[Pass]) -> list[Pass]:
 
 
 def _block_mask(
-    passes: list[Pass],
+    plan: Plan,
     shape: AttentionShape,
     key_padding: Tensor | None,
     window: int | None,
     block: int,
     device: torch.device,
 ) -> BlockMask:
-    """Coverage of every tile from the lowered ranges, and a `mask_mod` that reads the ranges."""
-    streams = lower(passes, shape, window)
+    """The mask of a plan, made once for each shape unless there is padding."""
+    if key_padding is not None:
+        return _made(plan, shape, key_padding, window, block, device)
+    known, key = _masks.setdefault(plan, {}), (shape, window, block, device)
+    if key not in known:
+        known[key] = _made(plan, shape, None, window, block, device)
+    return known[key]
+
+
+def _made(
+    plan: Plan,
+    shape: AttentionShape,
+    key_padding: Tensor | None,
+    window: int | None,
+    block: int,
+    device: torch.device,
+) -> BlockMask:
+    """Coverage of every tile from the lowered ranges; `mask_mod` reads spans, or the ranges."""
+    streams = lower(_ranges_only(plan.passes(shape)), shape, window)
     stream = streams[0]
-    if len({(s.batch, s.heads, s.block_q) for s in streams}) > 1:
-        raise ValueError("backend='flex': expected the same query tiles for all heads")
     n_q, n_k = shape.tiles(block), -(-shape.k_len // block)
     covered = torch.zeros(stream.batch * stream.heads * n_q * n_k, dtype=torch.int64)
     for chunk in (chunk for s in streams for chunk in s.chunks()):
@@ -148,13 +165,18 @@ def _block_mask(
         whole &= ~some.view(n_k, block).any(-1).to(whole.device)
     counts, index = _lists((covered > 0) & ~whole)
     full_counts, full_index = _lists(whole)
+    keep = (
+        _span_mod(plan, shape, key_padding, window, device)
+        if isinstance(plan, SpanPlan)
+        else _mask_mod(streams, shape, key_padding, device)
+    )
     return BlockMask.from_kv_blocks(
         counts.to(device),
         index.to(device),
         full_counts.to(device),
         full_index.to(device),
         BLOCK_SIZE=(block, block),
-        mask_mod=_mask_mod(streams, shape, key_padding, device),
+        mask_mod=keep,
         seq_lengths=(shape.q_len, shape.k_len),
     )
 
@@ -167,40 +189,64 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     return counts.int(), torch.where(used, order, 0).int()
 
 
+def _span_mod(
+    plan: SpanPlan,
+    shape: AttentionShape,
+    key_padding: Tensor | None,
+    limit: int | None,
+    device: torch.device,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a pair is in a span, from the positions alone."""
+    unit = 1 if plan.granularity == "token" else plan.block
+    sink, window, stride, phase, dense = (
+        t.to(device) for t in (plan.sink * unit, plan.window, plan.stride, plan.phase, plan.dense)
+    )
+    period = stride.clamp(min=1)
+    first = None if plan.first is None else plan.first.to(device)
+    padding = None if key_padding is None else key_padding.to(device)
+    heads_per = 0 if sink.numel() == 1 else shape.q_heads // sink.numel()
+    offset, block = shape.q_offset, plan.block
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        head = h // heads_per if heads_per else h * 0
+        begin = 0 if first is None else first[b]
+        row, since = q + offset - begin, j - begin
+        keep = (since < sink[head]) | (row // unit - since // unit < window[head]) | dense[head]
+        column = (since // block + phase[head]) % period[head] == 0
+        keep = (keep | ((stride[head] > 0) & column)) & (since >= 0) & (since <= row)
+        if limit is not None:
+            keep = keep & (row - since < limit)
+        return keep if padding is None else keep & padding[b, j]
+
+    return mask_mod
+
+
 def _mask_mod(
     streams: list[TileStream],
     shape: AttentionShape,
     key_padding: Tensor | None,
     device: torch.device,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether a pair is in the plan: two bits per (query tile, key), held and under the window."""
+    """Whether a pair is in the plan, by what each stream holds and its windows."""
     stream = streams[0]
-    tiles = shape.tiles(stream.block_q)
-    size = (stream.batch, stream.heads, tiles, shape.k_len)
-    table = torch.zeros(size, dtype=torch.uint8)
-    windows = torch.zeros(stream.heads, dtype=torch.int64)
-    for part in streams:
-        row = row_numbers(part.tile_ptr)
-        lane = torch.arange(64)
-        inside = lane < part.length[:, None]
-        key = (part.start[:, None] + lane)[inside].long()
-        limited = part.window is not None
-        bits = 1 + 2 * ((part.kind & NO_WINDOW) == 0) * limited
-        at = (row[:, None].expand(-1, 64)[inside], key)
-        table.view(-1, shape.k_len)[at] = bits[:, None].expand(-1, 64)[inside].to(torch.uint8)
-        if part.window is not None:
-            windows = part.window
     heads_per = max(1, shape.q_heads // stream.heads)
-    offset, causal, block_q = shape.q_offset, shape.causal, stream.block_q
+    offset, causal = shape.q_offset, shape.causal
     shared_batch, shared_heads = stream.batch == 1, stream.heads == 1
-    held, window = table.to(device), windows.to(device)
+    tables = [(part.block_q, _held(part, shape).to(device)) for part in streams]
+    windows = [None if part.window is None else part.window.to(device) for part in streams]
     padding = None if key_padding is None else key_padding.to(device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
         plan_head = h * 0 if shared_heads else h // heads_per
-        bits = held[b * 0 if shared_batch else b, plan_head, q // block_q, j]
-        limit = window[plan_head]
-        keep = (bits > 0) & ((bits < 2) | (limit == 0) | (q + offset - j < limit))
+        row = b * 0 if shared_batch else b
+        keep = j < 0
+        for (block_q, held), window in zip(tables, windows, strict=True):
+            bits = held[row, plan_head, q // block_q, j]
+            found = bits > 0
+            if window is not None:
+                limit = window[plan_head]
+                found = found & ((bits < 2) | (limit == 0) | (q + offset - j < limit))
+            keep = keep | found
         if causal:
             keep = keep & (j <= q + offset)
         if padding is not None:
@@ -208,6 +254,20 @@ def _mask_mod(
         return keep
 
     return mask_mod
+
+
+def _held(part: TileStream, shape: AttentionShape) -> Tensor:
+    """(batch, heads, query tiles, k_len) uint8: 1 where a tile holds a key, 2 under its window."""
+    tiles = shape.tiles(part.block_q)
+    table = torch.zeros(part.batch, part.heads, tiles, shape.k_len, dtype=torch.uint8)
+    row = row_numbers(part.tile_ptr)
+    lane = torch.arange(64)
+    inside = lane < part.length[:, None]
+    key = (part.start[:, None] + lane)[inside].long()
+    bits = 1 + ((part.kind & NO_WINDOW) == 0).to(torch.uint8)
+    at = (row[:, None].expand(-1, 64)[inside], key)
+    table.view(-1, shape.k_len)[at] = bits[:, None].expand(-1, 64)[inside]
+    return table
 
 
 def _listed(ranges: KeyRanges, shape: AttentionShape) -> KeyListPlan:

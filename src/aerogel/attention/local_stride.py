@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,23 @@ class LocalStridePattern:
     Query block i of key head h reads key blocks j <= i with ``i - j < local_blocks`` or
     ``(j + h * step + head_offset) % stride == 0``. Columns are absolute: a block that has left a
     head's window and is not on its stride is never read again, so that it need not be kept. Without
-    the causal rule, windows reach to both sides and strides count blocks from the window's edge.
+    the causal rule, windows reach to both sides and strides count blocks from the window's edges:
+    with l blocks beyond the left edge and r beyond the right one, ``(l + r) % stride == 0``.
 
     Args:
         num_heads, num_kv_heads: query and key heads; all query heads of a key head share a pattern.
         block: tokens of a block, a power of two.
-        local_blocks: blocks of the window, the own one included.
+        local_blocks: blocks of the window, the own one included; without the causal rule to either
+            side, or (left, right).
         stride: V; 1 keeps everything.
         dense_heads: the last so many key heads read all keys.
         head_offset: blocks by which all heads are shifted.
         step: blocks from head to head, default ``max(1, stride // num_heads)``.
         homo_head: all heads as head 0.
         causal: False for the form that reads to both sides.
+        position: what the stride counts: "absolute" key blocks, or blocks "relative" to the
+            window's edges, alike for all heads; default "absolute" with the causal rule, else
+            "relative". Relative causal columns move with the query: no cache can drop them.
 
     Raises:
         ValueError: a size is out of range.
@@ -57,21 +62,21 @@ class LocalStridePattern:
     num_heads: int
     num_kv_heads: int
     block: int = 64
-    local_blocks: int = 16
+    local_blocks: int | tuple[int, int] = 16
     stride: int = 8
     dense_heads: int = 0
     head_offset: int = 0
     step: int | None = None
     homo_head: bool = False
     causal: bool = True
+    position: Literal["absolute", "relative"] | None = None
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.block & (self.block - 1):
             raise ValueError(f"block={self.block}: expected a power of two")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride}: expected at least 1")
-        if self.local_blocks < 1 and self.stride > 1:
-            raise ValueError(f"local_blocks={self.local_blocks}: expected at least 1")
+        self._check_window()
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: expected a multiple"
@@ -82,6 +87,30 @@ class LocalStridePattern:
             )
         if self.homo_head and self.dense_heads:
             raise ValueError(f"dense_heads={self.dense_heads}: expected 0 with homo_head=True")
+
+    def _check_window(self) -> None:
+        even = isinstance(self.local_blocks, int)
+        if self.causal and not even:
+            raise ValueError(
+                f"local_blocks={self.local_blocks}: expected a number with causal=True"
+            )
+        if min(self.window) < (0 if even and self.stride == 1 else 1):
+            raise ValueError(f"local_blocks={self.local_blocks}: expected at least 1")
+        if self.position not in (None, "absolute", "relative"):
+            raise ValueError(f"position={self.position!r}: expected 'absolute' or 'relative'")
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Blocks of the window to the left and to the right, the own one in both."""
+        if isinstance(self.local_blocks, int):
+            return self.local_blocks, 1 if self.causal else self.local_blocks
+        left, right = self.local_blocks
+        return left, right
+
+    @property
+    def evictable(self) -> bool:
+        """Whether what has left a head's window and is not on its stride is never read again."""
+        return self.causal and self.position != "relative"
 
     @property
     def shifts(self) -> list[int]:
@@ -101,15 +130,20 @@ class LocalStridePattern:
         i = past + torch.arange(n_q)[:, None]
         j = torch.arange(n_k)
         dense = torch.tensor(self.dense)[:, None, None]
-        if not self.causal:
-            beyond = ((i - j).abs() - self.local_blocks + 1).clamp(min=0)
-            return (beyond % self.stride == 0).expand(self.num_kv_heads, -1, -1) | dense
-        shift = torch.tensor(self.shifts)[:, None, None]
-        kept = (i - j < self.local_blocks) | ((j + shift) % self.stride == 0)
-        return (kept | dense) & (j <= i)
+        left, right = self.window
+        absolute = self.causal if self.position is None else self.position == "absolute"
+        if absolute:
+            shift = torch.tensor(self.shifts)[:, None, None]
+            near = (i - j < left) & (j - i < right)
+            kept = near | ((j + shift) % self.stride == 0)
+        else:
+            beyond = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
+            kept = (beyond % self.stride == 0).expand(self.num_kv_heads, -1, -1)
+        kept = kept | dense
+        return kept & (j <= i) if self.causal else kept
 
     def coverage(self) -> Coverage:
-        """What the heads see together of blocks outside the window."""
+        """What the heads see together of blocks outside the window, by absolute columns."""
         sparse = [s for s, dense in zip(self.shifts, self.dense, strict=True) if not dense]
         residues = tuple(sorted({-shift % self.stride for shift in sparse}))
         return Coverage(residues, len(residues) == self.stride or self.dense_heads > 0)
@@ -118,18 +152,30 @@ class LocalStridePattern:
         """Slots that each key head's cache has after `length` tokens.
 
         The ring of the window, and all blocks on the stride so far; a dense head has a ring of one
-        block and all blocks.
+        block and all blocks. A pattern whose blocks may come back keeps all.
         """
         blocks = -(-length // self.block)
+        if not self.evictable:
+            return [blocks * self.block] * self.num_kv_heads
+        window = self.window[0]
         sizes = []
         for shift, dense in zip(self.shifts, self.dense, strict=True):
             columns = sum((j + shift) % self.stride == 0 for j in range(blocks))
-            whole = 1 + blocks if dense else self.local_blocks + columns
+            whole = 1 + blocks if dense else window + columns
             sizes.append(whole * self.block)
         return sizes
 
     def span(self, first: Tensor | None = None, device: torch.device | str = "cpu") -> SpanPlan:
-        """The causal pattern as a plan of key heads; blocks count from the `first` real key."""
+        """The causal pattern as a plan of key heads; blocks count from the `first` real key.
+
+        Raises:
+            ValueError: the pattern is not causal, or its columns are relative.
+        """
+        if not self.evictable:
+            raise ValueError(
+                f"causal={self.causal}, position={self.position!r}: expected a causal pattern of "
+                "absolute columns; `mask` has the others"
+            )
         heads = self.num_kv_heads
         phase = [shift % self.stride for shift in self.shifts]
 
@@ -139,7 +185,7 @@ class LocalStridePattern:
 
         return SpanPlan(
             sink=each(0),
-            window=each(self.local_blocks),
+            window=each(self.window[0]),
             stride=each(self.stride),
             phase=each(phase),
             dense=torch.tensor(self.dense, device=device),

@@ -35,7 +35,9 @@ class TileStream:
         gather_idx: int32 keys of the gather tiles.
         tile_bias: (T,) float32 additive logits, or None.
         batch, heads, block_q: as in `KeyRanges`.
-        window: (heads,) int64 tokens, 0 for none: EDGE rows keep keys with ``p - j < window``.
+        window: (heads,) int64, 0 for none: EDGE rows keep keys with ``p - j < window``.
+        window_block: above 1, windows count blocks of so many tokens; for kernels alone, the
+            methods below count tokens.
     """
 
     tile_ptr: Tensor
@@ -48,6 +50,7 @@ class TileStream:
     heads: int
     block_q: int
     window: Tensor | None = None
+    window_block: int = 1
 
     def tile_pairs(
         self, shape: AttentionShape, chosen: Tensor | None = None

@@ -167,8 +167,8 @@ class MInferenceSelector(PromptSelector):
 def _keeps_nearly_all(plan: Plan, shape: AttentionShape) -> bool:
     """Whether dense attention reads hardly more; an estimate from the plan's tiles."""
     if isinstance(plan, SpanPlan):
-        kept = int(plan.sink[0]) + int(plan.window[0])
-        return kept >= _NEARLY_ALL * shape.k_len
+        reach = (shape.positions() + 1).clamp(max=int(plan.sink[0]) + int(plan.window[0]))
+        return int(reach.sum()) >= _NEARLY_ALL * shape.pairs()
     pairs = 0
     for part in plan.passes(shape):
         ranges = part.ranges

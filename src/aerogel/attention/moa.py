@@ -119,6 +119,12 @@ class MoAPlan:
         """Heads of a layer."""
         return len(self.alphas[0])
 
+    def spans(self, length: int) -> Tensor:
+        """(layers, heads) float64: the span of each rule at a length, in tokens."""
+        return torch.tensor(
+            [[rule.tokens(length) for rule in layer] for layer in self.rules], dtype=torch.float64
+        )
+
     def cache_sizes(self, length: int, max_new: int = 1024) -> Tensor:
         """(layers, heads) int64 tokens that each head keeps, its first ones included.
 
@@ -162,13 +168,12 @@ class MoAPlan:
         return cls(parts[0], parts[1], block, sink)
 
     def _check(self, length: int) -> None:
-        for number, layer in enumerate(self.rules):
-            for head, rule in enumerate(layer):
-                if rule.tokens(length) <= 0:
-                    raise ValueError(
-                        f"layer {number}, head {head}: span {rule.alpha} + {rule.beta} * {length} "
-                        f"= {rule.tokens(length)}, expected above 0"
-                    )
+        for number, head in (self.spans(length) <= 0).nonzero().tolist():
+            rule = self.rules[number][head]
+            raise ValueError(
+                f"layer {number}, head {head}: span {rule.alpha} + {rule.beta} * {length} "
+                f"= {rule.tokens(length)}, expected above 0"
+            )
 
 
 @add_selector

@@ -37,6 +37,7 @@ def attention_now(
     linear: bool,
     dropout_p: float,
     seed: int,
+    window_block: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """o (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a lowered plan, without gradients."""
     return attention_forward(
@@ -56,6 +57,7 @@ def attention_now(
         scale=scale,
         causal=causal,
         window=window,
+        window_block=window_block,
         key_padding=key_padding,
         softcap=softcap,
         linear=linear,
@@ -97,6 +99,7 @@ def attention_backward_op(
     linear: bool,
     dropout_p: float,
     seed: int,
+    window_block: int,
     o: Tensor,
     lse: Tensor,
     do: Tensor,
@@ -124,6 +127,7 @@ def attention_backward_op(
         scale=scale,
         causal=causal,
         window=window,
+        window_block=window_block,
         key_padding=key_padding,
         softcap=softcap,
         linear=linear,
@@ -208,5 +212,6 @@ def tile_attention(
         linear,
         dropout_p,
         seed,
+        stream.window_block,
     )
     return result

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from aerogel.attention.lowering import count_pairs, lower
+from aerogel.attention.lowering import TileStream, count_pairs, lower
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
 
@@ -64,6 +64,10 @@ class Plan(abc.ABC):
     @abc.abstractmethod
     def passes(self, shape: AttentionShape) -> list[Pass]:
         """The key ranges of every query tile; several passes share one softmax by `merge`."""
+
+    def streams(self, shape: AttentionShape, window: int | None = None) -> list[TileStream]:
+        """The tiles that kernels read, under a further window in tokens; `merge` unites streams."""
+        return lower(self.passes(shape), self.shaped(shape), window)
 
     @abc.abstractmethod
     def _mask(self, shape: AttentionShape) -> Tensor:

@@ -18,7 +18,7 @@ KV cache. Full coverage needs as many sparse key heads as the stride.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,7 @@ class S2Selector(Selector):
         head_offset: the same.
         step: the same.
         homo_head: the same.
+        position: the same.
         dense_layers: numbers of layers that read all keys.
 
     Raises:
@@ -60,28 +61,31 @@ class S2Selector(Selector):
     def __init__(
         self,
         block: int = 64,
-        local_blocks: int = 16,
+        local_blocks: int | Sequence[int] = 16,
         stride: int = 8,
         dense_heads: int = 0,
         head_offset: int = 0,
         step: int | None = None,
         homo_head: bool = False,
         dense_layers: Iterable[int] = (),
+        position: str | None = None,
     ) -> None:
         super().__init__()
+        even = isinstance(local_blocks, int)
         self.sizes: dict[str, Any] = {
             "block": block,
-            "local_blocks": local_blocks,
+            "local_blocks": local_blocks if even else tuple(local_blocks),  # type: ignore[arg-type]
             "stride": stride,
             "dense_heads": dense_heads,
             "head_offset": head_offset,
             "step": step,
             "homo_head": homo_head,
+            "position": position,
         }
         self.dense_layers = tuple(dense_layers)
         self._q_heads: int | None = None
         self._patterns: dict[tuple[int, int, bool], LocalStridePattern] = {}
-        LocalStridePattern(max(1, dense_heads), max(1, dense_heads), **self.sizes)
+        LocalStridePattern(max(1, dense_heads), max(1, dense_heads), **self.sizes, causal=even)
 
     def options(self) -> dict[str, Any]:
         return {**self.sizes, "dense_layers": list(self.dense_layers)}
@@ -92,7 +96,8 @@ class S2Selector(Selector):
         if key not in self._patterns:
             pattern = LocalStridePattern(q_heads, kv_heads, **self.sizes, causal=causal)
             self._patterns[key] = pattern
-            if causal and not self.dense_layers and not pattern.coverage().complete:
+            seen = not pattern.evictable or pattern.coverage().complete
+            if not self.dense_layers and not seen:
                 warnings.warn(
                     f"{kv_heads} key heads see the residues {pattern.coverage().residues} of "
                     f"stride {pattern.stride}: blocks between them are read by no head",
@@ -105,7 +110,7 @@ class S2Selector(Selector):
             return DensePlan()
         shape = ctx.shape
         pattern = self.pattern(shape.q_heads, shape.kv_heads, shape.causal)
-        if shape.causal:
+        if pattern.evictable:
             return pattern.span(ctx.first_keys(), ctx.q.device)
         blocks = -(-max(shape.k_len, shape.q_offset + shape.q_len) // pattern.block)
         return block_mask_plan(pattern.mask(blocks, blocks), pattern.block, shape)
@@ -118,7 +123,7 @@ class S2Selector(Selector):
         if layer_idx in self.dense_layers:
             return None
         pattern = self.pattern(self._q_heads or kv_heads, kv_heads)
-        return SpanCacheLayer(pattern.span(), kv_heads)
+        return SpanCacheLayer(pattern.span(), kv_heads) if pattern.evictable else None
 
     def on_attach(self, model: nn.Module) -> None:
         """Checks the sizes against the model's, whose query heads set the default step."""

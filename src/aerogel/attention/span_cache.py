@@ -383,13 +383,32 @@ class SpanCacheLayer(CountedCacheLayer):
         self.padded = torch.empty(0, dtype=torch.int64)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Rings have overwritten what a shorter history needs.
+        """Removes the last tokens, as long as no ring has gone round.
+
+        Args:
+            tokens_to_remove: their negative number.
 
         Raises:
-            ValueError: a token would have to be removed.
+            ValueError: a ring has overwritten what the shorter history reads, or the number is
+                positive.
         """
-        if tokens_to_remove:
-            raise ValueError("crop: a ring cannot give back the tokens it has overwritten")
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: expected 0 or below")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        room = int((self.sinks + self.windows).min())
+        held = self.seen - int(self.padded.min()) if self.padded.numel() else 0
+        if held > room:
+            raise ValueError(
+                f"crop: {held} tokens went into a ring of {room}, which cannot give back what it "
+                "has overwritten"
+            )
+        left = self.seen + tokens_to_remove
+        if left <= 0:
+            self.reset()
+            return
+        self.positions.masked_fill_(self.positions >= left, -1)
+        self.seen, self._before = left, None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""

@@ -9,10 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from aerogel.attention.lowering import TileStream
 from aerogel.attention.plan import Plan, check_dims
 from aerogel.attention.ragged import sorted_by
 from aerogel.attention.ranges import KeyRanges, Pass, expand_tiles
 from aerogel.attention.shape import AttentionShape
+from aerogel.kernels import lower_spans, native_available, reference_mode
 
 _TILE = 64
 _LARGEST_TILE = 128
@@ -109,6 +111,24 @@ class SpanPlan(Plan):
         keep |= rows.dense.view(-1, 1, 1)
         keep &= (since >= 0) & (j <= p)
         return keep.view(*self.dims, shape.q_len, shape.k_len)
+
+    def streams(self, shape: AttentionShape, window: int | None = None) -> list[TileStream]:
+        """Tiles of 64 rows, straight from the spans: small blocks share the keys of a tile.
+
+        A row's own window, in blocks where the plan counts them, is left to the kernel.
+        """
+        native = native_available() and self.sink.is_cpu and not reference_mode()
+        if window is not None or self.first is not None or not native:
+            return super().streams(shape, window)
+        by_block = self.granularity == "block"
+        spans = (self.sink, self.window, self.stride, self.phase, self.dense)
+        tiles = lower_spans(
+            *spans, block=self.block, by_block=by_block, block_q=_TILE, q_len=shape.q_len,
+            k_len=shape.k_len, q_offset=shape.q_offset,
+        )  # fmt: skip
+        sizes = (1, self.sink.numel(), _TILE)
+        unit = self.block if by_block else 1
+        return [TileStream(*tiles[:5], None, *sizes, self.window.long(), unit)]
 
     def passes(self, shape: AttentionShape) -> list[Pass]:
         return self._block_pass(shape) if self.granularity == "block" else self._token_passes(shape)

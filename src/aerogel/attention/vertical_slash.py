@@ -138,21 +138,33 @@ def _with_columns(plan: BlockPlan, columns: Tensor, k_len: int) -> BlockPlan:
     """Adds the columns that lie before the last band of a tile and in none of its bands."""
     row, start, length = plan.tile_ranges()
     batch, heads, most = columns.shape
-    tiles = plan.row_ptr.shape[-1] - 1
-    span = 2 * k_len + 1
-    starts, end = row * span + start, start + length
+    planes, tiles = batch * heads, plan.row_ptr.shape[-1] - 1
+    listed = columns.reshape(planes, most)
+    span = k_len + plan.block_k  # past every end of a band
+    sorted_keys = (listed + torch.arange(planes, device=row.device)[:, None] * span).flatten()
+
+    def columns_before(key: Tensor, plane: Tensor) -> Tensor:
+        return torch.searchsorted(sorted_keys, key + plane * span) - plane * most
+
+    first, past = (columns_before(key, row // tiles) for key in (start, start + length))
+    last = plan.row_ptr.view(planes, tiles + 1)[:, 1:].flatten() - 1
+    until = columns_before(start[last], torch.arange(planes * tiles, device=row.device) // tiles)
+    number = torch.arange(most, device=row.device)
     lists = []
     step = max(1, _COLUMN_CHUNK // max(1, tiles * most))
-    for begin in range(0, batch * heads, step):
-        plane = torch.arange(begin, min(begin + step, batch * heads), device=row.device)
-        tile = plane[:, None] * tiles + torch.arange(tiles, device=row.device)
-        key = columns.reshape(batch * heads, 1, most)[plane]
-        before = torch.searchsorted(starts, tile[..., None] * span + key, right=True) - 1
-        at = before.clamp(min=0)
-        held = (before >= 0) & (row[at] == tile[..., None]) & (end[at] > key)
-        last = start[plan.row_ptr.view(-1, tiles + 1)[plane, 1:] - 1]
-        keep = ~held & (key < last[..., None])
-        lists.append((keep.sum(-1), key.expand_as(keep)[keep]))
+    for begin in range(0, planes, step):
+        end = min(begin + step, planes)
+        here = slice(*torch.searchsorted(row, row.new_tensor([begin, end]) * tiles).tolist())
+        at = (row[here] - begin * tiles) * (most + 1)
+        bounds = torch.zeros(
+            (end - begin) * tiles * (most + 1), dtype=torch.int8, device=row.device
+        )
+        one = torch.ones_like(at, dtype=torch.int8)
+        bounds.index_add_(0, at + first[here], one).index_add_(0, at + past[here], -one)
+        held = bounds.view(-1, most + 1).cumsum(1, dtype=torch.int8)[:, :most] > 0
+        keep = ~held & (number < until[begin * tiles : end * tiles, None])
+        key = listed[begin:end].repeat_interleave(tiles, 0)
+        lists.append((keep.sum(-1), key[keep]))
     counts = torch.cat([count for count, _ in lists]).view(batch, heads, tiles)
     return BlockPlan(
         plan.block_q,

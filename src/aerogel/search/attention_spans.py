@@ -187,7 +187,11 @@ def _watched(model: nn.Module, note: Callable[..., None]) -> Iterator[None]:
 
 
 def rule_mask(rule: ElasticSpan, length: int, block: int, sink: int) -> Tensor:
-    """(blocks, blocks) bool: what a rule's cache keeps of a prompt, first blocks and a band."""
+    """(blocks, blocks) bool: what a rule's cache keeps of a prompt, first blocks and a band.
+
+    The first blocks are part of the span, as in the authors' cache; their own search adds them to
+    it, and so foresees a block more than the cache then keeps.
+    """
     blocks, kept = -(-length // block), rule.cache_tokens(length, block) // block
     window = kept - min(kept, sink // block)
     i, j = torch.arange(blocks)[:, None], torch.arange(blocks)
