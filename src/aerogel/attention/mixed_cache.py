@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.plan import DensePlan, Plan
@@ -21,7 +22,7 @@ from aerogel.attention.quantise import (
 )
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.softmax import apply_sink, merge
+from aerogel.attention.softmax import merge
 from aerogel.attention.token_plan import TokenPlan, gather_tokens
 from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
 
@@ -56,7 +57,7 @@ class Segment:
         return Segment(self.positions[index], keys, values)
 
 
-class MixedPrecisionCacheLayer(CountedCacheLayer):
+class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
     """Keys and values in codes, and the last tokens as they came.
 
     A first prompt is attended to in full precision through `choose`, then stored: the tokens that
@@ -82,6 +83,8 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
     Raises:
         ValueError: an option is out of range.
     """
+
+    kept: ClassVar[str] = "the codes of a segment share their ranges"
 
     def __init__(
         self,
@@ -124,38 +127,18 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.seen += key_states.shape[2]
         return key_states, value_states
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-        dropout_p: float = 0.0,
-    ) -> Tensor:
-        """Attention after `update`: q (B, Hq, Lq, D), the new k and v; options as `attend`.
-
-        Raises:
-            ValueError: dropout, a sliding window, or right padding.
-        """
-        if dropout_p or window is not None:
-            raise ValueError(f"dropout_p={dropout_p}, window={window}: expected 0 and None")
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         mask, self._mask = self._mask, None
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         if self.seen == k.shape[2]:
-            o, lse = self._prompt(q, k, v, mask, scale, softcap)
-        else:
-            o, lse = self._everything(q, scale, softcap)
-            while self.keys.shape[2] >= self.stream_gap:
-                self._stream(q, lse, scale)
-        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+            return self._prompt(q, k, v, mask, call)
+        o, lse = self._everything(q, call)
+        while self.keys.shape[2] >= self.stream_gap:
+            self._stream(q, lse, call.scale)
+        return o, lse
 
-    def _everything(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def _everything(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         """Attention over the tail and all segments."""
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
         parts = [attend_lse(q, self.keys, self.values, causal=True, **options)]
         for segment in self.segments:
             if isinstance(segment.keys, Tensor) and isinstance(segment.values, Tensor):
@@ -163,26 +146,21 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
                 pair = segment.keys, segment.values
                 parts.append(attend_lse(q, *pair, key_padding=real, **options))
         plain = parts[0] if len(parts) == 1 else merge(parts)
-        return self.coded.attend(q, scale=scale, softcap=softcap, prior=plain)
+        return self.coded.attend(q, **options, prior=plain)
 
     def _prompt(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: CacheCall
     ) -> tuple[Tensor, Tensor]:
         shape = AttentionShape.of(q, k, causal=True)
         context = AttentionContext(
-            q, k, v, shape, scale, layer_idx=self.layer_idx, key_padding=mask
+            q, k, v, shape, call.scale, layer_idx=self.layer_idx, key_padding=mask
         )
         with torch.no_grad():
             plan = DensePlan() if self.choose is None else self.choose(context)
         o, lse = attend_lse(
-            q, k, v, plan=plan, causal=True, scale=scale, softcap=softcap, key_padding=mask
-        )
+            q, k, v, plan=plan, causal=True, scale=call.scale, softcap=call.softcap,
+            key_padding=mask,
+        )  # fmt: skip
         real = mask if mask is not None else k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
         important = real
         if isinstance(plan, TokenPlan):
@@ -256,15 +234,6 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.segments, self.seen, self._mask = [], 0, None
         self.coded = CodedTokens()
         self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Codes of a segment share their ranges.
-
-        Raises:
-            ValueError: a token would have to be removed.
-        """
-        if tokens_to_remove:
-            raise ValueError("crop: tokens in codes cannot be removed one by one")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""
