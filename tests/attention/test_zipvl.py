@@ -291,6 +291,96 @@ def test_a_model_generates_with_its_mixed_cache():
     model.generate(ids, **options)
 
 
+def test_every_key_head_may_choose_for_itself():
+    padding = torch.arange(120) >= torch.tensor([[0], [30]])
+    ctx = context(padding=padding, sharp=3.0)
+    selector = ZipVLSelector(0.7, per_kv_head=True)
+    plan = selector.plan_prefill(ctx)
+    plan.validate(ctx.shape)
+    assert selector.ratios[0] == pytest.approx(
+        float((plan.count / torch.tensor([[120], [90]])).mean())
+    )
+    mask = torch.zeros(2, 2, 120, dtype=torch.bool)
+    for head in range(2):
+        q, k, v = ctx.q[:, 2 * head : 2 * head + 2], ctx.k[:, head : head + 1], ctx.v[:, :1]
+        alone = AttentionContext(
+            q, k, v, AttentionShape.of(q, k, causal=True), 0.25, key_padding=padding
+        )
+        want = ZipVLSelector(0.7).plan_prefill(alone)
+        assert torch.equal(plan.count[:, head], want.count)
+        for b in range(2):
+            chosen = want.index[b, : want.count[b]].long()
+            assert torch.equal(plan.index[b, head, : want.count[b]].long(), chosen)
+            mask[b, head, chosen] = True
+    assert not torch.equal(mask[:, 0], mask[:, 1])
+    wide = mask.repeat_interleave(2, 1)
+    pairs = wide[..., None] & wide[:, :, None] & ctx.shape.causal_mask()
+    got = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True, key_padding=padding)
+    want = attend(ctx.q, ctx.k, ctx.v, plan=KeyListPlan.from_bitmask(pairs), backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_by_key_heads_evicts_for_each():
+    selector = ZipVLSelector(0.5, per_kv_head=True)
+    options = {"bits_important": 16, "kv": "evict", "per_kv_head": True}
+    layer = MixedPrecisionCacheLayer(selector.plan_prefill, **options)
+    ctx = context(length=80, sharp=3.0)
+    plan = selector.plan_prefill(ctx)
+    layer.update(ctx.k, ctx.v)
+    got = layer.attend(ctx.q, ctx.k, ctx.v, scale=0.25)
+    torch.testing.assert_close(got, attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True))
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    q, k, v = make.tensors(AttentionShape(2, 4, 2, 1, 1), seed=9)
+    layer.update(k, v)
+    keys, values = (torch.cat([a.flip(0), b], 2) for a, b in ((ctx.k, k), (ctx.v, v)))
+    mask = torch.zeros(2, 2, 81, dtype=torch.bool)
+    for b in range(2):
+        for head in range(2):
+            mask[b, head, plan.index[1 - b, head, : plan.count[1 - b, head]].long()] = True
+    mask[..., -1] = True
+    want = scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask.repeat_interleave(2, 1)[:, :, None], enable_gqa=True
+    )
+    torch.testing.assert_close(layer.attend(q, k, v), want, rtol=1e-5, atol=1e-5)
+
+
+def seeing():
+    """A tiny vision-language model, a prompt with 16 places for its picture, and the picture."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        image_size=28, patch_size=7, projection_dim=32,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=tiny("Llama").config, image_token_index=62,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 60, (2, 24))
+    ids[:, 2:18] = 62
+    return model, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def test_a_vision_language_model_reads_pictures_with_its_tower_untouched():
+    model, inputs = seeing()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    want = model.generate(**inputs, **options)
+    handle = apply_zipvl(model, 1.0, bits_important=16, bits_other=16, stream_gap=3)
+    tower = model.config.vision_config._attn_implementation
+    assert "aerogel" not in tower
+    assert torch.equal(model.generate(**inputs, past_key_values=handle.cache(), **options), want)
+    assert handle.ratios == [1.0, 1.0]
+    handle.remove()
+    assert torch.equal(model.generate(**inputs, **options), want)
+    handle = apply_zipvl(model, 0.5, per_kv_head=True)
+    cache = handle.cache()
+    model.generate(**inputs, past_key_values=cache, **options)
+    assert all(0 < ratio < 0.8 for ratio in handle.ratios)
+    assert cache.get_seq_length() == 29
+
+
 def test_first_layers_and_later_chunks_are_dense():
     ctx = context()
     assert isinstance(ZipVLSelector(0.5, dense_layers=1).plan_prefill(ctx), DensePlan)

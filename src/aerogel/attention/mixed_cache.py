@@ -23,7 +23,12 @@ from aerogel.attention.quantise import (
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import merge
-from aerogel.attention.token_plan import TokenPlan, gather_tokens
+from aerogel.attention.token_plan import (
+    TokenPlan,
+    batch_as_heads,
+    gather_tokens,
+    heads_as_batch,
+)
 from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
 
 Mode = Literal["quant", "evict"]
@@ -75,6 +80,8 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         kv: "quant" or "evict".
         layer_idx: of this layer.
         scale_dtype: type of ranges and channel factors.
+        per_kv_head: every key head has important tokens of its own: heads are batch elements in all
+            that is stored, and in what `choose` sees.
 
     Attributes:
         segments: all stored tokens but the tail, oldest first.
@@ -96,12 +103,14 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         kv: Mode = "quant",
         layer_idx: int = 0,
         scale_dtype: torch.dtype = torch.float16,
+        per_kv_head: bool = False,
     ) -> None:
         super().__init__()
         check_cache_options(bits_important, bits_other, stream_gap, kv)
         self.choose, self.stream_gap, self.tau, self.kv = choose, stream_gap, tau, kv
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
+        self.per_kv_head, self._heads = per_kv_head, 1
         self.segments: list[Segment] = []
         self.coded = CodedTokens()
         self._mask: Tensor | None = None
@@ -120,21 +129,28 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends new tokens to the tail; returns the new tokens alone."""
+        self._heads = key_states.shape[1] if self.per_kv_head else 1
+        new = [heads_as_batch(t, self._heads) for t in (key_states, value_states)]
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], 2)
-        self.values = torch.cat([self.values, value_states], 2)
+            self.lazy_initialization(*new)
+        self.keys, self.values = (
+            torch.cat(pair, 2) for pair in zip((self.keys, self.values), new, strict=True)
+        )
         self.seen += key_states.shape[2]
         return key_states, value_states
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         mask, self._mask = self._mask, None
+        heads = self._heads
+        q, k, v = (heads_as_batch(t, heads) for t in (q, k, v))
         if self.seen == k.shape[2]:
-            return self._prompt(q, k, v, mask, call)
-        o, lse = self._everything(q, call)
-        while self.keys.shape[2] >= self.stream_gap:
-            self._stream(q, lse, call.scale)
-        return o, lse
+            mask = None if mask is None else mask.repeat_interleave(heads, 0)
+            o, lse = self._prompt(q, k, v, mask, call)
+        else:
+            o, lse = self._everything(q, call)
+            while self.keys.shape[2] >= self.stream_gap:
+                self._stream(q, lse, call.scale)
+        return batch_as_heads(o, heads), batch_as_heads(lse, heads)
 
     def _everything(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         """Attention over the tail and all segments."""
@@ -165,7 +181,8 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         important = real
         if isinstance(plan, TokenPlan):
             important = torch.zeros(k.shape[0], k.shape[2] + 1, dtype=torch.bool, device=k.device)
-            slots = torch.where(plan.slots() < 0, k.shape[2], plan.slots()).long()
+            slots = plan.slots()[:, 0]
+            slots = torch.where(slots < 0, k.shape[2], slots).long()
             important = important.scatter(1, slots, True)[:, :-1] & real
         self.store(important, real)
         return o, lse
@@ -199,7 +216,7 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
     def _segment(
         self, k: Tensor, v: Tensor, mask: Tensor, bits: int, channel: Tensor, first: int
     ) -> Segment:
-        slots = TokenPlan.from_mask(mask).slots()
+        slots = TokenPlan.from_mask(mask).slots()[:, 0]
         real = slots >= 0
         k, v = gather_tokens(k, slots[:, None]), gather_tokens(v, slots[:, None])
         positions = torch.where(real, slots + first, -1).int()
@@ -238,7 +255,8 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""
         if self.is_initialized:
-            indices = indices.to(self.device)
+            lane = torch.arange(self._heads, device=self.device)
+            indices = (indices.to(self.device)[:, None] * self._heads + lane).flatten()
             self.keys, self.values = self.keys[indices], self.values[indices]
             chosen = [segment.select(indices) for segment in self.segments]
             self.segments, self.coded = [], CodedTokens()

@@ -26,7 +26,7 @@ from aerogel.attention.hf import attach, detach
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
-from aerogel.attention.token_plan import TokenPlan
+from aerogel.attention.token_plan import TokenPlan, heads_as_batch
 
 
 @add_selector
@@ -47,6 +47,8 @@ class ZipVLSelector(Selector):
         seed: draws the probing rows.
         dense_layers: so many first layers are dense.
         causal: False for layers without a causal rule.
+        per_kv_head: every key head has a budget and tokens of its own, by the attention of its
+            query heads; else one set serves all heads of a layer.
         kv: "quant" or "evict" for `AerogelCache`, or "full": the usual cache.
         bits_important: see `MixedPrecisionCacheLayer`.
         bits_other: the same.
@@ -76,6 +78,7 @@ class ZipVLSelector(Selector):
         seed: int = 0,
         dense_layers: int = 0,
         causal: bool = True,
+        per_kv_head: bool = False,
         kv: Literal["quant", "evict", "full"] = "quant",
         bits_important: int = 4,
         bits_other: int = 2,
@@ -95,6 +98,7 @@ class ZipVLSelector(Selector):
         self.tau, self.normalizer, self.seed, self.causal = tau, normalizer, seed, causal
         self.probe = (probe_recent, probe_random, probe_max, seed)
         self.keep_last, self.keep_first, self.dense_layers = keep_last, keep_first, dense_layers
+        self.per_kv_head = per_kv_head
         self.kv: Literal["quant", "evict", "full"] = kv
         self.cache_options: dict[str, Any] = {
             "bits_important": bits_important, "bits_other": bits_other, "stream_gap": stream_gap,
@@ -114,16 +118,20 @@ class ZipVLSelector(Selector):
             raise ValueError("prompt: expected at least one token, got 0")
         if ctx.layer_idx < self.dense_layers or shape.q_len != shape.k_len:
             return DensePlan()
-        first = _first_real(ctx)
+        heads = shape.kv_heads if self.per_kv_head else 1
+        first = _first_real(ctx).repeat_interleave(heads)
         lengths = shape.k_len - first
         rows = self._rows(first, shape.k_len)
-        scores = probe_scores(
-            ctx.q, ctx.k, rows, causal=self.causal, scale=ctx.scale, key_padding=ctx.key_padding
-        )
+        padding = ctx.key_padding
+        padding = None if padding is None else padding.repeat_interleave(heads, 0)
+        q, k = heads_as_batch(ctx.q, heads), heads_as_batch(ctx.k, heads)
+        scores = probe_scores(q, k, rows, causal=self.causal, scale=ctx.scale, key_padding=padding)
         budget = torch.minimum(mass_budget(scores, self.tau), lengths)
-        plan = TokenPlan.from_mask(self.choose(scores, rows, budget, first), "both")
-        self.ratios[ctx.layer_idx] = float((plan.count / lengths).mean())
-        return plan
+        chosen = self.choose(scores, rows, budget, first)
+        self.ratios[ctx.layer_idx] = float((chosen.sum(1) / lengths).mean())
+        if heads > 1:
+            chosen = chosen.view(shape.batch, heads, -1)
+        return TokenPlan.from_mask(chosen, "both")
 
     def choose(self, scores: Tensor, rows: Tensor, budget: Tensor, first: Tensor) -> Tensor:
         """The important tokens.
@@ -163,8 +171,9 @@ class ZipVLSelector(Selector):
         from aerogel.attention.mixed_cache import MixedPrecisionCacheLayer
 
         return MixedPrecisionCacheLayer(
-            self.plan_prefill, tau=self.tau, kv=self.kv, layer_idx=layer_idx, **self.cache_options
-        )
+            self.plan_prefill, tau=self.tau, kv=self.kv, layer_idx=layer_idx,
+            per_kv_head=self.per_kv_head, **self.cache_options,
+        )  # fmt: skip
 
 
 class ZipVLHandle:
@@ -198,7 +207,8 @@ def apply_zipvl(model: nn.Module, tau: float = 0.975, **options: Any) -> ZipVLHa
     """Lets a transformers decoder read prompts by ZipVL.
 
     Args:
-        model: a causal transformers model without sliding windows.
+        model: a causal transformers model without sliding windows, or a vision-language model
+            around one: its vision tower stays as it is.
         tau: share of the attention that the chosen tokens hold.
         options: others of `ZipVLSelector`.
 
