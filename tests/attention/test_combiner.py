@@ -209,6 +209,17 @@ def test_pooling_leaves_padding_out(how):
     assert pool(x, 2, how, real).flatten().tolist() == want
 
 
+def test_positive_parts_may_be_pooled():
+    q, k, v = tensors(8, 1, 1)
+    found = selector("fixed", relu=True).summarise(q, k, v, 4, 0.5)
+    torch.testing.assert_close(found.k, k.relu().unflatten(2, (2, 4)).amax(3))
+    top = q.relu().unflatten(2, (2, 4)).amax(3)
+    for run in range(2):
+        span = slice(4 * run, 4 * run + 4)
+        weights = (top[:, 0, run, None] @ k[:, 0, span].transpose(1, 2) * 0.5).softmax(-1)
+        torch.testing.assert_close(found.v[:, 0, run, None], weights @ v[:, 0, span])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropout_acts_inside_summaries_too(variant):
     q, k, v = tensors(24)

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import prompts, tiny
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aerogel.attention import (
     AttentionContext,
@@ -379,6 +380,66 @@ def test_a_vision_language_model_reads_pictures_with_its_tower_untouched():
     model.generate(**inputs, past_key_values=cache, **options)
     assert all(0 < ratio < 0.8 for ratio in handle.ratios)
     assert cache.get_seq_length() == 29
+
+
+def test_a_dense_prompt_may_be_stored_by_importance():
+    model = tiny("Llama")
+    ids, mask = prompts()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+        handle = apply_zipvl(model, 0.5, sparse_prompt=False)
+        cache = handle.cache()
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+        alone = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[real], want[real], rtol=1e-4, atol=1e-5)
+    assert {s.keys.bits for s in cache.layers[0].segments} == {2, 4}
+    assert all(0 < ratio < 0.8 for ratio in handle.ratios)
+    assert cache.nbytes() == sum(layer.nbytes() for layer in cache.layers) > 0
+
+
+def test_costs_count_the_probing_rows():
+    ctx = context(1, 100, sharp=3.0)
+    selector = ZipVLSelector(0.6)
+    count = int(selector.plan_prefill(ctx).count)
+    rows = probe_rows(100)
+    assert len(rows) == 10
+    pairs = count * (count + 1) / 2 + float((rows + 1).sum())
+    assert selector.costs[0] == pytest.approx(pairs / 5050)
+    assert selector.ratios[0] == count / 100
+
+
+def test_no_matrix_of_all_rows_and_keys_is_made():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for each in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(each, torch.Tensor):
+                    self.numbers = max(self.numbers, each.numel())
+            return out
+
+    ctx = context(1, 3000)
+    with Largest() as seen:
+        ZipVLSelector(0.9).plan_prefill(ctx)
+    assert seen.numbers <= 256 * 3000
+
+
+def test_a_stream_is_chosen_under_the_soft_cap():
+    """By hand: capped logits are nearly alike, so 0.85 of the weight is that of nine in ten."""
+    layer = MixedPrecisionCacheLayer(stream_gap=10, tau=0.85)
+    k = torch.randn(1, 2, 10, 16) * 10
+    q = torch.randn(1, 4, 1, 16) * 10
+    layer.update(k[:, :, :1], k[:, :, :1])
+    layer.attend(q, k[:, :, :1], k[:, :, :1], softcap=0.1)
+    for i in range(10):
+        new = k[:, :, i : i + 1]
+        layer.update(new, new)
+        layer.attend(q, new, new, softcap=0.1)
+    counts = {s.keys.bits: int((s.positions >= 0).sum()) for s in layer.segments[1:]}
+    assert counts == {4: 9, 2: 1}
 
 
 def test_first_layers_and_later_chunks_are_dense():

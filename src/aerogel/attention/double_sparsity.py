@@ -109,6 +109,10 @@ class DoubleSparsitySelector(Selector):
                     f"group_factor={group_factor}: expected a divisor of {order.shape[1]}, the "
                     f"head width of layer {layer}"
                 )
+        if offload and heavy_tokens < 2:
+            raise ValueError(
+                f"heavy_tokens={heavy_tokens}: expected at least 2 with offload (one is the own)"
+            )
         if offload:
             self.needs = self.needs | {"next_layer"}  # type: ignore[misc]
         self.channels = channels

@@ -82,6 +82,8 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         scale_dtype: type of ranges and channel factors.
         per_kv_head: every key head has important tokens of its own: heads are batch elements in all
             that is stored, and in what `choose` sees.
+        sparse_prompt: a first prompt attends by the plan; else densely, and the plan only says what
+            is stored in which bits (ZipCache).
 
     Attributes:
         segments: all stored tokens but the tail, oldest first.
@@ -104,6 +106,7 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         layer_idx: int = 0,
         scale_dtype: torch.dtype = torch.float16,
         per_kv_head: bool = False,
+        sparse_prompt: bool = True,
     ) -> None:
         super().__init__()
         check_cache_options(bits_important, bits_other, stream_gap, kv)
@@ -111,6 +114,7 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
         self.per_kv_head, self._heads = per_kv_head, 1
+        self.sparse_prompt = sparse_prompt
         self.segments: list[Segment] = []
         self.coded = CodedTokens()
         self._mask: Tensor | None = None
@@ -149,7 +153,7 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         else:
             o, lse = self._everything(q, call)
             while self.keys.shape[2] >= self.stream_gap:
-                self._stream(q, lse, call.scale)
+                self._stream(q, lse, call)
         return batch_as_heads(o, heads), batch_as_heads(lse, heads)
 
     def _everything(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
@@ -174,8 +178,8 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
         with torch.no_grad():
             plan = DensePlan() if self.choose is None else self.choose(context)
         o, lse = attend_lse(
-            q, k, v, plan=plan, causal=True, scale=call.scale, softcap=call.softcap,
-            key_padding=mask,
+            q, k, v, plan=plan if self.sparse_prompt else DensePlan(), causal=True,
+            scale=call.scale, softcap=call.softcap, key_padding=mask,
         )  # fmt: skip
         real = mask if mask is not None else k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
         important = real
@@ -228,11 +232,13 @@ class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
             quantise_values(v, bits, channel, real, self.scale_dtype),
         )
 
-    def _stream(self, q: Tensor, lse: Tensor, scale: float) -> None:
+    def _stream(self, q: Tensor, lse: Tensor, call: CacheCall) -> None:
         """Codes the oldest `stream_gap` tokens of the tail by the last query's attention."""
         keys = self.keys[:, :, : self.stream_gap]
         row = q[:, :, -1:].float().unflatten(1, (keys.shape[1], -1))
-        logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * scale
+        logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * call.scale
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
         scores = torch.exp(logits - lse[:, :, -1:, None].float())[:, :, 0].mean(1)
         count = mass_budget(scores, self.tau)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
