@@ -346,6 +346,18 @@ def test_it_generates_from_a_cache_what_it_generates_without(variant):
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **beams))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_knows_sinks_and_names_what_it_does_not_know(variant):
+    chosen, sink = selector(variant), torch.randn(4)
+    layer = chosen.cache_layer(0, 2)
+    q, k, v = tensors(14)
+    layer.update(k, v)
+    want = output(chosen, q, k, v, sink_logit=sink)
+    torch.testing.assert_close(layer.attend(q, k, v, sink_logit=sink), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"window, softcap, dropout_p: .* CombinerCacheLayer"):
+        layer.attend(q, k, v, window=3, softcap=1.0, dropout_p=0.1)
+
+
 def test_a_model_trained_densely_is_refused():
     model = tiny("Llama")
     ids, mask = prompts(length=12)
