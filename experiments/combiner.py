@@ -7,7 +7,7 @@ Combiner reads the same block and seven summaries; dense attention reads everyth
 Text: byte models of two layers of width 64, trained for as many steps on 1,024 bytes of Python's
 own source each, segments of 32, scored on 32 held-out windows. Positions begin alike in every
 segment. Blocks alone see 16 bytes in the mean. One seed for all, as it takes most of the time; the
-other variants, two to five times as slow to train here, are left out.
+other variants, two to twenty times as slow to train here, are left out.
 """
 
 from __future__ import annotations
