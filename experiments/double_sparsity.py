@@ -11,7 +11,11 @@ dense, all other rows read 64 keys each, chosen by 16 channels per query head. C
 Python's documentation too, but on windows that no prompt is made of. A seed draws a prompt and the
 random channels.
 
-The third part is time: one decoding step of 8 heads of 64, its selection included, against torch's
+Third, the small byte model of experiments/tiny_lm.py reads 48 held-out sequences of 256 bytes whose
+last 64 repeat an earlier passage: layer 0 dense, all other rows read 16 keys each. Calibration is
+on 16 windows of its training text.
+
+The last part is time: one decoding step of 8 heads of 64, its selection included, against torch's
 attention over the whole cache, one thread, interleaved; left out where the kernels are not built.
 """
 
@@ -23,17 +27,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import minilm_attention
+import tiny_lm
 from aerogel.attention import (
     AttentionContext,
     AttentionShape,
     ChannelOrder,
+    DensePlan,
     DoubleSparsitySelector,
     attach,
-    attend,
     calibrate_channels,
     detach,
     select,
@@ -43,7 +48,8 @@ from aerogel.attention.channel_calibration import METRICS, ChannelStatistics
 from aerogel.attention.label_cache import LabelCacheLayer
 from aerogel.attention.prompt_patterns import AShapeSelector
 from aerogel.data import recall
-from aerogel.insight import passage_nats
+from aerogel.data.source_text import load_source_text
+from aerogel.insight import PassageNats, passage_nats
 from aerogel.kernels import native_available
 from aerogel.report.evidence import Claim, Result, as_script, mean
 from smollm2_topics import model_and_windows
@@ -54,18 +60,20 @@ SEEDS = (0, 1, 2, 3)
 CALIBRATED, HELD_OUT, KEPT = 8, 3, 64
 PROMPTS, LENGTH, REPEATED, TOKENS, PIECES = 1, 1024, 128, 64, 2
 SINK = 4
-TIMED, ROUNDS = ((4096, 128), (32_768, 512)), 9
+BYTES_READ, BYTE_WINDOWS = 16, 16
+TIMED, ROUNDS = ((4096, 128), (32_768, 512), (131_072, 2048)), 9
 
 
 def run(seed: int) -> Result:
     """Share of attention kept, nats of prompts, seconds of a step."""
     started = time.perf_counter()
-    metrics = _kept(seed) | _nats(seed)
+    metrics = _kept(seed) | _nats(seed) | _bytes(seed)
     if native_available():
         metrics |= _times()
     notes = (
         f"Kept: softmax weight on {KEPT} of 512 keys, %, mean over layers, heads and rows.",
         f"Nats a token, {PROMPTS} prompt a seed; plain text is all before the repeat.",
+        "Bytes: nats a byte of the small model, on the repeat.",
         "Speed: torch's attention divided by labels, choice and sparse attention together.",
     )
     return Result(SLUG, seed, metrics, time.perf_counter() - started, notes)
@@ -96,7 +104,23 @@ def claims(results: Sequence[Result]) -> list[Claim]:
         dense = mean(results, "repeat, dense")
         text = f"SmolLM2, repeat: {other} over dense"
         found.append(Claim(text, worse, dense, 1.5, paper, "nats"))
-    return found
+    return found + _byte_claims(results, paper)
+
+
+def _byte_claims(results: Sequence[Result], paper: str) -> list[Claim]:
+    """On what the repeat costs the small model more than dense attention."""
+
+    def loss(name: str) -> float:
+        return mean(results, f"bytes, {name}") - mean(results, "bytes, dense")
+
+    quarter = loss("qk d/4")
+    return [
+        Claim(f"bytes: loss by qk, d/4, {text}", quarter, most, 0, paper, "nats", False)
+        for text, most in (
+            ("to 0.65 of random channels'", 0.65 * loss("random channels")),
+            ("to 0.3 of sinks and recent keys'", 0.3 * loss("sinks and recent")),
+        )
+    ] + [Claim("bytes: loss by qk, d/2", loss("qk d/2"), 0.1, 0, paper, "nats", False)]
 
 
 def _selector(order: ChannelOrder, factor: int, **options: Any) -> DoubleSparsitySelector:
@@ -182,25 +206,59 @@ def _nats(seed: int) -> dict[str, float]:
     ways["sinks and recent"] = _Recent(SINK, TOKENS - SINK)
     metrics = {}
     for name, selector in ways.items():
-        if selector is not None:
-            attach(model, selector)
-        try:
-            nats = passage_nats(model, *prompts)
-        finally:
-            detach(model)
+        nats = _read(model, selector, prompts)
         metrics[f"plain, {name}"], metrics[f"repeat, {name}"] = nats
     return metrics
 
 
+def _read(model: nn.Module, selector: Any, prompts: tuple[Tensor, Tensor]) -> PassageNats:
+    if selector is not None:
+        attach(model, selector)
+    try:
+        return passage_nats(model, *prompts)
+    finally:
+        detach(model)
+
+
 class _Recent(AShapeSelector):
-    """First and nearest keys, except in the first two layers."""
+    """First and nearest keys, except in the first layers."""
 
     slug = "recent"
+    dense = 2
 
     def plan_prefill(self, ctx: AttentionContext) -> Any:
-        from aerogel.attention import DensePlan
+        return DensePlan() if ctx.layer_idx < self.dense else super().plan_prefill(ctx)
 
-        return DensePlan() if ctx.layer_idx < 2 else super().plan_prefill(ctx)
+
+def _bytes(seed: int) -> dict[str, float]:
+    model, order = _byte_model()
+    heads, dim = order.layers[0].shape
+    drawn = _random_order(len(order.layers), heads, dim, seed)
+    chosen = _selector(drawn, 4, heavy_tokens=BYTES_READ, dense_layers=(0,))
+    nats = _read(model, chosen, tiny_lm.held_out())
+    return _bytes_anyway() | {"bytes, random channels": nats.repeat}
+
+
+@lru_cache(maxsize=1)
+def _bytes_anyway() -> dict[str, float]:
+    """What no seed changes."""
+    model, order = _byte_model()
+    options = {"heavy_tokens": BYTES_READ, "dense_layers": (0,)}
+    ways: dict[str, Any] = {
+        f"qk d/{factor}": _selector(order, factor, **options) for factor in (1, 2, 4)
+    }
+    ways |= {"dense": None, "sinks and recent": _Recent(SINK, BYTES_READ - SINK)}
+    ways["sinks and recent"].dense = 1
+    prompts = tiny_lm.held_out()
+    return {f"bytes, {name}": _read(model, way, prompts).repeat for name, way in ways.items()}
+
+
+@lru_cache(maxsize=1)
+def _byte_model() -> tuple[nn.Module, ChannelOrder]:
+    model, draw = tiny_lm.load(), torch.Generator().manual_seed(0)
+    text = load_source_text().train
+    windows = recall.draw_windows(text, BYTE_WINDOWS, tiny_lm.LENGTH, draw)
+    return model, calibrate_channels(model, windows.split(4), "qk", share_group=False)
 
 
 @lru_cache(maxsize=1)
@@ -220,7 +278,7 @@ def _times() -> dict[str, float]:
         shape = AttentionShape(1, 8, 8, 1, length, causal=True)
         for bits, run_of in ((16, 1), (16, 16), (4, 1)):
             selector = DoubleSparsitySelector(
-                order, tokens, label_bits=bits, run=run_of, dense_layers=()
+                order, tokens, label_bits=bits, run=run_of, dense_layers=(), dense_when_short=False
             )
             layer = LabelCacheLayer(selector)
             layer.update(k, v)
@@ -231,8 +289,7 @@ def _times() -> dict[str, float]:
                 begin = time.perf_counter()
                 scaled_dot_product_attention(q, k, v)
                 middle = time.perf_counter()
-                plan = select(selector, ctx)
-                attend(q, layer.keys, layer.values, plan=plan, causal=True, validate=False)
+                selector.attention(ctx)
                 dense.append(middle - begin)
                 sparse.append(time.perf_counter() - middle)
             name = f"speed-up at {length}, labels of {bits} bits, runs of {run_of}"

@@ -9,6 +9,11 @@ window and the starts.
 Second part: digits of 64 tokens, one bidirectional layer of 4 heads trained from scratch,
 classified from the mean token: 8 clusters of 16 against blocks of 16 tokens. The logits of routing
 heads are unscaled, as the authors' code has them.
+
+Third part: byte models of two layers of 4 heads and width 64, trained for as many steps on 512
+bytes each whose last 64 to 128 repeat an earlier passage, of Python's own source. All heads read
+the 33 to 64 last bytes, or two of each layer route among 8 clusters, as many pairs in all. Scored
+on held-out text, on the repeated part, and before it.
 """
 
 from __future__ import annotations
@@ -33,14 +38,22 @@ from aerogel.attention import (
 )
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.attention.routing_transformer import RoutingSelector
+from aerogel.data import recall
+from aerogel.data.source_text import load_source_text
+from aerogel.models.routing_transformer import RoutingTransformerLM
 from aerogel.report.evidence import Claim, Result, as_script, mean
 from digit_tokens import WIDTH, accuracy
+from short_text import VOCAB, nats, train
 
 SLUG = "routing-transformer"
 SEEDS = (0, 1, 2)
 
 LENGTH, CLUSTERS, WINDOW, FAR = 512, 16, 32, 32
 DIGIT_CLUSTERS, DIGIT_WINDOW, HEADS, EPOCHS = 8, 16, 4, 25
+BYTES, PASSAGE, DEPTH, BYTE_CLUSTERS, STEPS, RATE, BATCH, SCORED = (
+    512, (64, 128), 2, 8, 300, 5e-3, 2, 32,
+)  # fmt: skip
+LOCAL_BLOCK, BYTE_WINDOW = 32, 76  # 24 and 23 thousand pairs a head
 
 
 def run(seed: int) -> Result:
@@ -54,9 +67,10 @@ def run(seed: int) -> Result:
     local = partial(SparseSelfAttention, WIDTH, HEADS, selector=_blocks, causal=False)
     metrics["digits, routing, %"] = accuracy(routing, "mean", EPOCHS, seed)
     metrics["digits, blocks, %"] = accuracy(local, "mean", EPOCHS, seed)
+    metrics |= _text(seed)
     notes = (
         f"Far: keys more than {FAR} positions away. All layers and heads of one window a seed.",
-        "Not repeated here: training on text, where the paper measures perplexity.",
+        f"Text: nats a byte after {STEPS} steps of {BATCH} sequences.",
     )
     return Result(SLUG, seed, metrics, time.perf_counter() - started, notes)
 
@@ -77,8 +91,17 @@ def claims(results: Sequence[Result]) -> list[Claim]:
             ours=mean(results, "digits, routing, %"),
             baseline=mean(results, "digits, blocks, %"),
             threshold=0.0,
-            paper="WikiText-103: perplexity 15.8 against 18.3; ImageNet-64: 3.43 against 3.44",
+            paper="ImageNet-64: 3.43 bits a dimension against 3.44",
             unit="%",
+        ),
+        Claim(
+            text="text: nats on a repeated passage, routing heads 0.1 below local heads alone",
+            ours=mean(results, "text, routing, repeat"),
+            baseline=mean(results, "text, local, repeat"),
+            threshold=0.1,
+            paper="WikiText-103: perplexity 15.8 against 18.3",
+            unit="nats",
+            higher_is_better=False,
         ),
     ]
 
@@ -86,6 +109,29 @@ def claims(results: Sequence[Result]) -> list[Claim]:
 def _blocks(q: Tensor, k: Tensor, **_: Any) -> BlockPlan:
     blocks = torch.eye(q.shape[2] // DIGIT_WINDOW, dtype=torch.bool)
     return BlockPlan.from_mask(blocks[None, None], DIGIT_WINDOW, DIGIT_WINDOW)
+
+
+def _text(seed: int) -> dict[str, float]:
+    text = load_source_text()
+
+    def passages(source: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        return recall.repeat_passage(recall.draw_windows(source, count, BYTES, draw), PASSAGE, draw)
+
+    def batch(draw: torch.Generator) -> recall.Weighted:
+        return recall.weigh(*passages(text.train, BATCH, draw), 2.0, 1.0)
+
+    ids, repeated = passages(text.held_out, SCORED, torch.Generator().manual_seed(1))
+    found = {}
+    for name, local in (("local", HEADS), ("routing", HEADS // 2)):
+        torch.manual_seed(seed)
+        model = RoutingTransformerLM(
+            VOCAB, WIDTH, DEPTH, BYTES, HEADS, local, BYTE_CLUSTERS, BYTE_WINDOW,
+            local_window=LOCAL_BLOCK,
+        )  # fmt: skip
+        losses = nats(train(model, batch, STEPS, RATE, seed), ids)
+        found[f"text, {name}, repeat"] = float(losses[repeated[:, 1:]].mean())
+        found[f"text, {name}, plain"] = float(losses[~repeated[:, 1:]].mean())
+    return found
 
 
 @torch.no_grad()

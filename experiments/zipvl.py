@@ -160,7 +160,7 @@ def _smaller(
             cache = AerogelCache(model.decoder)
             tokens = model.tokens(samples[0][number : number + 1], samples[1][number : number + 1])
             model.decoder(inputs_embeds=tokens[:, :-1], past_key_values=cache)
-            used += sum(layer.nbytes() for layer in cache.layers)
+            used += cache.nbytes()
     finally:
         detach(model.decoder)
     dense = 2 * mosaic.VISUAL * mosaic.WIDTH * mosaic.LAYERS * FP16

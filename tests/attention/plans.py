@@ -92,8 +92,11 @@ def random_groups(
     return GroupPlan(q_idx, kv_idx, reduce)
 
 
-def random_tokens(shape: AttentionShape, draw: torch.Generator, side: str) -> TokenPlan:
-    return TokenPlan.from_mask(coin(draw, 0.5, shape.batch, shape.k_len), side)
+def random_tokens(
+    shape: AttentionShape, draw: torch.Generator, side: str, per_head: bool = False
+) -> TokenPlan:
+    heads = (shape.kv_heads,) * per_head
+    return TokenPlan.from_mask(coin(draw, 0.5, shape.batch, *heads, shape.k_len), side)
 
 
 def random_mix(shape: AttentionShape, draw: torch.Generator) -> HeadMixPlan:

@@ -209,6 +209,17 @@ def test_pooling_leaves_padding_out(how):
     assert pool(x, 2, how, real).flatten().tolist() == want
 
 
+def test_positive_parts_may_be_pooled():
+    q, k, v = tensors(8, 1, 1)
+    found = selector("fixed", relu=True).summarise(q, k, v, 4, 0.5)
+    torch.testing.assert_close(found.k, k.relu().unflatten(2, (2, 4)).amax(3))
+    top = q.relu().unflatten(2, (2, 4)).amax(3)
+    for run in range(2):
+        span = slice(4 * run, 4 * run + 4)
+        weights = (top[:, 0, run, None] @ k[:, 0, span].transpose(1, 2) * 0.5).softmax(-1)
+        torch.testing.assert_close(found.v[:, 0, run, None], weights @ v[:, 0, span])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropout_acts_inside_summaries_too(variant):
     q, k, v = tensors(24)
@@ -333,6 +344,18 @@ def test_it_generates_from_a_cache_what_it_generates_without(variant):
     beams = {**options, "num_beams": 3}
     with_cache = model.generate(ids, past_key_values=AerogelCache(model), **beams)
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **beams))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_knows_sinks_and_names_what_it_does_not_know(variant):
+    chosen, sink = selector(variant), torch.randn(4)
+    layer = chosen.cache_layer(0, 2)
+    q, k, v = tensors(14)
+    layer.update(k, v)
+    want = output(chosen, q, k, v, sink_logit=sink)
+    torch.testing.assert_close(layer.attend(q, k, v, sink_logit=sink), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"window, softcap, dropout_p: .* CombinerCacheLayer"):
+        layer.attend(q, k, v, window=3, softcap=1.0, dropout_p=0.1)
 
 
 def test_a_model_trained_densely_is_refused():

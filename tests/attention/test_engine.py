@@ -264,13 +264,17 @@ def test_uncovered_queries_are_zero_or_an_error():
         attend(q, k, v, plan=GroupPlan(idx, idx, uncovered="error"))
 
 
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("side", ["keys", "queries", "both"])
-def test_token_plans_restrict_their_side(side):
+def test_token_plans_restrict_their_side(side, per_head):
     shape = AttentionShape(2, 4, 2, 30, 30, causal=True)
-    plan = make.random_tokens(shape, torch.Generator().manual_seed(2), side)
+    plan = make.random_tokens(shape, torch.Generator().manual_seed(2), side, per_head)
     q, k, v = make.tensors(shape)
-    o, _ = oracle(q, k, v, plan.to_dense_mask(shape))
-    close(attend(q, k, v, plan=plan, causal=True), o)
+    padding = torch.arange(30) >= torch.tensor([[0], [7]])
+    o, lse = oracle(q, k, v, plan.to_dense_mask(shape) & padding[:, None, None])
+    out = attend(q, k, v, plan=plan, causal=True, key_padding=padding, return_lse=True)
+    close(out.output, o)
+    close(out.lse, lse)
 
 
 def test_mixing_gathered_and_ranged_heads():

@@ -70,6 +70,7 @@ def test_density_counts_the_pairs_of_the_mask(shape, seed):
     plans["groups"] = make.random_groups(shape, draw, shape.batch, shape.q_heads, "scatter")
     if shape.q_len == shape.k_len:
         plans["tokens"] = make.random_tokens(shape, draw, "both")
+        plans["tokens per head"] = make.random_tokens(shape, draw, "keys", per_head=True)
     for name, plan in plans.items():
         inner, mask = plan.shaped(shape), plan.to_dense_mask(shape)
         assert torch.equal(plan.row_counts(shape), mask.sum(-1)), name
@@ -245,6 +246,8 @@ def _key_list(keys, ptr=(0, 2)):
         (_key_list([1, 2], (0, 1)), "row starts"),
         (GroupPlan(torch.zeros(1, 1, 1, 1).int(), torch.tensor([[[[0, 0]]]]).int()), "twice"),
         (TokenPlan(torch.tensor([[1, 0]]).int(), torch.tensor([2])), "ascending"),
+        (TokenPlan(torch.tensor([[0, 1]]).int(), torch.tensor([3])), "at most 2"),
+        (TokenPlan(torch.zeros(1, 3, 1).int(), torch.ones(1, 3).long()), "3 heads"),
         (HeadMixPlan.of({(0,): DensePlan()}), "heads"),
     ],
 )

@@ -73,6 +73,35 @@ def test_a_token_gets_the_mean_over_its_clusters(mask_self):
             torch.testing.assert_close(out[0, head, token], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_ranks_in_a_cluster_add_learned_vectors_to_keys_and_values(causal):
+    """As the authors' code: row a and column b of a cluster take entry b - a, within limits."""
+    layer = RoutingAttention(
+        32, 2, 0, 4, 8, causal=causal, share_qk=True, rel_pos="cluster", max_relative_position=3
+    ).eval()
+    x = torch.randn(1, 20, 32)
+    q, v = (t(x).unflatten(-1, (2, 16)).transpose(1, 2) for t in (layer.query, layer.value))
+    q = layer.selector.kmeans.normalise(q)
+    near = layer.selector.kmeans.similarity(q)[0]
+    want = torch.zeros(2, 20, 16)
+    for head in range(2):
+        total, count = torch.zeros(20, 16), torch.zeros(20, 1)
+        for cluster in range(4):
+            group = near[head, :, cluster].topk(8).indices.sort().values
+            for a, token in enumerate(group):
+                row = (torch.arange(8) - a).clamp(-3, 3) + 3
+                logits = (q[0, head, group] + layer.ranks[0][row]) @ q[0, head, token] * 0.25
+                if causal:
+                    logits[a + 1 :] = -torch.inf
+                total[token] += logits.softmax(-1) @ (v[0, head, group] + layer.ranks[1][row])
+                count[token] += 1
+        want[head] = total / count.clamp(min=1)
+    want = layer.out(want.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(layer(x)[0], want, rtol=1e-4, atol=1e-5)
+    layer.train()(x).square().sum().backward()
+    assert all(bool(table.any()) for table in layer.ranks.grad)
+
+
 def test_the_order_of_centroids_changes_nothing():
     ctx, selector = context(), RoutingSelector(2, 4, 16)
     before = routed(selector, ctx)
@@ -183,11 +212,19 @@ def test_lloyd_start_is_as_good_as_scikit_learn():
     assert nearest.shape == (1, 1, 300)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("norm", ["layernorm", "l2"])
-def test_decoding_is_prefill_with_causal_selection(share, norm):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_qk": True},
+        {"share_qk": False, "norm": "l2"},
+        {"share_qk": True, "norm": "l2"},
+        {"share_qk": False},
+        {"rel_pos": "cluster", "max_relative_position": 2},
+    ],
+)
+def test_decoding_is_prefill_with_causal_selection(options):
     model = RoutingTransformerLM(
-        50, 32, 2, 40, 4, 2, 4, 6, local_window=8, share_qk=share, causal_selection=True, norm=norm
+        50, 32, 2, 40, 4, 2, 4, 6, local_window=8, causal_selection=True, **options
     ).eval()
     ids = torch.randint(50, (2, 24))
     with torch.no_grad():
@@ -237,6 +274,19 @@ def test_state_survives_saving():
         (lambda: RoutingSelector(2, 4, 16, 0), "window=0"),
         (lambda: RoutingSelector(2, 6, 16, routing="hash"), "num_clusters=6"),
         (lambda: RoutingAttention(32, 2, 3, 4), "num_local_heads=3"),
+        (lambda: RoutingAttention(32, 2, 0, 4, rel_pos="sines"), "rel_pos='sines'"),
+        (lambda: RoutingAttention(32, 2, 0, 4, rel_pos="cluster", share_qk=False), "in time"),
+        (lambda: RoutingAttention(32, 2, 0, 4, rel_pos="cluster", num_mem_kv=1), "num_mem_kv=1"),
+        (
+            lambda: RoutingAttention(32, 2, 0, 4, rel_pos="cluster", max_relative_position=0),
+            "max_relative_position=0",
+        ),
+        (
+            lambda: RoutingAttention(32, 2, 0, 4, causal=False, rel_pos="cluster")(
+                torch.ones(1, 8, 32), torch.ones(1, 8, 32)
+            ),
+            "rel_pos='cluster'",
+        ),
         (lambda: RoutingAttention(30, 4, 2, 4), "d_model=30"),
         (
             lambda: RoutingAttention(32, 2, 0, 4)(torch.ones(1, 8, 32), torch.ones(1, 8, 32)),

@@ -104,6 +104,22 @@ def test_tiles_hold_the_pairs_of_the_plan_and_each_once(name):
         torch.testing.assert_close(tiled.weighted(ours, v), listed.weighted(theirs, v))
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_keys_may_be_chosen_by_some_channels(heads):
+    q, k, _ = drawn()
+    draw = torch.Generator().manual_seed(0)
+    channels = torch.rand(heads, 16, generator=draw).argsort(-1)[:, :5]
+    mask = TopKSupport(9, channels).plan(q, k, SHAPE).to_dense_mask(SHAPE)
+    for h in range(4):
+        own = channels[h * heads // 4]
+        scores = q[:, h][..., own] @ k[:, h // 2][..., own].transpose(-1, -2)
+        want = torch.zeros(2, 100, 100, dtype=torch.bool)
+        want.scatter_(-1, scores.topk(9).indices, True)
+        assert torch.equal(mask[:, h], want)
+    with pytest.raises(ValueError, match="channels: 3 heads"):
+        TopKSupport(9, channels[:1].expand(3, -1)).plan(q, k, SHAPE)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_support_of_everything_is_exact_attention(causal):
     q, k, v = drawn(dtype=torch.float32)

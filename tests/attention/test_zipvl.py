@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import prompts, tiny
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aerogel.attention import (
     AttentionContext,
@@ -289,6 +290,156 @@ def test_a_model_generates_with_its_mixed_cache():
     handle.remove()
     model.set_attn_implementation("aerogel:zipvl")
     model.generate(ids, **options)
+
+
+def test_every_key_head_may_choose_for_itself():
+    padding = torch.arange(120) >= torch.tensor([[0], [30]])
+    ctx = context(padding=padding, sharp=3.0)
+    selector = ZipVLSelector(0.7, per_kv_head=True)
+    plan = selector.plan_prefill(ctx)
+    plan.validate(ctx.shape)
+    assert selector.ratios[0] == pytest.approx(
+        float((plan.count / torch.tensor([[120], [90]])).mean())
+    )
+    mask = torch.zeros(2, 2, 120, dtype=torch.bool)
+    for head in range(2):
+        q, k, v = ctx.q[:, 2 * head : 2 * head + 2], ctx.k[:, head : head + 1], ctx.v[:, :1]
+        alone = AttentionContext(
+            q, k, v, AttentionShape.of(q, k, causal=True), 0.25, key_padding=padding
+        )
+        want = ZipVLSelector(0.7).plan_prefill(alone)
+        assert torch.equal(plan.count[:, head], want.count)
+        for b in range(2):
+            chosen = want.index[b, : want.count[b]].long()
+            assert torch.equal(plan.index[b, head, : want.count[b]].long(), chosen)
+            mask[b, head, chosen] = True
+    assert not torch.equal(mask[:, 0], mask[:, 1])
+    wide = mask.repeat_interleave(2, 1)
+    pairs = wide[..., None] & wide[:, :, None] & ctx.shape.causal_mask()
+    got = attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True, key_padding=padding)
+    want = attend(ctx.q, ctx.k, ctx.v, plan=KeyListPlan.from_bitmask(pairs), backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_by_key_heads_evicts_for_each():
+    selector = ZipVLSelector(0.5, per_kv_head=True)
+    options = {"bits_important": 16, "kv": "evict", "per_kv_head": True}
+    layer = MixedPrecisionCacheLayer(selector.plan_prefill, **options)
+    ctx = context(length=80, sharp=3.0)
+    plan = selector.plan_prefill(ctx)
+    layer.update(ctx.k, ctx.v)
+    got = layer.attend(ctx.q, ctx.k, ctx.v, scale=0.25)
+    torch.testing.assert_close(got, attend(ctx.q, ctx.k, ctx.v, plan=plan, causal=True))
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    q, k, v = make.tensors(AttentionShape(2, 4, 2, 1, 1), seed=9)
+    layer.update(k, v)
+    keys, values = (torch.cat([a.flip(0), b], 2) for a, b in ((ctx.k, k), (ctx.v, v)))
+    mask = torch.zeros(2, 2, 81, dtype=torch.bool)
+    for b in range(2):
+        for head in range(2):
+            mask[b, head, plan.index[1 - b, head, : plan.count[1 - b, head]].long()] = True
+    mask[..., -1] = True
+    want = scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask.repeat_interleave(2, 1)[:, :, None], enable_gqa=True
+    )
+    torch.testing.assert_close(layer.attend(q, k, v), want, rtol=1e-5, atol=1e-5)
+
+
+def seeing():
+    """A tiny vision-language model, a prompt with 16 places for its picture, and the picture."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        image_size=28, patch_size=7, projection_dim=32,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=tiny("Llama").config, image_token_index=62,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 60, (2, 24))
+    ids[:, 2:18] = 62
+    return model, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def test_a_vision_language_model_reads_pictures_with_its_tower_untouched():
+    model, inputs = seeing()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    want = model.generate(**inputs, **options)
+    handle = apply_zipvl(model, 1.0, bits_important=16, bits_other=16, stream_gap=3)
+    tower = model.config.vision_config._attn_implementation
+    assert "aerogel" not in tower
+    assert torch.equal(model.generate(**inputs, past_key_values=handle.cache(), **options), want)
+    assert handle.ratios == [1.0, 1.0]
+    handle.remove()
+    assert torch.equal(model.generate(**inputs, **options), want)
+    handle = apply_zipvl(model, 0.5, per_kv_head=True)
+    cache = handle.cache()
+    model.generate(**inputs, past_key_values=cache, **options)
+    assert all(0 < ratio < 0.8 for ratio in handle.ratios)
+    assert cache.get_seq_length() == 29
+
+
+def test_a_dense_prompt_may_be_stored_by_importance():
+    model = tiny("Llama")
+    ids, mask = prompts()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+        handle = apply_zipvl(model, 0.5, sparse_prompt=False)
+        cache = handle.cache()
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+        alone = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[real], want[real], rtol=1e-4, atol=1e-5)
+    assert {s.keys.bits for s in cache.layers[0].segments} == {2, 4}
+    assert all(0 < ratio < 0.8 for ratio in handle.ratios)
+    assert cache.nbytes() == sum(layer.nbytes() for layer in cache.layers) > 0
+
+
+def test_costs_count_the_probing_rows():
+    ctx = context(1, 100, sharp=3.0)
+    selector = ZipVLSelector(0.6)
+    count = int(selector.plan_prefill(ctx).count)
+    rows = probe_rows(100)
+    assert len(rows) == 10
+    pairs = count * (count + 1) / 2 + float((rows + 1).sum())
+    assert selector.costs[0] == pytest.approx(pairs / 5050)
+    assert selector.ratios[0] == count / 100
+
+
+def test_no_matrix_of_all_rows_and_keys_is_made():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for each in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(each, torch.Tensor):
+                    self.numbers = max(self.numbers, each.numel())
+            return out
+
+    ctx = context(1, 3000)
+    with Largest() as seen:
+        ZipVLSelector(0.9).plan_prefill(ctx)
+    assert seen.numbers <= 256 * 3000
+
+
+def test_a_stream_is_chosen_under_the_soft_cap():
+    """By hand: capped logits are nearly alike, so 0.85 of the weight is that of nine in ten."""
+    layer = MixedPrecisionCacheLayer(stream_gap=10, tau=0.85)
+    k = torch.randn(1, 2, 10, 16) * 10
+    q = torch.randn(1, 4, 1, 16) * 10
+    layer.update(k[:, :, :1], k[:, :, :1])
+    layer.attend(q, k[:, :, :1], k[:, :, :1], softcap=0.1)
+    for i in range(10):
+        new = k[:, :, i : i + 1]
+        layer.update(new, new)
+        layer.attend(q, new, new, softcap=0.1)
+    counts = {s.keys.bits: int((s.positions >= 0).sum()) for s in layer.segments[1:]}
+    assert counts == {4: 9, 2: 1}
 
 
 def test_first_layers_and_later_chunks_are_dense():

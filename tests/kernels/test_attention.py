@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import Case, cases, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 
 from aerogel import kernels
 from aerogel.kernels.attention import attention_forward
 from aerogel.kernels.attention_reference import attention_forward_reference
 
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def assert_forward_right(case: Case, threads: int = 1) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,28 +9,16 @@ import torch
 from attention_cases import Case, cases, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
-from aerogel import kernels
 from aerogel.kernels.attention import attention_backward, attention_forward
 from aerogel.kernels.attention_reference import (
     attention_backward_reference,
     attention_forward_reference,
 )
 
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def output_gradients(case: Case, lse: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
-from aerogel import kernels
 from aerogel.kernels.attention_codes import (
     CodedTokens,
     TokenCodes,
@@ -18,10 +16,6 @@ from aerogel.kernels.attention_codes import (
     pack_tokens,
 )
 
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
 SHAPES = (
     (1, 1, 1, 64, 64),
     (2, 2, 1, 24, 40),
@@ -29,14 +23,6 @@ SHAPES = (
     (1, 8, 3, 20, 8),
     (1, 16, 2, 4, 4),
 )
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_codes(

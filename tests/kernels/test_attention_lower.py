@@ -8,16 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
-from aerogel import kernels
 from aerogel.kernels.attention_call import AttentionCall
 from aerogel.kernels.attention_lower import TileStream, lower_ranges, lower_spans
 from aerogel.kernels.attention_reference import _by_position, _tile_of
-
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
 
 
 def pairs(stream: TileStream, shape: dict[str, Any], window_block: int = 1) -> Tensor:

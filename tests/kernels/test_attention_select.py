@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 
 from aerogel import kernels
 
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
+pytestmark = needs_native
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def labels_of(draw: torch.Generator, shape: tuple[int, int, int, int], bits: int, kind: int):
@@ -58,14 +46,11 @@ def test_chosen_keys_are_those_of_the_reference(seed, keys, width, bits, run, wi
     causal, keep_own, padded = flags
     padding = torch.rand(batch, keys, generator=draw) > 0.3 if padded else None
     offset = max(0, keys + late)
-    options = {"q_offset": offset, "causal": causal, "window": window, "keep_own": keep_own}
+    rule = kernels.KeyRule(count, run, offset, causal, window, keep_own)
     got, found = kernels.choose_by_labels(
-        query, labels, span, bits=bits, count=count, run=run, key_padding=padding,
-        threads=int(seed % 3) + 1, **options,
-    )  # fmt: skip
-    want, want_found = kernels.choose_by_labels_reference(
-        query, labels, span, bits, padding, offset, causal, window, keep_own, count, run
+        query, labels, span, rule=rule, bits=bits, key_padding=padding, threads=int(seed % 3) + 1
     )
+    want, want_found = kernels.choose_by_labels_reference(query, labels, span, bits, padding, rule)
     assert torch.equal(found, want_found)
     assert torch.equal(got, want)
     scores = kernels.label_scores(query, labels, span, bits=bits)
@@ -103,18 +88,19 @@ def test_pools_are_those_of_the_reference(length, dim, dtype):
 def test_labels_in_a_longer_buffer_are_read_in_place():
     buffer = torch.randn(2, 4, 100, 16)
     query = torch.randn(2, 4, 1, 16)
-    got = kernels.choose_by_labels(query, buffer[:, :, :77], count=9)
-    want = kernels.choose_by_labels(query, buffer[:, :, :77].clone(), count=9)
+    got = kernels.choose_by_labels(query, buffer[:, :, :77], rule=kernels.KeyRule(9))
+    want = kernels.choose_by_labels(query, buffer[:, :, :77].clone(), rule=kernels.KeyRule(9))
     assert all(map(torch.equal, got, want))
 
 
 def test_label_attention_is_attention_over_the_chosen_keys():
     q, k, v = (torch.randn(2, heads, n, 32) for heads, n in ((4, 2), (2, 90), (2, 90)))
-    keys, found = kernels.choose_by_labels(q[..., :8], k[..., :8].contiguous(), count=70)
+    labels, rule = k[..., :8].contiguous(), kernels.KeyRule(70)
+    keys, found = kernels.choose_by_labels(q[..., :8], labels, rule=rule)
     mask = torch.zeros(2, 4, 2, 91, dtype=torch.bool)
     real = torch.arange(70) < found[..., None]
     mask.scatter_(-1, torch.where(real, keys, 90).long(), True)
-    o, _ = kernels.label_attention(q, k, v, q[..., :8], k[..., :8].contiguous(), count=70)
+    o, _ = kernels.label_attention(q, k, v, q[..., :8], labels, rule=rule)
     want = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask[..., :90], enable_gqa=True
     )
@@ -124,7 +110,6 @@ def test_label_attention_is_attention_over_the_chosen_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 0}, "count=0"),
         ({"bits": 4}, "bits=4"),
         ({"labels": torch.randn(1, 3, 9, 8)}, "labels"),
         ({"key_padding": torch.ones(1, 8, dtype=torch.bool)}, "key_padding"),
@@ -132,6 +117,9 @@ def test_label_attention_is_attention_over_the_chosen_keys():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"query": torch.randn(1, 4, 1, 8), "labels": torch.randn(1, 2, 9, 8), "count": 2}
+    arguments = {"query": torch.randn(1, 4, 1, 8), "labels": torch.randn(1, 2, 9, 8)}
+    arguments["rule"] = kernels.KeyRule(2)
     with pytest.raises(ValueError, match=message):
         kernels.choose_by_labels(**{**arguments, **change})
+    with pytest.raises(ValueError, match="count=0"):
+        kernels.KeyRule(0)

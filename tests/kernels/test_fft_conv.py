@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, needs_native
 from torch import Tensor
 
 from aerogel import kernels
@@ -16,20 +15,8 @@ from aerogel.kernels import fft_conv_trainable as trainable
 from aerogel.kernels.fft_conv import check_conv, native_route
 from aerogel.kernels.fft_conv_plan import find_route, grid_size
 
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
 # Every outer step, part of a tile, several levels of splits, odd lengths.
 LENGTHS = (1, 5, 17, 255, 256, 300, 512, 700, 784, 1000, 1024, 1290, 1700, 2048, 4096, 6144)
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel import kernels
 from aerogel.kernels import BlockRowWeight, gemv, gemv_reference
 
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
+pytestmark = [needs_native, pytest.mark.usefixtures("instruction_set")]
 
-ISAS = kernels.available_isas() if kernels.native_available() else []
 BLOCKS = (1, 2, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SIZES = (1, 2, 3, 5, 8, 17, 31, 64, 67, 101, 300)
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_weight(rows: int, cols: int, density: float, seed: int) -> Tensor:

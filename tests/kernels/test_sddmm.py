@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel import kernels
@@ -20,19 +19,7 @@ from aerogel.kernels import (
 )
 from aerogel.kernels._library import native
 
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
 SIZES = (1, 2, 3, 5, 8, 13, 17, 31, 49, 64, 65, 130)
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_weight(rows: int, cols: int, density: float, block: int, seed: int = 0):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel import kernels
@@ -23,21 +22,10 @@ from aerogel.kernels import (
 )
 from aerogel.kernels._library import native
 
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
+pytestmark = [needs_native, pytest.mark.usefixtures("instruction_set")]
 
-ISAS = kernels.available_isas() if kernels.native_available() else []
 BLOCKS = (1, 2, 4)
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_kernel(out: int, per_group: int, kh: int, kw: int, density: float) -> Tensor:

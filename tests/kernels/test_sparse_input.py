@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
-from aerogel import kernels
 from aerogel.kernels import quantize_rows, sparse_input_linear, sparse_input_linear_reference
 
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
+pytestmark = [needs_native, pytest.mark.usefixtures("instruction_set")]
 
-ISAS = kernels.available_isas() if kernels.native_available() else []
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def transposed(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel import kernels
 from aerogel.kernels import BlockRowWeight, spmm, spmm_reference, spmm_variants
 from aerogel.kernels._library import native
 
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
+pytestmark = [needs_native, pytest.mark.usefixtures("instruction_set")]
 
-ISAS = kernels.available_isas() if kernels.native_available() else []
 BLOCKS = (1, 2, 4)
 SIZES = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 49, 64, 67, 101)
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_weight(rows: int, cols: int, density: float, seed: int) -> Tensor:

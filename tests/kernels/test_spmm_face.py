@@ -8,14 +8,11 @@ import sys
 
 import pytest
 import torch
+from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel import kernels
 from aerogel.kernels import BlockRowWeight, SpmmVariant, spmm, spmm_reference
-
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
 
 
 def weight_of(rows: int, cols: int, block: int = 1, dtype: torch.dtype = torch.float32):

@@ -28,21 +28,42 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None
     assert float((got.double() - expected.double()).abs().max()) <= tolerance * scale
 
 
-@pytest.mark.parametrize("length", [128, 500, 512, 1024])
-@pytest.mark.parametrize("algorithm", ["auto", "fft", "monarch", "hybrid", "overlap_save"])
-@pytest.mark.parametrize("gated", [False, True])
-def test_algorithms_agree_with_gradients(length: int, algorithm: str, gated: bool) -> None:
+@pytest.mark.parametrize("n", [256, 512, 1000, 1024, 4096, 6144, 16384])
+@pytest.mark.parametrize(
+    ("algorithm", "causal"),
+    [
+        *((name, True) for name in ("auto", "fft", "monarch", "hybrid", "overlap_save")),
+        *((name, False) for name in ("auto", "fft", "monarch", "hybrid")),
+    ],
+)
+def test_algorithms_agree_with_gradients(n: int, algorithm: str, causal: bool) -> None:
     torch.manual_seed(0)
-    shapes = [(2, 3, length), (3, length // 2)] + [(2, 3, length)] * 2 * gated
-    tensors = [torch.randn(shape) for shape in shapes]
-    dy, results = torch.randn(2, 3, length), []
-    for dtype, way in ((torch.float32, algorithm), (torch.float64, "fft")):
-        inputs = [t.to(dtype).requires_grad_() for t in tensors]
+    length = n // 2 if causal else n
+    shapes = [(1, 2, length), (2, length), (1, 2, length), (1, 2, length)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    dy = torch.randn(1, 2, length, dtype=torch.float64)
+
+    def computed(dtype: torch.dtype, way: str, count: int) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in tensors[:count]]
         gates = dict(zip(("pre_gate", "post_gate"), inputs[2:], strict=False))
-        y = fft_conv(*inputs[:2], algorithm=way, **gates)
-        results.append([y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))])
-    for got, expected in zip(*results, strict=True):
-        assert_close(got, expected)
+        y = fft_conv(*inputs[:2], n=n, causal=causal, algorithm=way, **gates)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))]
+
+    for count in (2, 3, 4):  # no gate, one, both
+        expected = computed(torch.float64, "fft", count)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            for got, want in zip(computed(dtype, algorithm, count), expected, strict=True):
+                assert_close(got, want, tolerance)
+
+
+def test_the_reference_is_the_sum_that_defines_the_convolution() -> None:
+    u, k = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(3, 40, dtype=torch.float64)
+    apart = torch.arange(40)[:, None] - torch.arange(40)
+    shifted = k[:, apart % 40]
+    circular = torch.einsum("bhj,hij->bhi", u, shifted)
+    causal = torch.einsum("bhj,hij->bhi", u, shifted * (apart >= 0))
+    assert_close(fft_conv(u, k, algorithm="fft", causal=False), circular, 1e-12)
+    assert_close(fft_conv(u, k, algorithm="fft"), causal, 1e-12)
 
 
 def test_module_is_causal_where_both_fit_and_circular_where_not() -> None:

@@ -123,3 +123,14 @@ class AerogelCache(Cache):
             wanted = None if state is None else state.selector.cache_layer(index, heads)
             layers.append(SelectorCacheLayer() if wanted is None else wanted)
         super().__init__(layers=layers)
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that all layers hold, in whatever form."""
+        layers: list[Any] = list(self.layers)
+        total = 0
+        for layer in layers:
+            if hasattr(layer, "nbytes"):
+                total += layer.nbytes()
+            elif layer.is_initialized and isinstance(layer.keys, Tensor):
+                total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+        return total

@@ -11,7 +11,8 @@ and regions together, so every position keeps a weight above zero at the cost of
 When to use it: training on long sequences where every earlier token may matter.
 Costs and buys: per query B / 2 tokens and L / (2 B) summaries ("fixed"), log2 L summaries
 ("logsparse"), or a row and a column ("axial"); it must be trained with it, as the maximum over keys
-means nothing to a model trained densely.
+means nothing to a model trained densely. Here 1,200 steps on text were too few for the summaries to
+show (docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class CombinerSelector(Selector):
         share_summary_over_group: pool queries over the heads of a group too.
         head_dim, key_heads, d_model: sizes, for the learned parts ("proj", `deepset`).
         deepset: pool learned maps of queries and keys (linear without bias, relu).
+        relu: pool the positive parts of queries and keys.
         dropout: of "proj", and of attention inside the summaries, in training.
 
     Raises:
@@ -90,6 +92,7 @@ class CombinerSelector(Selector):
         d_model: int | None = None,
         deepset: bool = False,
         dropout: float = 0.0,
+        relu: bool = False,
     ) -> None:
         super().__init__()
         for name, value, names in (
@@ -103,7 +106,7 @@ class CombinerSelector(Selector):
             raise ValueError(f"seg_len={seg_len}: expected at least 1, and 2 for 'mixture'")
         self.variant, self.seg_len, self.summary = variant, seg_len, summary
         self.row_summary, self.exclude_own = row_summary, exclude_own
-        self.share_summary_over_group = share_summary_over_group
+        self.share_summary_over_group, self.relu = share_summary_over_group, relu
         self.query_map = self.key_map = None
         if deepset:
             size = _known("head_dim", head_dim, "deepset")
@@ -129,6 +132,7 @@ class CombinerSelector(Selector):
             "row_summary": self.row_summary,
             "exclude_own": self.exclude_own,
             "share_summary_over_group": self.share_summary_over_group,
+            "relu": self.relu,
         }
 
     def on_attach(self, model: nn.Module) -> None:
@@ -169,7 +173,7 @@ class CombinerSelector(Selector):
         self, q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, real: Tensor | None = None
     ) -> Summaries:
         """Summaries of runs of `size` tokens by this selector's pooling and maps."""
-        maps = None
+        maps = (q.relu(), k.relu()) if self.relu else None
         if self.query_map is not None and self.key_map is not None:
             maps = (self.query_map(q).relu(), self.key_map(k).relu())
         return combiner_summary(

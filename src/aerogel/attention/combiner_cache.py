@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aerogel.attention.bank_plan import Bank, BankPlan
 from aerogel.attention.combiner import CombinerSelector
-from aerogel.attention.engine import attend
+from aerogel.attention.engine import attend_lse
 from aerogel.attention.plan import DensePlan
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
@@ -66,7 +66,7 @@ class CombinerCache:
 
 def attend_by_blocks(
     selector: CombinerSelector, cache: CombinerCache, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """New tokens of the variant "fixed", block by block; a block that is full becomes a summary.
 
     Args:
@@ -78,7 +78,7 @@ def attend_by_blocks(
         scale: factor of the logits.
 
     Returns:
-        (B, Hq, n, Dv).
+        o (B, Hq, n, Dv) and lse (B, Hq, n).
     """
     size, parts, begin = selector.seg_len, [], 0
     while begin < q.shape[2]:
@@ -89,18 +89,17 @@ def attend_by_blocks(
         if cache.finished is not None:
             banks.append(cache.finished.bank(DensePlan()))
         plan = BankPlan(tuple(banks))
-        out = attend(q[:, :, rows], block[1], block[2], plan=plan, scale=scale, causal=True)
-        assert isinstance(out, Tensor)
-        parts.append(out)
+        new = attend_lse(q[:, :, rows], block[1], block[2], plan=plan, scale=scale, causal=True)
+        parts.append(new)
         if block[0].shape[2] == size:
             cache.finish(selector.summarise(block[0], block[1], block[2], size, scale))
         begin = rows.stop
-    return torch.cat(parts, 2)
+    return _side_by_side(parts)
 
 
 def attend_by_spans(
     selector: CombinerSelector, cache: CombinerCache, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """New tokens of the variant "logsparse": a first prompt at once, later tokens one by one.
 
     Token t reads itself, token t - 1 if t is odd, and of every higher bit of t the summary of the
@@ -116,17 +115,16 @@ def attend_by_spans(
         scale: factor of the logits.
 
     Returns:
-        (B, Hq, n, Dv).
+        o (B, Hq, n, Dv) and lse (B, Hq, n).
     """
     if cache.tokens == 0:
         cache.append((q, k, v))
         ctx = AttentionContext(q, k, v, AttentionShape.of(q, k, causal=True), scale)
-        out = attend(q, k, v, plan=select(selector, ctx), scale=scale, causal=True)
-        assert isinstance(out, Tensor)
+        whole = attend_lse(q, k, v, plan=select(selector, ctx), scale=scale, causal=True)
         for level in range(1, cache.tokens.bit_length()):
             if cache.tokens >> level & 1:
                 _keep_span(selector, cache, level, scale)
-        return out
+        return whole
     parts = []
     for row in range(q.shape[2]):
         place, one = cache.tokens, slice(row, row + 1)
@@ -136,17 +134,22 @@ def attend_by_spans(
         if cache.spans:
             joined = [torch.cat([s[i] for s in cache.spans.values()], 2) for i in (0, 1)]  # type: ignore[misc]
             banks.append(Summaries(*joined).bank(DensePlan()))
-        out = attend(
+        new = attend_lse(
             q[:, :, one], raw[1][:, :, -near:], raw[2][:, :, -near:], plan=BankPlan(tuple(banks)),
             scale=scale, causal=True,
         )  # fmt: skip
-        assert isinstance(out, Tensor)
-        parts.append(out)
+        parts.append(new)
         born = ((place + 1) & ~place).bit_length() - 1
         cache.spans = {level: s for level, s in cache.spans.items() if level > born}
         if born:
             _keep_span(selector, cache, born, scale)
-    return torch.cat(parts, 2)
+    return _side_by_side(parts)
+
+
+def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(o, lse) of rows that follow each other."""
+    o, lse = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+    return o, lse
 
 
 def _keep_span(selector: CombinerSelector, cache: CombinerCache, level: int, scale: float) -> None:

@@ -5,20 +5,21 @@ Reference: Ren et al., arXiv 2107.05768. Needs transformers 5 or later.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.combiner import CombinerSelector
 from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.counted_cache import CountedCacheLayer
-from aerogel.attention.engine import attend
+from aerogel.attention.engine import attend_lse
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
 
 
-class CombinerCacheLayer(CountedCacheLayer):
+class CombinerCacheLayer(AttendingCache, CountedCacheLayer):
     """The variant "fixed" keeps one block of raw tokens and a summary of each block before.
 
     The other variants keep all raw tokens; "axial" and "mixture" attend anew for every step.
@@ -26,6 +27,9 @@ class CombinerCacheLayer(CountedCacheLayer):
     Args:
         selector: of the model.
     """
+
+    refused: ClassVar[tuple[str, ...]] = ("window", "softcap")
+    kept: ClassVar[str] = "summaries do not say what their tokens were"
 
     def __init__(self, selector: CombinerSelector) -> None:
         super().__init__()
@@ -57,52 +61,21 @@ class CombinerCacheLayer(CountedCacheLayer):
         self.seen += key_states.shape[2]
         return key_states, value_states
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-        dropout_p: float = 0.0,
-    ) -> Tensor:
-        """Attention after `update`: q (B, Hq, Lq, D), and the new k and v.
-
-        Raises:
-            ValueError: a sliding window, softcap, sink or dropout.
-        """
-        others = {"window": window, "softcap": softcap, "sink_logit": sink_logit}
-        given = [name for name, value in others.items() if value is not None]
-        if given or dropout_p:
-            raise ValueError(f"{given}, dropout_p={dropout_p}: expected none with Combiner's cache")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         if self.selector.variant == "fixed":
-            return attend_by_blocks(self.selector, self.state, q, k, v, scale)
+            return attend_by_blocks(self.selector, self.state, q, k, v, call.scale)
         if self.selector.variant == "logsparse":
-            return attend_by_spans(self.selector, self.state, q, k, v, scale)
+            return attend_by_spans(self.selector, self.state, q, k, v, call.scale)
         rows = q.shape[2]
         q, k, v = self.state.append((q, k, v))
-        ctx = AttentionContext(q, k, v, AttentionShape.of(q, k, causal=True), scale)
-        out = attend(q, k, v, plan=select(self.selector, ctx), scale=scale, causal=True)
-        assert isinstance(out, Tensor)
-        return out[:, :, -rows:]
+        ctx = AttentionContext(q, k, v, AttentionShape.of(q, k, causal=True), call.scale)
+        o, lse = attend_lse(q, k, v, plan=select(self.selector, ctx), scale=call.scale, causal=True)
+        return o[:, :, -rows:], lse[:, :, -rows:]
 
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
         self.seen, self.state = 0, CombinerCache()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """A summary does not say what its tokens were.
-
-        Raises:
-            ValueError: a token would have to be removed.
-        """
-        if tokens_to_remove:
-            raise ValueError("crop: summaries cannot give back the tokens they stand for")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""

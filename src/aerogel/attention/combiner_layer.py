@@ -97,9 +97,9 @@ class CombinerAttention(nn.Module):
         else:
             self._check_cache(cache, key_padding)
             if variant == "fixed":
-                out = attend_by_blocks(self.selector, cache, q, k, v, self.head_dim**-0.5)
+                out, _ = attend_by_blocks(self.selector, cache, q, k, v, self.head_dim**-0.5)
             elif variant == "logsparse":
-                out = attend_by_spans(self.selector, cache, q, k, v, self.head_dim**-0.5)
+                out, _ = attend_by_spans(self.selector, cache, q, k, v, self.head_dim**-0.5)
             else:
                 q, k, v, x_all = cache.append((q, k, v, x))
                 out = self._whole(q, k, v, x_all, None)[:, :, -x.shape[1] :]

@@ -16,6 +16,7 @@ bytes a token. Prompts stay dense.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from aerogel.attention.labels import LABEL_BITS, gather_channels, pack_labels, u
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.shape import AttentionShape
+from aerogel.kernels import KeyRule
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
 # What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how
@@ -107,6 +109,10 @@ class DoubleSparsitySelector(Selector):
                     f"group_factor={group_factor}: expected a divisor of {order.shape[1]}, the "
                     f"head width of layer {layer}"
                 )
+        if offload and heavy_tokens < 2:
+            raise ValueError(
+                f"heavy_tokens={heavy_tokens}: expected at least 2 with offload (one is the own)"
+            )
         if offload:
             self.needs = self.needs | {"next_layer"}  # type: ignore[misc]
         self.channels = channels
@@ -182,13 +188,20 @@ class DoubleSparsitySelector(Selector):
         return kernels.label_scores(query, side["label"], side.get("span"), bits=self.label_bits)
 
     def choose(
-        self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int, **rule: Any
+        self,
+        q: Tensor,
+        side: dict[str, Tensor],
+        layer: int,
+        kv_heads: int,
+        rule: KeyRule,
+        key_padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best keys of queries (B, Hq, Lq, D) by labels; see `kernels.choose_by_labels`."""
         query = self.query_labels(q, layer, kv_heads)
         return kernels.choose_by_labels(
-            query, side["label"], side.get("span"), bits=self.label_bits, **rule
-        )
+            query, side["label"], side.get("span"), rule=rule, bits=self.label_bits,
+            key_padding=key_padding,
+        )  # fmt: skip
 
     def on_append(self, ctx: AttentionContext) -> None:
         if self.is_dense(ctx.layer_idx) or not hasattr(ctx.cache_layer, "append_labels"):
@@ -236,12 +249,12 @@ class DoubleSparsitySelector(Selector):
             self.query_labels(ctx.q, ctx.layer_idx, ctx.shape.kv_heads),
             layer.side["label"],
             layer.side.get("span"),
+            rule=self._rule(ctx),
             bits=self.label_bits,
             key_padding=ctx.key_padding,
             scale=ctx.scale,
             softcap=options.get("softcap"),
             sink_logit=options.get("sink_logit"),
-            **self._rule(ctx),
         )[0]
 
     def _fuses(self, ctx: AttentionContext, options: dict[str, Any]) -> bool:
@@ -284,6 +297,7 @@ class DoubleSparsitySelector(Selector):
         if shape.k_len <= self.heavy_tokens:
             everything = torch.ones(1, 1, shape.q_len, shape.k_len, dtype=torch.bool)
             return KeyListPlan.from_bitmask((everything & shape.causal_mask()).to(ctx.q.device))
+        rule = self._rule(ctx)
         step = max(1, _SCORED // (shape.batch * shape.q_heads * shape.k_len))
         parts = [
             self.choose(
@@ -291,22 +305,17 @@ class DoubleSparsitySelector(Selector):
                 side,
                 ctx.layer_idx,
                 shape.kv_heads,
-                q_offset=shape.q_offset + begin,
-                causal=shape.causal,
-                key_padding=ctx.key_padding,
-                **self._rule(ctx),
+                replace(rule, q_offset=shape.q_offset + begin),
+                ctx.key_padding,
             )
             for begin in range(0, shape.q_len, step)
         ]
         keys, found = (torch.cat(part, 2) for part in zip(*parts, strict=True))
         return KeyListPlan.from_found(keys, found)
 
-    def _rule(self, ctx: AttentionContext) -> dict[str, Any]:
+    def _rule(self, ctx: AttentionContext) -> KeyRule:
         """How many keys a row reads, and which it may."""
         runs = min(self.heavy_tokens // self.run, -(-ctx.shape.k_len // self.run))
-        return {
-            "count": runs,
-            "run": self.run,
-            "window": ctx.window,
-            "keep_own": self.always_keep_last,
-        }
+        return KeyRule(
+            runs, self.run, ctx.shape.q_offset, ctx.shape.causal, ctx.window, self.always_keep_last
+        )

@@ -25,7 +25,13 @@ from aerogel.attention.primitives import plan_pairs, sddmm, spmm
 from aerogel.attention.reference import pooled_probabilities, reference_attention
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.softmax import accumulator, apply_sink, merge
-from aerogel.attention.token_plan import TokenPlan, gather_tokens, scatter_tokens
+from aerogel.attention.token_plan import (
+    TokenPlan,
+    batch_as_heads,
+    gather_tokens,
+    heads_as_batch,
+    scatter_tokens,
+)
 from aerogel.kernels import native_available, reference_mode
 
 Backend = Literal["auto", "native", "reference", "sdpa", "gather", "flex"]
@@ -284,12 +290,14 @@ def _is_dense_inside(call: Call, plan: TokenPlan) -> bool:
 
 def _tokens(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: TokenPlan) -> tuple[Tensor, Tensor]:
     """Gathers the tokens once, attends among them, puts the rows back."""
-    slots = plan.slots().expand(call.shape.batch, -1)
+    heads = plan.dims[1]
+    slots = plan.slots().expand(call.shape.batch, -1, -1).flatten(0, 1)
     real = slots >= 0
     if call.key_padding is not None:
-        real = real & call.key_padding.gather(1, slots.clamp(min=0).long())
-    q, k, v = (gather_tokens(t, slots[:, None]) for t in (q, k, v))
-    short = replace(call.shape, q_len=slots.shape[1], k_len=slots.shape[1], offset=None)
+        known = call.key_padding.repeat_interleave(heads, 0)
+        real = real & known.gather(1, slots.clamp(min=0).long())
+    q, k, v = (gather_tokens(heads_as_batch(t, heads), slots[:, None]) for t in (q, k, v))
+    short = AttentionShape.of(q, k, causal=call.shape.causal)
     padding = None if bool(real.all()) else real
     part = replace(call, plan=DensePlan(), shape=short, key_padding=padding)
     o, lse = _run(q, k, v, part, "auto", True)
@@ -298,7 +306,8 @@ def _tokens(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: TokenPlan) -> tup
     rows = scatter_tokens(o, index, call.shape.q_len)
     owner = lse.new_full((*lse.shape[:2], call.shape.q_len + 1), -torch.inf)
     place = torch.where(index < 0, call.shape.q_len, index).long().expand_as(lse)
-    return rows, owner.scatter(2, place, lse)[..., :-1]
+    lse = owner.scatter(2, place, lse)[..., :-1]
+    return batch_as_heads(rows, heads), batch_as_heads(lse, heads)
 
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: HeadMixPlan) -> tuple[Tensor, Tensor]:

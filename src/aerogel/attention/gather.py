@@ -79,17 +79,34 @@ def _groups(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: GroupPlan) -> tup
     values = gather_keys(v, kv_idx, shape.q_heads).unflatten(2, (n, w_k))
     mask = plan.group_mask(shape)
     mask = mask & _allowed(call, plan.q_idx[..., :, None].long(), plan.kv_idx[..., None, :].long())
-    o, lse, _ = masked_attention(
-        queries.unflatten(1, (shape.kv_heads, -1)),
+    queries = queries.unflatten(1, (shape.kv_heads, -1))
+    distance, bias = None, None
+    if plan.q_rank is not None and plan.rank_keys is not None:
+        distance = _heads(_distances(plan.q_rank, w_k, len(plan.rank_keys) // 2), call)
+        near = queries @ plan.rank_keys.to(queries.dtype).T
+        bias = near.gather(-1, distance.expand(*near.shape[:-1], -1)) * call.scale
+    o, lse, p = masked_attention(
+        queries,
         _heads(keys, call),
         _heads(values, call),
         _heads(mask, call),
         scale=call.scale,
         softcap=call.softcap,
+        bias=bias,
     )
+    if distance is not None and plan.rank_values is not None:
+        weight = p.new_zeros(*p.shape[:-1], len(plan.rank_values))
+        weight = weight.scatter_add(-1, distance.expand_as(p), p)
+        o = o + weight @ plan.rank_values.to(p.dtype)
     o, lse = o.flatten(1, 2).flatten(2, 3), lse.flatten(1, 2).flatten(2, 3)
     o, lse = _reduce(o, lse, call, plan)
     return o.to(q.dtype), lse
+
+
+def _distances(q_rank: Tensor, keys: int, most: int) -> Tensor:
+    """(Bp, Hp, N, Wq, Wk) int64 rows of the tables for the distance of every slot of keys."""
+    apart = torch.arange(keys, device=q_rank.device) - q_rank[..., None]
+    return apart.clamp(-most, most) + most
 
 
 def _reduce(o: Tensor, lse: Tensor, call: Call, plan: GroupPlan) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,11 @@ class GroupPlan(Plan):
             group.
         owner_slot: (Bp, Hp, q_len) int32, for "scatter": the slot ``n * Wq + w`` that writes row
             i; -1 = none. Default: the last slot that holds the row.
+        q_rank: (Bp, Hp, N, Wq) int64, with the two tables below: the slot among its group's keys at
+            which each query stands. A key in slot b is at the distance ``b - q_rank``.
+        rank_keys: (2 m + 1, D), learned, added to a group's keys by their distance from the query,
+            which counts as at most m to either side.
+        rank_values: (2 m + 1, Dv), the same for values.
     """
 
     q_idx: Tensor
@@ -35,6 +40,9 @@ class GroupPlan(Plan):
     uncovered: Literal["zero", "error"] = "zero"
     mask_self: bool = False
     owner_slot: Tensor | None = None
+    q_rank: Tensor | None = None
+    rank_keys: Tensor | None = None
+    rank_values: Tensor | None = None
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -58,6 +66,13 @@ class GroupPlan(Plan):
         ordered = self.kv_idx.sort(-1).values
         if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
             raise ValueError("kv_idx: expected no key twice in a group")
+        ranks = (self.q_rank, self.rank_keys, self.rank_values)
+        if any(t is None for t in ranks) and any(t is not None for t in ranks):
+            raise ValueError("q_rank, rank_keys, rank_values: expected all of them, or none")
+        if self.q_rank is not None and self.q_rank.shape != self.q_idx.shape:
+            raise ValueError(
+                f"q_rank: shape {tuple(self.q_rank.shape)}, expected {tuple(self.q_idx.shape)}"
+            )
         if self.uncovered == "error" and not bool(self.covered(shape).all()):
             raise ValueError("q_idx: some query rows are in no group, and uncovered='error'")
         for field, value, names in (

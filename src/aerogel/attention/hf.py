@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.engine import attend
-from aerogel.attention.hooks import LayerState, add_hooks, attention_layers, link_layers
+from aerogel.attention.hooks import (
+    LayerState,
+    add_hooks,
+    attention_layers,
+    link_layers,
+    text_decoder,
+)
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.selector import (
     ALIASES,
@@ -113,7 +119,7 @@ def attach(
     """Lets a selector choose what every attention layer of a model reads.
 
     Args:
-        model: a transformers model.
+        model: a transformers model; of a vision-language model, the text decoder is meant.
         selector: an instance, a name with `options`, or the path of a selector file.
         strict: a 4-D mask is an error instead of a warning and a slow path.
         options: of the named selector.
@@ -136,13 +142,14 @@ def attach(
         chosen = make_selector(slug, **(configured(slug, text) | options))
     else:
         chosen = load_selector(Path(selector), model)
-    layers = attention_layers(model)
+    decoder = text_decoder(model)
+    layers = attention_layers(decoder)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no attention layer with a layer_idx")
     chosen.on_attach(model)
-    before = getattr(model.config, "_attn_implementation", None)
+    before = getattr(decoder.config, "_attn_implementation", None)
     _know(chosen.slug)
-    model.set_attn_implementation(PREFIX + chosen.slug)  # type: ignore[operator]
+    decoder.set_attn_implementation(PREFIX + chosen.slug)  # type: ignore[operator]
     for module in layers:
         state = LayerState(chosen, int(module.layer_idx), strict, before)  # type: ignore[arg-type]
         add_hooks(module, state)
@@ -164,7 +171,7 @@ def detach(model: nn.Module) -> None:
         for handle in [] if state is None else state.handles:
             handle.remove()
     if states:
-        model.set_attn_implementation(states[0].implementation)  # type: ignore[operator]
+        text_decoder(model).set_attn_implementation(states[0].implementation)  # type: ignore[operator]
 
 
 def attached_layers(model: nn.Module) -> list[LayerState]:

@@ -50,6 +50,18 @@ class LayerState:
         self.cache = self.q_pre = self.k_pre = self.layer_input = None
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The part of a vision-language model that reads text; any other model itself."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return model
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return model
+    parts = (m for m in model.modules() if getattr(m, "config", None) is text)
+    return next((m for m in parts if hasattr(m, "set_attn_implementation")), model)
+
+
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """Modules that call an attention function of transformers."""
     return [

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.cache import SelectorCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import DensePlan, Plan
-from aerogel.attention.softmax import apply_sink
+from aerogel.kernels import KeyRule
 
 
 class Labeller(Protocol):
@@ -34,7 +35,13 @@ class Labeller(Protocol):
         """What is kept of keys (B, Hkv, L, D), by name: (B, heads, L, ...)."""
 
     def choose(
-        self, q: Tensor, side: dict[str, Tensor], layer: int, kv_heads: int, **rule: Any
+        self,
+        q: Tensor,
+        side: dict[str, Tensor],
+        layer: int,
+        kv_heads: int,
+        rule: KeyRule,
+        key_padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best keys of queries (B, Hq, Lq, D) by labels; see `kernels.choose_by_labels`."""
 
@@ -75,7 +82,7 @@ class FetchedRows(NamedTuple):
     values: Tensor
 
 
-class OffloadedCacheLayer(LabelCacheLayer):
+class OffloadedCacheLayer(AttendingCache, LabelCacheLayer):
     """All keys and values in slow memory, labels and the rows of one step in fast memory.
 
     While a layer works, the rows that the next one will want are chosen from a foretold query and
@@ -142,39 +149,21 @@ class OffloadedCacheLayer(LabelCacheLayer):
         padding = None
         if self.padded is not None:
             padding = torch.arange(length, device=query.device) >= self.padded[:, None]
+        rule = KeyRule(min(count, length), causal=False, keep_own=False)
         keys, found = selector.choose(
-            query, side, self.layer_idx, self.keys.shape[1], count=min(count, length),
-            causal=False, keep_own=False, key_padding=padding,
-        )  # fmt: skip
+            query, side, self.layer_idx, self.keys.shape[1], rule, padding
+        )
         keys, found = keys[:, :, 0].long(), found[:, :, 0]
         return keys.masked_fill(
             torch.arange(keys.shape[-1], device=keys.device) >= found[..., None], -1
         )
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-        dropout_p: float = 0.0,
-    ) -> Tensor:
-        """Attention after `update`: q (B, Hq, Lq, D), and the new k and v; options as `attend`.
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
+        """Prompts, dense layers and calls of several rows read the whole slow memory.
 
-        Prompts, dense layers and calls of several rows read the whole slow memory; a single row
-        reads the foretold rows and its own key. Without a foretold query it chooses by its own.
-
-        Raises:
-            ValueError: dropout, or a sliding window, which rows that were fetched do not know.
+        A single row reads the foretold rows and its own key. Without a foretold query it chooses
+        by its own.
         """
-        if dropout_p or window is not None:
-            raise ValueError(
-                f"dropout_p={dropout_p}, window={window}: expected neither with an offloaded cache"
-            )
         coming, self._coming = self._coming, None
         seen = self.get_seq_length()
         sparse = not self.selector.is_dense(self.layer_idx)
@@ -199,11 +188,10 @@ class OffloadedCacheLayer(LabelCacheLayer):
             fresh = self.selector.labels_of(k, self.layer_idx, q.shape[1])
             for name, part in fresh.items():
                 self.append_side(name, part)
-        o, lse = attend_lse(
-            q, keys, values, plan=plan, causal=causal, key_padding=padding, scale=scale,
-            softcap=softcap, validate=False,
+        return attend_lse(
+            q, keys, values, plan=plan, causal=causal, key_padding=padding, scale=call.scale,
+            softcap=call.softcap, validate=False,
         )  # fmt: skip
-        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
 
     def _rows(
         self, q: Tensor, seen: int, coming: tuple[int, Future[FetchedRows]] | None

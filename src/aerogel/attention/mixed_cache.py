@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.plan import DensePlan, Plan
@@ -21,8 +22,13 @@ from aerogel.attention.quantise import (
 )
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.softmax import apply_sink, merge
-from aerogel.attention.token_plan import TokenPlan, gather_tokens
+from aerogel.attention.softmax import merge
+from aerogel.attention.token_plan import (
+    TokenPlan,
+    batch_as_heads,
+    gather_tokens,
+    heads_as_batch,
+)
 from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
 
 Mode = Literal["quant", "evict"]
@@ -56,7 +62,7 @@ class Segment:
         return Segment(self.positions[index], keys, values)
 
 
-class MixedPrecisionCacheLayer(CountedCacheLayer):
+class MixedPrecisionCacheLayer(AttendingCache, CountedCacheLayer):
     """Keys and values in codes, and the last tokens as they came.
 
     A first prompt is attended to in full precision through `choose`, then stored: the tokens that
@@ -74,6 +80,10 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         kv: "quant" or "evict".
         layer_idx: of this layer.
         scale_dtype: type of ranges and channel factors.
+        per_kv_head: every key head has important tokens of its own: heads are batch elements in all
+            that is stored, and in what `choose` sees.
+        sparse_prompt: a first prompt attends by the plan; else densely, and the plan only says what
+            is stored in which bits (ZipCache).
 
     Attributes:
         segments: all stored tokens but the tail, oldest first.
@@ -82,6 +92,8 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
     Raises:
         ValueError: an option is out of range.
     """
+
+    kept: ClassVar[str] = "the codes of a segment share their ranges"
 
     def __init__(
         self,
@@ -93,12 +105,16 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         kv: Mode = "quant",
         layer_idx: int = 0,
         scale_dtype: torch.dtype = torch.float16,
+        per_kv_head: bool = False,
+        sparse_prompt: bool = True,
     ) -> None:
         super().__init__()
         check_cache_options(bits_important, bits_other, stream_gap, kv)
         self.choose, self.stream_gap, self.tau, self.kv = choose, stream_gap, tau, kv
         self.bits_important, self.bits_other = bits_important, bits_other
         self.layer_idx, self.scale_dtype = layer_idx, scale_dtype
+        self.per_kv_head, self._heads = per_kv_head, 1
+        self.sparse_prompt = sparse_prompt
         self.segments: list[Segment] = []
         self.coded = CodedTokens()
         self._mask: Tensor | None = None
@@ -117,45 +133,32 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends new tokens to the tail; returns the new tokens alone."""
+        self._heads = key_states.shape[1] if self.per_kv_head else 1
+        new = [heads_as_batch(t, self._heads) for t in (key_states, value_states)]
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], 2)
-        self.values = torch.cat([self.values, value_states], 2)
+            self.lazy_initialization(*new)
+        self.keys, self.values = (
+            torch.cat(pair, 2) for pair in zip((self.keys, self.values), new, strict=True)
+        )
         self.seen += key_states.shape[2]
         return key_states, value_states
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-        dropout_p: float = 0.0,
-    ) -> Tensor:
-        """Attention after `update`: q (B, Hq, Lq, D), the new k and v; options as `attend`.
-
-        Raises:
-            ValueError: dropout, a sliding window, or right padding.
-        """
-        if dropout_p or window is not None:
-            raise ValueError(f"dropout_p={dropout_p}, window={window}: expected 0 and None")
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         mask, self._mask = self._mask, None
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        heads = self._heads
+        q, k, v = (heads_as_batch(t, heads) for t in (q, k, v))
         if self.seen == k.shape[2]:
-            o, lse = self._prompt(q, k, v, mask, scale, softcap)
+            mask = None if mask is None else mask.repeat_interleave(heads, 0)
+            o, lse = self._prompt(q, k, v, mask, call)
         else:
-            o, lse = self._everything(q, scale, softcap)
+            o, lse = self._everything(q, call)
             while self.keys.shape[2] >= self.stream_gap:
-                self._stream(q, lse, scale)
-        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+                self._stream(q, lse, call)
+        return batch_as_heads(o, heads), batch_as_heads(lse, heads)
 
-    def _everything(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def _everything(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         """Attention over the tail and all segments."""
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
         parts = [attend_lse(q, self.keys, self.values, causal=True, **options)]
         for segment in self.segments:
             if isinstance(segment.keys, Tensor) and isinstance(segment.values, Tensor):
@@ -163,31 +166,27 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
                 pair = segment.keys, segment.values
                 parts.append(attend_lse(q, *pair, key_padding=real, **options))
         plain = parts[0] if len(parts) == 1 else merge(parts)
-        return self.coded.attend(q, scale=scale, softcap=softcap, prior=plain)
+        return self.coded.attend(q, **options, prior=plain)
 
     def _prompt(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: CacheCall
     ) -> tuple[Tensor, Tensor]:
         shape = AttentionShape.of(q, k, causal=True)
         context = AttentionContext(
-            q, k, v, shape, scale, layer_idx=self.layer_idx, key_padding=mask
+            q, k, v, shape, call.scale, layer_idx=self.layer_idx, key_padding=mask
         )
         with torch.no_grad():
             plan = DensePlan() if self.choose is None else self.choose(context)
         o, lse = attend_lse(
-            q, k, v, plan=plan, causal=True, scale=scale, softcap=softcap, key_padding=mask
-        )
+            q, k, v, plan=plan if self.sparse_prompt else DensePlan(), causal=True,
+            scale=call.scale, softcap=call.softcap, key_padding=mask,
+        )  # fmt: skip
         real = mask if mask is not None else k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
         important = real
         if isinstance(plan, TokenPlan):
             important = torch.zeros(k.shape[0], k.shape[2] + 1, dtype=torch.bool, device=k.device)
-            slots = torch.where(plan.slots() < 0, k.shape[2], plan.slots()).long()
+            slots = plan.slots()[:, 0]
+            slots = torch.where(slots < 0, k.shape[2], slots).long()
             important = important.scatter(1, slots, True)[:, :-1] & real
         self.store(important, real)
         return o, lse
@@ -221,7 +220,7 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
     def _segment(
         self, k: Tensor, v: Tensor, mask: Tensor, bits: int, channel: Tensor, first: int
     ) -> Segment:
-        slots = TokenPlan.from_mask(mask).slots()
+        slots = TokenPlan.from_mask(mask).slots()[:, 0]
         real = slots >= 0
         k, v = gather_tokens(k, slots[:, None]), gather_tokens(v, slots[:, None])
         positions = torch.where(real, slots + first, -1).int()
@@ -233,11 +232,13 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
             quantise_values(v, bits, channel, real, self.scale_dtype),
         )
 
-    def _stream(self, q: Tensor, lse: Tensor, scale: float) -> None:
+    def _stream(self, q: Tensor, lse: Tensor, call: CacheCall) -> None:
         """Codes the oldest `stream_gap` tokens of the tail by the last query's attention."""
         keys = self.keys[:, :, : self.stream_gap]
         row = q[:, :, -1:].float().unflatten(1, (keys.shape[1], -1))
-        logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * scale
+        logits = (row @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) * call.scale
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
         scores = torch.exp(logits - lse[:, :, -1:, None].float())[:, :, 0].mean(1)
         count = mass_budget(scores, self.tau)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
@@ -257,19 +258,11 @@ class MixedPrecisionCacheLayer(CountedCacheLayer):
         self.coded = CodedTokens()
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Codes of a segment share their ranges.
-
-        Raises:
-            ValueError: a token would have to be removed.
-        """
-        if tokens_to_remove:
-            raise ValueError("crop: tokens in codes cannot be removed one by one")
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some batch elements."""
         if self.is_initialized:
-            indices = indices.to(self.device)
+            lane = torch.arange(self._heads, device=self.device)
+            indices = (indices.to(self.device)[:, None] * self._heads + lane).flatten()
             self.keys, self.values = self.keys[indices], self.values[indices]
             chosen = [segment.select(indices) for segment in self.segments]
             self.segments, self.coded = [], CodedTokens()

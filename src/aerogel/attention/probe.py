@@ -84,4 +84,4 @@ def mass_budget(scores: Tensor, tau: float) -> Tensor:
     """
     if not 0 < tau <= 1:
         raise ValueError(f"tau={tau}: expected a share in (0, 1]")
-    return topk_mass(scores.double().float(), tau).sum(-1)
+    return topk_mass(scores, tau).sum(-1)

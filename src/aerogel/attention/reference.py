@@ -24,10 +24,12 @@ def reference_attention(
         o (B, Hq, Lq, Dv) in q's type, lse (B, Hq, Lq), probabilities (B, Hq, Lq, Lk).
 
     Raises:
-        ValueError: the plan has no mask (banks: they run one by one).
+        ValueError: the plan has no mask (banks: they run one by one), or knows ranks in groups.
     """
     if isinstance(call.plan, BankPlan):
         raise ValueError("BankPlan has no dense mask; `attend` runs its banks one by one")
+    if isinstance(call.plan, GroupPlan) and call.plan.q_rank is not None:
+        raise ValueError("backend='reference': a plan with q_rank runs on 'gather'")
     if isinstance(call.plan, GroupPlan) and call.plan.reduce == "mean":
         return _mean_of_groups(q, k, v, call, call.plan)
     shape = call.shape

@@ -21,6 +21,8 @@ from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
 
+REL_POS = ("rope", "rope_values", "cluster", "none")
+
 
 class RoutingAttention(nn.Module):
     """Self-attention of local and routing heads, or cross attention of routing heads.
@@ -38,7 +40,10 @@ class RoutingAttention(nn.Module):
             that no row is empty.
         causal: a token reads no later token.
         rel_pos: "rope" turns queries and keys by position before they are routed, "rope_values"
-            the values of routing heads too (as the PyTorch code by lucidrains), or "none".
+            the values of routing heads too (as the PyTorch code by lucidrains). "cluster" adds
+            learned vectors to the keys and values of routing heads, by how many tokens of the
+            cluster lie between (as the authors' code); local heads have "rope". Or "none".
+        max_relative_position: of "cluster"; what is further away counts as that far.
         scale: factor of the logits of routing heads, default ``head_dim ** -0.5``; the authors'
             code has 1.0 in effect.
         update: whether training steps move the centroids.
@@ -63,7 +68,8 @@ class RoutingAttention(nn.Module):
         share_qk: bool | None = None,
         num_mem_kv: int | None = None,
         causal: bool = True,
-        rel_pos: Literal["rope", "rope_values", "none"] = "rope",
+        rel_pos: Literal["rope", "rope_values", "cluster", "none"] = "rope",
+        max_relative_position: int = 128,
         scale: float | None = None,
         update: bool = True,
         bias: bool = False,
@@ -78,12 +84,14 @@ class RoutingAttention(nn.Module):
             )
         if local_window < 1:
             raise ValueError(f"local_window={local_window}: expected at least 1")
-        if rel_pos not in ("rope", "rope_values", "none"):
-            raise ValueError(f"rel_pos={rel_pos!r}: expected 'rope', 'rope_values' or 'none'")
+        if rel_pos not in REL_POS:
+            raise ValueError(f"rel_pos={rel_pos!r}: expected one of {REL_POS}")
         self.head_dim = d_model // num_heads
         if rel_pos != "none" and self.head_dim % 2:
             raise ValueError(f"head size {self.head_dim}: expected even for rel_pos={rel_pos!r}")
         share_qk = causal if share_qk is None else share_qk
+        if rel_pos == "cluster":
+            _check_ranks(max_relative_position, causal, share_qk, num_mem_kv)
         self.num_heads, self.num_local_heads = num_heads, num_local_heads
         self.local_window, self.share_qk, self.causal = local_window, share_qk, causal
         self.rel_pos, self.scale, self.update = rel_pos, scale, update
@@ -97,6 +105,10 @@ class RoutingAttention(nn.Module):
             num_mem_kv = int(causal and not share_qk)
         memory = (2, routed, num_clusters * num_mem_kv, self.head_dim)
         self.memory = nn.Parameter(torch.randn(memory) * 0.02) if num_mem_kv and routed else None
+        self.ranks: nn.Parameter | None = None
+        if rel_pos == "cluster" and routed:
+            table = torch.empty(2, 2 * max_relative_position + 1, self.head_dim)
+            self.ranks = nn.Parameter(nn.init.normal_(table, std=self.head_dim**-0.5))
         keys = num_local_heads if share_qk else num_heads
         self.query = nn.Linear(d_model, d_model, bias=bias)
         self.key = nn.Linear(d_model, keys * self.head_dim, bias=bias) if keys else None
@@ -123,7 +135,7 @@ class RoutingAttention(nn.Module):
             (batch, n, d_model).
 
         Raises:
-            ValueError: cross attention that is causal, shared, cached or has local heads.
+            ValueError: cross attention that is causal, shared, cached, or has local heads or ranks.
         """
         if context is not None:
             self._check_cross(cache)
@@ -131,15 +143,14 @@ class RoutingAttention(nn.Module):
         start = 0 if cache is None else int(cache.get_seq_length())
         local = self.num_local_heads
         q, v = self._split(self.query(x)), self._split(self.value(source))
-        rope = self.rel_pos != "none" and context is None
-        if rope:
-            q = turn(q, start)
-        if rope and self.rel_pos == "rope_values":
+        turned = 0 if context is not None else self._turned_heads()
+        q = _turn_first(q, turned, start)
+        if turned and self.rel_pos == "rope_values":
             v = torch.cat([v[:, :local], turn(v[:, local:], start)], 1)
         keys = []
         if self.key is not None:
             k = self._split(self.key(source))
-            keys.append(turn(k, start) if rope else k)
+            keys.append(_turn_first(k, turned, start))
         if self.share_qk:
             keys.append(q[:, local:])
         k = torch.cat(keys, 1)
@@ -177,6 +188,7 @@ class RoutingAttention(nn.Module):
             "share_qk": self.share_qk,
             "num_local_heads": self.num_local_heads,
             "cache": cache is not None,
+            "rel_pos='cluster'": self.rel_pos == "cluster",
         }
         given = [name for name, value in wrong.items() if value]
         if given:
@@ -222,6 +234,11 @@ class RoutingAttention(nn.Module):
         with torch.no_grad():
             plan = self.selector.plan_of(*similar, ctx)
         offset = shape.q_offset
+        if self.ranks is not None:
+            plan = replace(
+                plan, q_rank=self._ranks(plan, shape), rank_keys=self.ranks[0],
+                rank_values=self.ranks[1],
+            )  # fmt: skip
         if self.memory is not None:
             slots = self.memory.shape[2]
             plan = _with_memory(plan, slots, self.selector.kmeans.mu.shape[1])
@@ -238,6 +255,43 @@ class RoutingAttention(nn.Module):
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
+
+    def _turned_heads(self) -> int:
+        """So many first heads have rotary embedding."""
+        if self.rel_pos == "cluster":
+            return self.num_local_heads
+        return 0 if self.rel_pos == "none" else self.num_heads
+
+    def _ranks(self, plan: GroupPlan, shape: AttentionShape) -> Tensor:
+        """(B, H, N, Wq) the slot of every query among the keys of its group."""
+        assert self.selector is not None
+        if shape.q_offset or self.selector.causal_selection:  # a query is one of its group's keys
+            own = plan.kv_idx[..., None, :] == plan.q_idx[..., None] + shape.q_offset
+            return own.int().argmax(-1)
+        queries, keys = plan.q_idx.shape[3], plan.kv_idx.shape[3]
+        rank = torch.arange(queries, device=plan.q_idx.device) + keys - queries
+        return rank.expand(plan.q_idx.shape)
+
+
+def _check_ranks(most: int, causal: bool, share_qk: bool, num_mem_kv: int | None) -> None:
+    if most < 1:
+        raise ValueError(f"max_relative_position={most}: expected at least 1")
+    if causal and not share_qk:
+        raise ValueError(
+            "rel_pos='cluster' with share_qk=False: expected share_qk=True if causal, as ranks in "
+            "two lists say nothing of the order in time"
+        )
+    if num_mem_kv:
+        raise ValueError(f"num_mem_kv={num_mem_kv}: expected 0 with rel_pos='cluster'")
+
+
+def _turn_first(x: Tensor, heads: int, start: int) -> Tensor:
+    """Rotary embedding of the first heads of x (B, H, n, D)."""
+    if heads == 0:
+        return x
+    if heads >= x.shape[1]:
+        return turn(x, start)
+    return torch.cat([turn(x[:, :heads], start), x[:, heads:]], 1)
 
 
 def _with_memory(plan: GroupPlan, slots: int, clusters: int) -> GroupPlan:

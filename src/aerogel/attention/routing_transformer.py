@@ -13,7 +13,8 @@ Costs and buys: n c products for the choice, n w pairs instead of n^2 / 2; it mu
 it. The w tokens of a cluster are taken over the whole sequence: no value of a later token reaches
 an earlier one, but which keys an earlier one sees depends on later tokens
 (`causal_selection=True` forbids that, at the cost of an index of n^2 entries). Here, one layer
-trained on digits read them worse with clusters than with blocks (docs/evidence.md).
+trained on digits read them worse with clusters than with blocks, and 300 steps on text were too few
+for a gain over local heads (docs/evidence.md).
 """
 
 from __future__ import annotations

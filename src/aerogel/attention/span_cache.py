@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import DECODE_ROWS
-from aerogel.attention.softmax import apply_sink, merge
+from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
 from aerogel.kernels import TileStream, attention_forward, lower_ranges, selects_natively
 
 
-class SpanCacheLayer(CountedCacheLayer):
+class SpanCacheLayer(AttendingCache, CountedCacheLayer):
     """What each key head's span can still read, and nothing else.
 
     Storage is (B, slots, D) with the heads' slots side by side: a head's sinks, the ring of its
@@ -39,6 +40,9 @@ class SpanCacheLayer(CountedCacheLayer):
     Raises:
         ValueError: a head has no bounded size.
     """
+
+    refused: ClassVar[tuple[str, ...]] = ()
+    kept: ClassVar[str] = "a ring has overwritten what a shorter history needs"
 
     def __init__(
         self,
@@ -207,40 +211,21 @@ class SpanCacheLayer(CountedCacheLayer):
         self.values[batch, at] = values[batch, token]
         self.positions[batch, at] = position[token]
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-        dropout_p: float = 0.0,
-    ) -> Tensor:
-        """Attention after `update`: q (B, Hq, Lq, D), and the new k and v; options as `attend`.
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
+        """A first prompt runs on the span itself, single tokens on ranges of slots.
 
-        A first prompt runs on the span itself; a later chunk on the slots as they were and on its
-        own tokens; single tokens on ranges of slots.
-
-        Raises:
-            ValueError: dropout.
+        A later chunk runs on the slots as they were and on its own tokens.
         """
-        if dropout_p:
-            raise ValueError(f"dropout_p={dropout_p}: expected 0 with a cache")
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        if window is None and self._runs_steady(q, k):
-            return self._attend_steady(q, scale, softcap, sink_logit)
+        if call.window is None and self._runs_steady(q, k):
+            return self._attend_steady(q, call)
         if self.seen == k.shape[2]:
-            o, lse = self._first_prompt(q, k, v, window=window, **options)
-        else:
-            parts = [
-                attend_lse(q, keys[:, None], values[:, None], plan=plan, validate=False, **options)
-                for keys, values, plan in self._banks(q, k, v, window)
-            ]
-            o, lse = parts[0] if len(parts) == 1 else merge(parts)
-        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+            return self._first_prompt(q, k, v, call)
+        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
+        parts = [
+            attend_lse(q, keys[:, None], values[:, None], plan=plan, validate=False, **options)
+            for keys, values, plan in self._banks(q, k, v, call.window)
+        ]
+        return parts[0] if len(parts) == 1 else merge(parts)
 
     def _runs_steady(self, q: Tensor, k: Tensor) -> bool:
         """Whether a step reads every slot, by a kernel."""
@@ -251,9 +236,7 @@ class SpanCacheLayer(CountedCacheLayer):
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         return not differentiable and selects_natively(q, self.keys)
 
-    def _attend_steady(
-        self, q: Tensor, scale: float | None, softcap: float | None, sink_logit: Tensor | None
-    ) -> Tensor:
+    def _attend_steady(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
         """A step once all rings are full: a group's query heads are rows of its key head."""
         kv_heads = self.sinks.numel()
         group = q.shape[1] // kv_heads
@@ -265,20 +248,20 @@ class SpanCacheLayer(CountedCacheLayer):
             self._steady = (group, stream)
         o, lse = attention_forward(
             q.reshape(q.shape[0], kv_heads, group, -1), self.keys[:, None], self.values[:, None],
-            *self._steady[1][:5], Bp=1, Hp=kv_heads, block_q=group, scale=scale, softcap=softcap,
+            *self._steady[1][:5], Bp=1, Hp=kv_heads, block_q=group, scale=call.scale,
+            softcap=call.softcap,
         )  # fmt: skip
-        o, lse = o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
-        return o if sink_logit is None else apply_sink(o, lse, sink_logit)[0]
+        return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
     def _first_prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall
     ) -> tuple[Tensor, Tensor]:
         first = self.padded.int() if bool((self.padded > 0).any()) else None
         padding = None
         if first is not None:
             padding = torch.arange(k.shape[2], device=q.device) >= first[:, None]
         plan = replace(self.prompt, first=first)
-        return attend_lse(q, k, v, plan=plan, causal=True, key_padding=padding, **options)
+        return attend_lse(q, k, v, plan=plan, causal=True, key_padding=padding, **call._asdict())
 
     def _banks(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None

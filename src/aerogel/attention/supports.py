@@ -11,6 +11,7 @@ from torch import Tensor
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
+from aerogel.attention.labels import gather_channels
 from aerogel.attention.lowering import TileStream, lower
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs
@@ -160,28 +161,35 @@ class BlockSupport(Support):
 
 
 class TopKSupport(Support):
-    """The `count` keys of the largest logits of each row, found exactly, some rows at a time.
+    """The `count` keys of the largest logits of each row, some rows at a time.
+
+    Args:
+        count: keys.
+        channels: (key or query heads, r) int64, the channels by which logits are estimated, as
+            `aerogel.attention.ChannelOrder` has them (Double Sparsity); None for exact logits.
 
     Raises:
         ValueError: `count` is below 1.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, channels: Tensor | None = None) -> None:
         if count < 1:
             raise ValueError(f"count={count}: expected at least 1")
-        self.count = count
+        self.count, self.channels = count, channels
 
     @torch.no_grad()
     def plan(
         self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None
     ) -> Plan:
         count = min(self.count, shape.k_len)
+        if self.channels is not None:
+            q, k = self._labels(q, k)
         step = max(1, _SCORED // max(1, shape.batch * shape.q_heads * shape.k_len))
         position = shape.positions(q.device)
         keys = torch.arange(shape.k_len, device=q.device)
         chosen = []
         for begin in range(0, shape.q_len, step):
-            part = q[:, :, begin : begin + step].unflatten(1, (shape.kv_heads, -1))
+            part = q[:, :, begin : begin + step].unflatten(1, (k.shape[1], -1))
             scores = (part.float() @ k.float().transpose(-1, -2)[:, :, None]).flatten(1, 2)
             keep = keys <= position[begin : begin + step, None] if shape.causal else keys >= 0
             if key_padding is not None:
@@ -190,6 +198,18 @@ class TopKSupport(Support):
             best = scores.topk(count, -1)
             chosen.append(torch.where(torch.isinf(best.values), -1, best.indices))
         return KeyListPlan.from_index(torch.cat(chosen, 2))
+
+    def _labels(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels of queries and keys that stand for all."""
+        assert self.channels is not None
+        heads = self.channels.shape[0]
+        if heads not in (k.shape[1], q.shape[1]):
+            raise ValueError(
+                f"channels: {heads} heads, expected {k.shape[1]} or {q.shape[1]} of keys or queries"
+            )
+        channels = self.channels.to(k.device)
+        own = channels.repeat_interleave(q.shape[1] // heads, 0)
+        return gather_channels(q, own), gather_channels(k, channels)
 
 
 class SmyrfClusters(Support):

@@ -16,13 +16,14 @@ from aerogel.attention.shape import AttentionShape
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan(Plan):
-    """A ragged subset of the tokens; runs as one group per batch element.
+    """A ragged subset of the tokens; runs as one group per batch element, or per key head of it.
 
     Queries that are left out get zeros.
 
     Args:
-        index: (B, most) int32 tokens, ascending; entries past `count` are ignored.
-        count: (B,) int64 tokens of each batch element.
+        index: (B, most) or (B, Hkv, most) int32 tokens, ascending; entries past `count` are
+            ignored.
+        count: (B,) or (B, Hkv) int64 tokens of each list.
         side: which tokens are restricted: "keys", "queries" or "both".
     """
 
@@ -34,26 +35,26 @@ class TokenPlan(Plan):
     def from_mask(
         cls, mask: Tensor, side: Literal["keys", "queries", "both"] = "keys"
     ) -> TokenPlan:
-        """The tokens where `mask` (B, L) bool is true."""
+        """The tokens where `mask` (B, L) or (B, Hkv, L) bool is true."""
         count = mask.sum(-1)
         most = max(1, int(count.max())) if mask.shape[0] else 0
-        order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[:, :most]
+        order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[..., :most]
         return cls(order.int(), count, side)
 
     @property
     def dims(self) -> tuple[int, int]:
-        return self.index.shape[0], 1
+        return self.index.shape[0], self.index.shape[1] if self.index.dim() == 3 else 1
 
     def slots(self) -> Tensor:
-        """(B, most) int32: the tokens, -1 past each count."""
-        inside = torch.arange(self.index.shape[1], device=self.device) < self.count[:, None]
-        return torch.where(inside, self.index, -1)
+        """(B, 1 or Hkv, most) int32: the tokens, -1 past each count."""
+        inside = torch.arange(self.index.shape[-1], device=self.device) < self.count[..., None]
+        return torch.where(inside, self.index, -1).view(*self.dims, -1)
 
     def groups(self, shape: AttentionShape) -> GroupPlan:
         """The same choice as groups."""
-        chosen = self.slots()[:, None, None]
+        chosen = self.slots()[:, :, None]
         full = [
-            torch.arange(n, dtype=torch.int32, device=self.device).expand(chosen.shape[0], 1, 1, n)
+            torch.arange(n, dtype=torch.int32, device=self.device).expand(*self.dims, 1, n)
             for n in (shape.q_len, shape.k_len)
         ]
         return GroupPlan(
@@ -64,12 +65,16 @@ class TokenPlan(Plan):
     def validate(self, shape: AttentionShape) -> None:
         if self.side not in ("keys", "queries", "both"):
             raise ValueError(f"side={self.side!r}: expected 'keys', 'queries' or 'both'")
-        if int(self.count.max()) > self.index.shape[1] or self.count.shape != self.index.shape[:1]:
+        most = self.index.shape[-1]
+        if self.count.shape != self.index.shape[:-1] or int(self.count.max()) > most:
             raise ValueError(
-                f"count: {self.count.tolist()}, expected at most {self.index.shape[1]}"
+                f"count: {self.count.tolist()}, expected {tuple(self.index.shape[:-1])} of at most "
+                f"{most}"
             )
+        if self.dims[1] not in (1, shape.kv_heads):
+            raise ValueError(f"index: {self.dims[1]} heads, expected 1 or {shape.kv_heads}")
         slots = self.slots()
-        if bool(((slots[:, 1:] >= 0) & (slots[:, 1:] <= slots[:, :-1])).any()):
+        if bool(((slots[..., 1:] >= 0) & (slots[..., 1:] <= slots[..., :-1])).any()):
             raise ValueError("index: expected ascending tokens")
         self.groups(shape).validate(shape)
 
@@ -84,6 +89,16 @@ class TokenPlan(Plan):
 
     def _mask(self, shape: AttentionShape) -> Tensor:
         return self.groups(shape)._mask(shape)
+
+
+def heads_as_batch(x: Tensor, heads: int) -> Tensor:
+    """(B, H, ...) to (B * heads, H / heads, ...): each of `heads` parts a batch element."""
+    return x if heads == 1 else x.unflatten(1, (heads, -1)).flatten(0, 1)
+
+
+def batch_as_heads(x: Tensor, heads: int) -> Tensor:
+    """Undoes `heads_as_batch`."""
+    return x if heads == 1 else x.unflatten(0, (-1, heads)).flatten(1, 2)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

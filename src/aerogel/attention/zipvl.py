@@ -26,7 +26,7 @@ from aerogel.attention.hf import attach, detach
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
-from aerogel.attention.token_plan import TokenPlan
+from aerogel.attention.token_plan import TokenPlan, heads_as_batch
 
 
 @add_selector
@@ -47,6 +47,10 @@ class ZipVLSelector(Selector):
         seed: draws the probing rows.
         dense_layers: so many first layers are dense.
         causal: False for layers without a causal rule.
+        per_kv_head: every key head has a budget and tokens of its own, by the attention of its
+            query heads; else one set serves all heads of a layer.
+        sparse_prompt: prompts attend among the chosen tokens; else densely, and the choice only
+            says how the cache stores them (ZipCache, arXiv 2405.14256).
         kv: "quant" or "evict" for `AerogelCache`, or "full": the usual cache.
         bits_important: see `MixedPrecisionCacheLayer`.
         bits_other: the same.
@@ -54,6 +58,8 @@ class ZipVLSelector(Selector):
 
     Attributes:
         ratios: mean share of the tokens chosen in the last prompt, by layer.
+        costs: (query, key) pairs of the last prompt over those of dense attention, by layer; the
+            probing rows count too.
 
     Raises:
         ValueError: an option is out of range.
@@ -76,6 +82,8 @@ class ZipVLSelector(Selector):
         seed: int = 0,
         dense_layers: int = 0,
         causal: bool = True,
+        per_kv_head: bool = False,
+        sparse_prompt: bool = True,
         kv: Literal["quant", "evict", "full"] = "quant",
         bits_important: int = 4,
         bits_other: int = 2,
@@ -95,16 +103,26 @@ class ZipVLSelector(Selector):
         self.tau, self.normalizer, self.seed, self.causal = tau, normalizer, seed, causal
         self.probe = (probe_recent, probe_random, probe_max, seed)
         self.keep_last, self.keep_first, self.dense_layers = keep_last, keep_first, dense_layers
+        self.per_kv_head, self.sparse_prompt = per_kv_head, sparse_prompt
         self.kv: Literal["quant", "evict", "full"] = kv
         self.cache_options: dict[str, Any] = {
             "bits_important": bits_important, "bits_other": bits_other, "stream_gap": stream_gap,
         }  # fmt: skip
         self.ratios: dict[int, float] = {}
+        self.costs: dict[int, float] = {}
 
     def options(self) -> dict[str, Any]:
         return dict(self._options)
 
     def plan_prefill(self, ctx: AttentionContext) -> Plan:
+        return self.important(ctx) if self.sparse_prompt else DensePlan()
+
+    def important(self, ctx: AttentionContext) -> Plan:
+        """The important tokens of a prompt in one piece; of others all.
+
+        Raises:
+            ValueError: a window, another causal rule, or padding that is not on the left.
+        """
         shape = ctx.shape
         if ctx.window is not None:
             raise ValueError(f"window={ctx.window}: expected a layer without a sliding window")
@@ -114,16 +132,24 @@ class ZipVLSelector(Selector):
             raise ValueError("prompt: expected at least one token, got 0")
         if ctx.layer_idx < self.dense_layers or shape.q_len != shape.k_len:
             return DensePlan()
-        first = _first_real(ctx)
+        heads = shape.kv_heads if self.per_kv_head else 1
+        first = _first_real(ctx).repeat_interleave(heads)
         lengths = shape.k_len - first
         rows = self._rows(first, shape.k_len)
-        scores = probe_scores(
-            ctx.q, ctx.k, rows, causal=self.causal, scale=ctx.scale, key_padding=ctx.key_padding
-        )
+        padding = ctx.key_padding
+        padding = None if padding is None else padding.repeat_interleave(heads, 0)
+        q, k = heads_as_batch(ctx.q, heads), heads_as_batch(ctx.k, heads)
+        scores = probe_scores(q, k, rows, causal=self.causal, scale=ctx.scale, key_padding=padding)
         budget = torch.minimum(mass_budget(scores, self.tau), lengths)
-        plan = TokenPlan.from_mask(self.choose(scores, rows, budget, first), "both")
-        self.ratios[ctx.layer_idx] = float((plan.count / lengths).mean())
-        return plan
+        chosen = self.choose(scores, rows, budget, first)
+        count = chosen.sum(1)
+        self.ratios[ctx.layer_idx] = float((count / lengths).mean())
+        seen = rows + 1 - first[:, None] if self.causal else lengths[:, None].expand_as(rows)
+        pairs = self._pairs(count) + seen.masked_fill(rows < 0, 0).sum(1)
+        self.costs[ctx.layer_idx] = float((pairs / self._pairs(lengths)).mean())
+        if heads > 1:
+            chosen = chosen.view(shape.batch, heads, -1)
+        return TokenPlan.from_mask(chosen, "both")
 
     def choose(self, scores: Tensor, rows: Tensor, budget: Tensor, first: Tensor) -> Tensor:
         """The important tokens.
@@ -151,6 +177,10 @@ class ZipVLSelector(Selector):
         order = ranked.flip(1).argsort(dim=1, descending=True, stable=True)  # ties: the later token
         return (order.argsort(1) < count[:, None]).flip(1)
 
+    def _pairs(self, tokens: Tensor) -> Tensor:
+        """Pairs of so many tokens among themselves."""
+        return tokens * (tokens + 1) // 2 if self.causal else tokens**2
+
     def _rows(self, first: Tensor, length: int) -> Tensor:
         """(B, m) int64 probing rows of every prompt, -1 = none."""
         each = [int(f) + probe_rows(length - int(f), *self.probe) for f in first]
@@ -163,8 +193,9 @@ class ZipVLSelector(Selector):
         from aerogel.attention.mixed_cache import MixedPrecisionCacheLayer
 
         return MixedPrecisionCacheLayer(
-            self.plan_prefill, tau=self.tau, kv=self.kv, layer_idx=layer_idx, **self.cache_options
-        )
+            self.important, tau=self.tau, kv=self.kv, layer_idx=layer_idx,
+            per_kv_head=self.per_kv_head, sparse_prompt=self.sparse_prompt, **self.cache_options,
+        )  # fmt: skip
 
 
 class ZipVLHandle:
@@ -183,6 +214,11 @@ class ZipVLHandle:
         """Share of the tokens chosen in the last prompt, for each layer."""
         return [ratio for _, ratio in sorted(self.selector.ratios.items())]
 
+    @property
+    def costs(self) -> list[float]:
+        """Pairs of the last prompt over dense attention's, probing included, for each layer."""
+        return [cost for _, cost in sorted(self.selector.costs.items())]
+
     def cache(self) -> Any:
         """An empty cache for one prompt, as ``past_key_values`` of ``model.generate``."""
         from aerogel.attention.cache import AerogelCache
@@ -198,7 +234,8 @@ def apply_zipvl(model: nn.Module, tau: float = 0.975, **options: Any) -> ZipVLHa
     """Lets a transformers decoder read prompts by ZipVL.
 
     Args:
-        model: a causal transformers model without sliding windows.
+        model: a causal transformers model without sliding windows, or a vision-language model
+            around one: its vision tower stays as it is.
         tau: share of the attention that the chosen tokens hold.
         options: others of `ZipVLSelector`.
 

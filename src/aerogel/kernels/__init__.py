@@ -26,6 +26,7 @@ from aerogel.kernels.attention_select import (
     selects_natively,
 )
 from aerogel.kernels.attention_select_reference import (
+    KeyRule,
     choose_by_labels_reference,
     label_scores_reference,
     largest_keys_reference,
@@ -77,6 +78,7 @@ __all__ = [
     "ConvGeometry",
     "FrequencyMask",
     "HeadRows",
+    "KeyRule",
     "NM24Tensor",
     "NM24Weight",
     "NMForm",

@@ -9,6 +9,7 @@ kernels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.attention import attention_forward
 from aerogel.kernels.attention_lower import TileStream
 from aerogel.kernels.attention_select_reference import (
+    KeyRule,
     choose_by_labels_reference,
     label_scores_reference,
     largest_keys_reference,
@@ -75,14 +77,9 @@ def choose_by_labels(
     labels: Tensor,
     span: Tensor | None = None,
     *,
+    rule: KeyRule,
     bits: int = 16,
-    count: int,
-    run: int = 1,
-    q_offset: int | None = None,
-    causal: bool = True,
-    window: int | None = None,
     key_padding: Tensor | None = None,
-    keep_own: bool = True,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The keys with the largest scores, for every query; no score leaves the caches.
@@ -91,18 +88,13 @@ def choose_by_labels(
         query: as `label_scores`.
         labels: as `label_scores`.
         span: as `label_scores`.
+        rule: how many keys, and which.
         bits: as `label_scores`.
-        count: runs for each query, at least 1.
-        run: neighbours that are taken together by the best of them; runs begin at multiples.
-        q_offset: position of the first query, default ``Lk - Lq``.
-        causal: no key behind the query.
-        window: keys with ``position - key < window``.
         key_padding: (B, Lk) bool, True at real keys.
-        keep_own: the key at a query's own position comes first of all.
         threads: default `torch.get_num_threads()`; the result does not depend on it.
 
     Returns:
-        keys: (B, Hq, Lq, count * run) int32, ascending; equal scores go to the lowest key. found:
+        keys: (B, Hq, Lq, rule.keys) int32, ascending; equal scores go to the lowest key. found:
         (B, Hq, Lq) int64, how many of them count; the rest is 0.
 
     Raises:
@@ -111,8 +103,6 @@ def choose_by_labels(
     _check_labels(query, labels, span, bits)
     batch, _, q_len, _ = query.shape
     k_len = labels.shape[2]
-    if count < 1 or run < 1:
-        raise ValueError(f"count={count}, run={run}: expected at least 1")
     if key_padding is not None and (
         key_padding.dtype != torch.bool or tuple(key_padding.shape) != (batch, k_len)
     ):
@@ -120,24 +110,24 @@ def choose_by_labels(
             f"key_padding: {key_padding.dtype} {tuple(key_padding.shape)}, expected bool "
             f"{(batch, k_len)}"
         )
-    offset = k_len - q_len if q_offset is None else q_offset
-    rule = (offset, causal, window, keep_own, count, run)
+    if rule.q_offset is None:
+        rule = replace(rule, q_offset=k_len - q_len)
     known = labels.dtype in (*_TYPES, torch.uint8)
     if not known or not selects_natively(query, labels, span, key_padding):
-        return choose_by_labels_reference(query, labels, span, bits, key_padding, *rule)
-    keys = torch.empty(*query.shape[:3], count * run, dtype=torch.int32)
+        return choose_by_labels_reference(query, labels, span, bits, key_padding, rule)
+    keys = torch.empty(*query.shape[:3], rule.keys, dtype=torch.int32)
     found = torch.empty(query.shape[:3], dtype=torch.int64)
     args, _keep = _label_args(query, labels, span, bits)
     padding = None if key_padding is None else key_padding.contiguous()
     native().choose_by_labels(
         args,
         address(padding),
-        offset,
-        causal,
-        window or 0,
-        keep_own,
-        count,
-        run,
+        rule.q_offset,
+        rule.causal,
+        rule.window or 0,
+        rule.keep_own,
+        rule.count,
+        rule.run,
         keys.data_ptr(),
         found.data_ptr(),
         _threads(threads),
@@ -170,12 +160,9 @@ def label_attention(
     labels: Tensor,
     span: Tensor | None = None,
     *,
+    rule: KeyRule,
     bits: int = 16,
-    count: int,
-    run: int = 1,
-    window: int | None = None,
     key_padding: Tensor | None = None,
-    keep_own: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
@@ -187,16 +174,12 @@ def label_attention(
         q: (B, Hq, Lq, D), the last Lq rows; each reads keys up to its own.
         k: (B, Hkv, Lk, D).
         v: (B, Hkv, Lk, Dv).
-        query: as `choose_by_labels`, as all of labels, span, bits, count, run, window, key_padding,
-            keep_own and threads.
+        query: as `choose_by_labels`, as all of labels, span, rule, bits, key_padding and threads.
         labels: see `query`.
         span: see `query`.
+        rule: see `query`; causal, for the last rows.
         bits: see `query`.
-        count: see `query`.
-        run: see `query`.
-        window: see `query`.
         key_padding: see `query`.
-        keep_own: see `query`.
         scale: as `attention_forward`.
         softcap: as `attention_forward`.
         sink_logit: as `attention_forward`.
@@ -209,9 +192,8 @@ def label_attention(
         ValueError: as the two.
     """
     keys, found = choose_by_labels(
-        query, labels, span, bits=bits, count=count, run=run, window=window,
-        key_padding=key_padding, keep_own=keep_own, threads=threads,
-    )  # fmt: skip
+        query, labels, span, rule=rule, bits=bits, key_padding=key_padding, threads=threads
+    )
     return attention_forward(
         q, k, v, *chosen_tiles(keys, found)[:5], Bp=q.shape[0], Hp=q.shape[1], block_q=1,
         scale=scale, softcap=softcap, sink_logit=sink_logit, threads=threads,

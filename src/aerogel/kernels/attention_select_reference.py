@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """Which keys a query may take, and how many.
+
+    Args:
+        count: runs for each query, at least 1.
+        run: neighbours that are taken together by the best of them; runs begin at multiples.
+        q_offset: position of the first query, default ``Lk - Lq``.
+        causal: no key behind the query.
+        window: keys with ``position - key < window``, or None.
+        keep_own: the key at a query's own position comes first of all.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    count: int
+    run: int = 1
+    q_offset: int | None = None
+    causal: bool = True
+    window: int | None = None
+    keep_own: bool = True
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.run < 1:
+            raise ValueError(f"count={self.count}, run={self.run}: expected at least 1")
+
+    @property
+    def keys(self) -> int:
+        """Keys of a query at most."""
+        return self.count * self.run
 
 
 def label_scores_reference(
@@ -30,38 +65,36 @@ def choose_by_labels_reference(
     span: Tensor | None,
     bits: int,
     key_padding: Tensor | None,
-    q_offset: int,
-    causal: bool,
-    window: int | None,
-    keep_own: bool,
-    count: int,
-    run: int,
+    rule: KeyRule,
 ) -> tuple[Tensor, Tensor]:
     """`choose_by_labels` in torch."""
     scores = label_scores_reference(query, labels, span, bits=bits)
     rows, length = scores.shape[2:]
-    row = torch.arange(rows, device=scores.device)
-    distance = (q_offset + row)[:, None] - torch.arange(length, device=scores.device)
+    offset = length - rows if rule.q_offset is None else rule.q_offset
+    position = offset + torch.arange(rows, device=scores.device)
+    distance = position[:, None] - torch.arange(length, device=scores.device)
     allowed = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
+    if rule.causal:
         allowed &= distance >= 0
-    if window:
-        allowed &= distance < window
+    if rule.window:
+        allowed &= distance < rule.window
     allowed = allowed[None, None]
     if key_padding is not None:
         allowed = allowed & key_padding[:, None, None]
-    if keep_own:
-        own = (q_offset + row).clamp(max=length - 1)
-        scores[:, :, row[own >= 0], own[own >= 0]] = torch.inf
+    if rule.keep_own:
+        own = position.clamp(max=length - 1)
+        row = (own >= 0).nonzero()[:, 0]
+        scores[:, :, row, own[row]] = torch.inf
     scores = scores.masked_fill_(~allowed, -torch.inf)
-    padded = torch.nn.functional.pad(scores, (0, -length % run), value=-torch.inf)
-    best = padded.unflatten(-1, (-1, run)).amax(-1)
-    taken = largest_keys_reference(best, min(count, best.shape[-1]))
-    keys = (taken[..., None] * run + torch.arange(run, device=scores.device)).flatten(-2)
+    padded = torch.nn.functional.pad(scores, (0, -length % rule.run), value=-torch.inf)
+    best = padded.unflatten(-1, (-1, rule.run)).amax(-1)
+    taken = largest_keys_reference(best, min(rule.count, best.shape[-1]))
+    lane = torch.arange(rule.run, device=scores.device)
+    keys = (taken[..., None] * rule.run + lane).flatten(-2)
     none = padded.gather(-1, keys) == -torch.inf
     keys = keys.masked_fill(none, length).sort(-1).values
     found = (~none).sum(-1)
-    keys = torch.nn.functional.pad(keys, (0, count * run - keys.shape[-1]), value=length)
+    keys = torch.nn.functional.pad(keys, (0, rule.keys - keys.shape[-1]), value=length)
     return keys.masked_fill(keys == length, 0).int(), found
 
 
