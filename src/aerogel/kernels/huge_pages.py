@@ -17,7 +17,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on ARM with pages of 4 KiB
-_MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h
 
 
 def empty_rows(like: Tensor, *shape: int) -> Tensor:
@@ -48,7 +48,10 @@ def _ask(address: int, size: int) -> bool:
     whole = (address + size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if advise is None or whole <= 0:
         return False
-    return advise(begin, whole, _MADV_HUGEPAGE) == 0
+    taken = advise(begin, whole, _MADV_HUGEPAGE) == 0
+    if taken:  # what the allocator had used before has small pages; Linux 6.1 and later move them
+        advise(begin, whole, _MADV_COLLAPSE)
+    return taken
 
 
 @functools.cache
