@@ -2,6 +2,7 @@
 #include "attention_select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -13,6 +14,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kScoreKeys = 8192;  // keys of one task where scores alone are wanted
+constexpr int64_t kPackRows = 1024;   // rows of one task that packs
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t columns_of(const LabelArgs& a) { return a.q_heads / a.label_heads * a.q_len; }
@@ -99,6 +101,23 @@ void choose_task(LabelTask t, const ChooseRule& rule, int32_t* keys, int64_t* fo
   }
 }
 
+void pack_row(const float* x, int64_t width, int bits, uint8_t* codes, float* span) {
+  const float most = static_cast<float>((1 << bits) - 1);
+  const auto [low, high] = std::minmax_element(x, x + width);
+  const float range = (*high - *low) / most, step = range > 0.0f ? range : 1.0f;
+  span[0] = *low;
+  span[1] = step;
+  const int per_byte = 8 / bits;
+  for (int64_t i = 0; i < width; i += per_byte) {
+    unsigned byte = 0;
+    for (int j = 0; j < per_byte; ++j) {
+      const float code = std::nearbyint((x[i + j] - *low) / step);  // ties to even, as torch rounds
+      byte |= static_cast<unsigned>(std::clamp(code, 0.0f, most)) << (j * bits);
+    }
+    *codes++ = static_cast<uint8_t>(byte);
+  }
+}
+
 }  // namespace
 
 void label_scores(const LabelArgs& a, float* scores, int threads) {
@@ -159,6 +178,17 @@ void pool_rows(const PoolArgs& a, int threads) {
       kernels.pool({base + first * a.row * bytes, a.type, std::min(a.block, a.length - first),
                     a.row, a.dim, a.most ? a.most + at : nullptr, a.least ? a.least + at : nullptr,
                     a.mean ? a.mean + at : nullptr});
+    }
+  });
+}
+
+void pack_codes(const float* x, int64_t rows, int64_t width, int bits, uint8_t* codes, float* span,
+                int threads) {
+  const int64_t bytes = width * bits / 8;
+  parallel_tasks((rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
+    const int64_t end = std::min((task + 1) * kPackRows, rows);
+    for (int64_t row = task * kPackRows; row < end; ++row) {
+      pack_row(x + row * width, width, bits, codes + row * bytes, span + 2 * row);
     }
   });
 }

@@ -123,4 +123,9 @@ struct PoolArgs {
 };
 void pool_rows(const PoolArgs& args, int threads);
 
+// Rows of `width` floats in so many bits: codes [rows][width * bits / 8], the first channel in the
+// lowest bits, and span [rows][2], low and step.
+void pack_codes(const float* x, int64_t rows, int64_t width, int bits, uint8_t* codes, float* span,
+                int threads);
+
 }  // namespace aerogel

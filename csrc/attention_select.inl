@@ -224,9 +224,48 @@ AEROGEL_NOINLINE void rank_scores(float* scores, int64_t n) {
   }
 }
 
+// Bit i: whether ranks[i] is at least `bound`, of sixteen.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(ranks), _mm512_set1_epi32(bound));
+}
+#elif defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE uint32_t below_eight(const int32_t* ranks, int32_t bound) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ranks));
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), x);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
+}
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  return ~(below_eight(ranks, bound) | below_eight(ranks + 8, bound) << 8) & 0xffffu;
+}
+#else
+AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(ranks[i] >= bound) << i;
+  return bits;
+}
+#endif
+
+constexpr int64_t kFewRanks = 256;  // for which clearing the bins would take longest
+
+// The k-th largest of n ranks bit by bit; ranks[n .. n + 16) become kNever.
+AEROGEL_NOINLINE int32_t kth_of_few(int32_t* ranks, int64_t n, int64_t k) {
+  for (int64_t i = n; i < n + 16; ++i) ranks[i] = kNever;
+  uint32_t found = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t more = found | 1u << bit;
+    const int32_t bound = static_cast<int32_t>(more ^ 0x80000000u);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(at_least(ranks + i, bound));
+    if (count >= k) found = more;
+  }
+  return static_cast<int32_t>(found ^ 0x80000000u);
+}
+
 // The k-th largest of n ranks, 1 <= k <= n, by 11, 11 and 10 bits; those that share the leading bits
-// move into `left`.
-AEROGEL_NOINLINE int32_t kth_largest(const int32_t* ranks, int64_t n, int64_t k, int32_t* left) {
+// move into `left`. There is room for 16 more ranks.
+AEROGEL_NOINLINE int32_t kth_largest(int32_t* ranks, int64_t n, int64_t k, int32_t* left) {
+  if (n <= kFewRanks) return kth_of_few(ranks, n, k);
   constexpr int kShifts[] = {21, 10, 0}, kBins[] = {2048, 2048, 1024};
   uint32_t found = 0;
   for (int level = 0; level < 3; ++level) {
@@ -256,28 +295,6 @@ AEROGEL_NOINLINE int32_t kth_largest(const int32_t* ranks, int64_t n, int64_t k,
   return static_cast<int32_t>(found ^ 0x80000000u);
 }
 
-// Bit i: whether ranks[i] is at least `bound`, of sixteen.
-#if defined(AEROGEL_USE_AVX512)
-AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
-  return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(ranks), _mm512_set1_epi32(bound));
-}
-#elif defined(AEROGEL_USE_AVX2)
-AEROGEL_INLINE uint32_t below_eight(const int32_t* ranks, int32_t bound) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ranks));
-  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), x);
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
-}
-AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
-  return ~(below_eight(ranks, bound) | below_eight(ranks + 8, bound) << 8) & 0xffffu;
-}
-#else
-AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
-  uint32_t bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(ranks[i] >= bound) << i;
-  return bits;
-}
-#endif
-
 // The largest rank of each of `groups` groups: entries g, g + groups and so on belong together.
 AEROGEL_NOINLINE void group_maxima(const int32_t* ranks, int64_t groups, int64_t size,
                                    int32_t* maxima) {
@@ -299,7 +316,7 @@ AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32
   int32_t* const left = maxima + n + 256;
   int32_t* const found = left + n + 256;
   int32_t* const place = found + n + 256;
-  const int32_t* best = ranks;
+  int32_t* best = ranks;
   if (size > 1) {
     group_maxima(ranks, groups, size, maxima);
     best = maxima;

@@ -64,6 +64,12 @@ void bind_attention_select(nb::module_& m) {
           largest_keys(pointer<const float>(scores), rows, n, k, pointer<int64_t>(keys), threads);
         }, free);
   m.def("pool_rows", &pool, free);
+  m.def("pack_codes",
+        [](uintptr_t x, int64_t rows, int64_t width, int bits, uintptr_t codes, uintptr_t span,
+           int threads) {
+          pack_codes(pointer<const float>(x), rows, width, bits, pointer<uint8_t>(codes),
+                     pointer<float>(span), threads);
+        }, free);
 }
 
 }  // namespace aerogel

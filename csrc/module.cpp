@@ -2,6 +2,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
+
 #include "bindings.h"
 #include "kernels.h"
 
@@ -11,6 +13,7 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return std::string(aerogel::active_table().name); });
   m.def("lanes", [] { return aerogel::active_table().lanes; });
   m.def("available_isas", &aerogel::available_isas);
+  m.def("in_environment", [](const char* name) { return std::getenv(name) != nullptr; });
   m.def("set_isa", &aerogel::select_isa, nb::arg("name"));
   aerogel::bind_spmm(m);
   aerogel::bind_sddmm(m);

@@ -123,3 +123,19 @@ def test_bad_arguments_are_named(change, message):
         kernels.choose_by_labels(**{**arguments, **change})
     with pytest.raises(ValueError, match="count=0"):
         kernels.KeyRule(0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_codes_are_those_of_the_reference(bits: int) -> None:
+    x = torch.randn(2, 3, 1500, 16, generator=torch.Generator().manual_seed(bits))
+    x[0, 0, 0] = 7.0  # one value only
+    x[0, 0, 1] = torch.arange(16) / 2  # ties
+    for rows in (x, x.bfloat16(), x.transpose(1, 2)[:, :1], x[:, :, :0]):
+        codes, span = kernels.pack_codes(rows, bits, threads=2)
+        want_codes, want_span = kernels.pack_codes_reference(rows, bits)
+        assert torch.equal(codes, want_codes)
+        assert torch.equal(span, want_span)
+    with pytest.raises(ValueError, match="bits=3"):
+        kernels.pack_codes(x, 3)
+    with pytest.raises(ValueError, match="15 channels"):
+        kernels.pack_codes(x[..., :15], 4)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from aerogel.attention.span_cache import SpanCacheLayer
+from aerogel.kernels.huge_pages import empty_rows
 
 __all__ = ["AerogelCache", "SelectorCacheLayer", "SpanCacheLayer"]
 
@@ -68,7 +69,7 @@ class SelectorCacheLayer(DynamicLayer):
         )
         if buffer is None or not ours or buffer.shape[-2] < need:
             room = max(_FIRST_CAPACITY, 1 << (need - 1).bit_length())
-            buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
+            buffer = empty_rows(new, *new.shape[:-2], room, new.shape[-1])
             if have and old is not None:
                 buffer[..., :have, :] = old
             self._buffers[name] = buffer

@@ -41,6 +41,8 @@ def gather_channels(x: Tensor, channels: Tensor) -> Tensor:
     parts = channels.reshape(x.shape[1], groups * channels.shape[1])
     index = parts[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)
     taken = x.gather(-1, index)
+    if groups == 1:
+        return taken
     return taken.unflatten(-1, (groups, -1)).transpose(2, 3).flatten(1, 2).contiguous()
 
 
@@ -50,21 +52,7 @@ def pack_labels(x: Tensor, bits: int) -> PackedLabels:
     Raises:
         ValueError: `bits` is not 2, 4 or 8, or r codes do not fill whole bytes.
     """
-    if bits not in LABEL_BITS[:-1] or x.shape[-1] * bits % 8:
-        raise ValueError(
-            f"bits={bits} with {x.shape[-1]} channels: expected 2, 4 or 8 and whole bytes"
-        )
-    x = x.float()
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    step = torch.where(step > 0, step, torch.ones_like(step))
-    codes = ((x - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    per_byte = 8 // bits
-    parts = codes.unflatten(-1, (-1, per_byte))
-    packed = parts[..., 0].clone()
-    for place in range(1, per_byte):
-        packed |= parts[..., place] << (place * bits)
-    return PackedLabels(packed, torch.cat([low, step], -1))
+    return PackedLabels(*kernels.pack_codes(x, bits))
 
 
 def unpack_codes(codes: Tensor, bits: int) -> Tensor:

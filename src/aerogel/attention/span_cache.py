@@ -19,6 +19,7 @@ from aerogel.attention.selector import DECODE_ROWS
 from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
 from aerogel.kernels import TileStream, attention_forward, lower_ranges, selects_natively
+from aerogel.kernels.huge_pages import empty_rows
 
 
 class SpanCacheLayer(AttendingCache, CountedCacheLayer):
@@ -73,10 +74,11 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         self.sinks = self._widest(span.sink, kv_heads) * unit
         self.windows = self._widest(span.window, kv_heads) * unit
         self.strides = self._widest(span.stride, kv_heads)
+        self._has_strides = bool((self.strides > 0).any())
         self.firsts = -self._widest(span.phase, kv_heads) % self.strides.clamp(min=1)
         self._has_rings = bool((self.windows > 0).all())
         # Once rings are full, a step reads all slots of a head, if its query heads agree.
-        self._bounded = unit == 1 and not bool((self.strides > 0).any())
+        self._bounded = unit == 1 and not self._has_strides
         self._bounded &= self.span.sink.numel() in (1, kv_heads)
         self._most_slots = int((self.sinks + self.windows).max())
         self._lay_out(torch.zeros_like(self.sinks))
@@ -105,8 +107,8 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         """Allocates the rings."""
         batch, slots = key_states.shape[0], int(self.offsets[-1])
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, slots, value_states.shape[-1])
+        self.keys = empty_rows(key_states, batch, slots, key_states.shape[-1]).zero_()
+        self.values = empty_rows(value_states, batch, slots, value_states.shape[-1]).zero_()
         self.positions = torch.full((batch, slots), -1, device=self.device)
         if self.padded.numel() != batch:
             self.padded = torch.zeros(batch, dtype=torch.int64)
@@ -148,10 +150,15 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
 
     def _write_step(self, keys: Tensor, values: Tensor) -> None:
         """One token of all heads, (B, Hkv, D) each."""
-        real = (self.seen - self.padded.cpu())[:, None]  # (B, 1)
-        around = (real - self.sinks) % self.windows + self.sinks
-        slots = [self.offsets[:-1] + torch.where(real < self.sinks, real, around)]
-        if bool((self.strides > 0).any()):
+        real: Any = self.seen  # as a number where nothing is padded: a step is many small calls
+        if self._most_padded:
+            real = (self.seen - self.padded.cpu())[:, None]  # (B, 1)
+        rings = self.offsets[:-1] + self.sinks
+        place = (real - self.sinks) % self.windows
+        if self.seen - self._most_padded < self._most_slots:
+            place = torch.where(self.sinks > real, real - self.sinks, place)
+        slots = [rings + place]  # (Hkv,) or (B, Hkv)
+        if self._has_strides:
             number = real // self.span.block - self.firsts
             stride = self.strides.clamp(min=1)
             column = number // stride * self.span.block + real % self.span.block
@@ -169,6 +176,8 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
 
     def _grow(self, total: int) -> None:
         """Room for the strided blocks of so many tokens."""
+        if not self._has_strides:
+            return
         blocks = -(-total // self.span.block)
         needed = (blocks - self.firsts + self.strides - 1) // self.strides.clamp(min=1)
         needed = torch.where(self.strides > 0, needed.clamp(min=0), 0)
@@ -177,8 +186,8 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         old, held = self.offsets.tolist(), (self.keys, self.values, self.positions)
         self._lay_out(torch.maximum(needed, self.columns))
         slots, batch = int(self.offsets[-1]), self.positions.shape[0]
-        self.keys = self.keys.new_zeros(batch, slots, self.keys.shape[-1])
-        self.values = self.values.new_zeros(batch, slots, self.values.shape[-1])
+        self.keys = empty_rows(self.keys, batch, slots, self.keys.shape[-1]).zero_()
+        self.values = empty_rows(self.values, batch, slots, self.values.shape[-1]).zero_()
         self.positions = self.positions.new_full((batch, slots), -1)
         for head, start in enumerate(self.offsets[:-1].tolist()):
             size = old[head + 1] - old[head]

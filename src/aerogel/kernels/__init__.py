@@ -22,6 +22,7 @@ from aerogel.kernels.attention_select import (
     label_attention,
     label_scores,
     largest_keys,
+    pack_codes,
     pool_rows,
     selects_natively,
 )
@@ -30,6 +31,7 @@ from aerogel.kernels.attention_select_reference import (
     choose_by_labels_reference,
     label_scores_reference,
     largest_keys_reference,
+    pack_codes_reference,
     pool_rows_reference,
 )
 from aerogel.kernels.fft_conv import PreparedFilter, fft_conv, fft_conv_reference
@@ -126,6 +128,8 @@ __all__ = [
     "nm_mask",
     "nm_mask_reference",
     "nm_pattern",
+    "pack_codes",
+    "pack_codes_reference",
     "pool_rows",
     "pool_rows_reference",
     "quantize_rows",

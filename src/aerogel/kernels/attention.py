@@ -288,7 +288,9 @@ def _native(call: AttentionCall) -> bool:
 
 def _like_rows(q: Tensor, dim: int) -> Tensor:
     """A new (B, H, L, dim), with heads inside of rows if q has them so."""
-    batch, heads, rows, _ = q.shape
+    batch, heads, rows, own = q.shape
+    if dim == own and q.is_contiguous():
+        return torch.empty_like(q)
     if q.stride(1) < q.stride(2):
         return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
     return q.new_empty(batch, heads, rows, dim)

@@ -93,8 +93,11 @@ class AttentionCall:
         if not 0 <= dropout_p < 1:
             raise ValueError(f"dropout_p={dropout_p}: expected in [0, 1)")
         batch, q_heads, q_len, dim = shape
-        padding = _checked("key_padding", key_padding, (batch, k_shape[2]), torch.bool, q)
-        sink = _checked("sink_logit", sink_logit, (q_heads,), torch.float32, q)
+        padding = sink = None
+        if key_padding is not None:
+            padding = _checked("key_padding", key_padding, (batch, k_shape[2]), torch.bool, q)
+        if sink_logit is not None:
+            sink = _checked("sink_logit", sink_logit, (q_heads,), torch.float32, q)
         return cls(
             q=unit_rows(q),
             k=unit_rows(k),
@@ -104,7 +107,7 @@ class AttentionCall:
             q_offset=k_shape[2] - q_len if q_offset is None else q_offset,
             scale=dim**-0.5 if scale is None else float(scale),
             causal=bool(causal),
-            window=_window(window, plan[1], q),
+            window=None if window is None else _window(window, plan[1], q),
             window_block=window_block,
             key_padding=padding,
             softcap=0.0 if softcap is None else float(softcap),
@@ -162,10 +165,8 @@ def _check_plan(shape: torch.Size, k_shape: torch.Size, plan: tuple[int, int, in
 
 
 def _checked(
-    name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor
-) -> Tensor | None:
-    if x is None:
-        return None
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor
+) -> Tensor:
     if tuple(x.shape) != shape or x.device != like.device:
         raise ValueError(
             f"{name}: shape {tuple(x.shape)} on {x.device}, expected {shape} on {like.device}"
@@ -196,9 +197,7 @@ def _checked_stream(
     return stream if whole else tuple(None if x is None else x.contiguous() for x in stream)
 
 
-def _window(window: int | Tensor | None, heads: int, q: Tensor) -> Tensor | None:
-    if window is None:
-        return None
+def _window(window: int | Tensor, heads: int, q: Tensor) -> Tensor:
     if isinstance(window, Tensor):
         if tuple(window.shape) != (heads,) or window.is_floating_point():
             raise ValueError(

@@ -25,6 +25,7 @@ from aerogel.kernels.attention_select_reference import (
     choose_by_labels_reference,
     label_scores_reference,
     largest_keys_reference,
+    pack_codes_reference,
     pool_rows_reference,
 )
 
@@ -264,6 +265,36 @@ def pool_rows(
         _threads(threads),
     )
     return pooled
+
+
+def pack_codes(x: Tensor, bits: int, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """Labels in few bits, each between its own smallest and largest channel.
+
+    Args:
+        x: (..., r) finite floats.
+        bits: 8, 4 or 2; r codes fill whole bytes.
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        (..., r * bits / 8) uint8 codes, the first channel in the lowest bits; (..., 2) float32, low
+        and step.
+
+    Raises:
+        ValueError: `bits` is none of these, or bytes stay unfilled.
+    """
+    width = x.shape[-1]
+    if bits not in _CODES or not width or width * bits % 8:
+        raise ValueError(f"bits={bits} with {width} channels: expected 2, 4 or 8 and whole bytes")
+    if not selects_natively(x):
+        return pack_codes_reference(x, bits)
+    x = x.to(torch.float32).contiguous()
+    codes = torch.empty(*x.shape[:-1], width * bits // 8, dtype=torch.uint8)
+    span = torch.empty(*x.shape[:-1], 2)
+    rows = x.numel() // width
+    native().pack_codes(
+        x.data_ptr(), rows, width, bits, codes.data_ptr(), span.data_ptr(), _threads(threads)
+    )
+    return codes, span
 
 
 def _threads(threads: int | None) -> int:

@@ -117,3 +117,17 @@ def pool_rows_reference(x: Tensor, block: int, poolings: tuple[str, ...]) -> Ten
         "avg": parts.sum(3) / real.sum(1),
     }
     return torch.cat([made[name] for name in ("max", "min", "avg") if name in poolings], -1)
+
+
+def pack_codes_reference(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`pack_codes` in torch."""
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    codes = ((x - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    parts = codes.unflatten(-1, (-1, 8 // bits))
+    packed = parts[..., 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[..., place] << (place * bits)
+    return packed, torch.cat([low, step], -1)
