@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import importlib
 import json
 import math
 import time
@@ -11,6 +14,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import nn
 
 from aerogel import kernels
 
@@ -143,3 +148,30 @@ def test_the_committed_pages_are_those_of_the_committed_results(harness, tmp_pat
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     kept = {path.name: path.read_text() for path in pages.FOLDER.glob("*.*")}
     assert drawn == kept or not kept
+
+
+def test_the_limit_against_deepsparse_is_a_sum_over_layers(harness, monkeypatch) -> None:
+    peers = importlib.import_module("peers")
+    conv, dense = nn.Conv2d(4, 2, 1, bias=False), nn.Linear(100, 100)
+    half = nn.Linear(100, 100, bias=False)
+    with torch.no_grad():
+        for layer in (conv, half):
+            layer.weight.view(-1)[::2] = 0.0
+    roof = dataclasses.replace(ROOF, load_gbps_l1=100.0)
+
+    def limits(layer: nn.Module, *shape: int) -> dict[str, float]:
+        found = peers.layer_limits(layer, peers.bench.Inputs.of(torch.randn(1, *shape)), 10, roof)
+        return {name: 1e9 * seconds for name, seconds in found.items()}
+
+    monkeypatch.setattr(peers, "second_cache_bytes", lambda: 1 << 20)
+    assert limits(dense, 100) == pytest.approx({"multiply-adds": 2 * 1e4 * 10 / 100})
+    assert limits(half, 100) == pytest.approx({"loads": 4 * 5e3 * 10 / 100})
+    assert limits(conv, 4, 3, 3) == pytest.approx({"the second cache": 10 * 4 * 54 / 100})
+    monkeypatch.setattr(peers, "second_cache_bytes", lambda: 16)
+    far = 4 * 4 + 10 * (4 * 54 - 16)
+    assert limits(conv, 4, 3, 3) == pytest.approx({"the last cache": far / 50})
+
+    seconds = collections.Counter({"loads": 1e-3, "multiply-adds": 1e-3})
+    assert "2.00 ms at least" in peers.said("tiny", seconds, 1.5, (2.3, 3.2))
+    assert "out of reach" in peers.said("tiny", seconds, 1.5, (2.3, 3.2))
+    assert "out of reach" not in peers.said("tiny", seconds, 3.0, (2.3, 3.2))
