@@ -273,7 +273,7 @@ class Bidirectional(Coupling):
     def attach(self, ref: ParamRef, mask: Tensor) -> None:
         if self.backward is not None:
             self.backward.validate(ref.shape, ref.name)
-        attach_bidirectional(ref, mask, self.gradient)
+        attach_bidirectional(ref, mask, self.gradient, self.backward)
 
     def mask_holder(self, ref: ParamRef) -> tuple[nn.Module, str]:
         return ref.module, "mask_forward"
