@@ -191,7 +191,7 @@ class Step:
         self.coupling = Bidirectional(NM(*pattern, axis=0))
         for layer in (self.sparse, self.masked):
             ref = select_parameters(layer)["weight"]
-            self.coupling.attach(ref, NM(*pattern).select(layer.weight.detach().abs()))
+            self.coupling.attach(ref, NM(*pattern).select_largest(layer.weight))
         self.masked.products = None
         self.contest = Contest({
             "products": lambda: self._products(self.dense),
@@ -214,7 +214,7 @@ class Step:
     def _select(self, layer: nn.Module) -> None:
         weight = layer.weight.detach()
         for axis, name in ((1, "mask_forward"), (0, "mask_backward")):
-            chosen = NM(*self.pattern, axis=axis).select(weight.abs())
+            chosen = NM(*self.pattern, axis=axis).select_largest(weight)
             layer.get_buffer(name).copy_(chosen)
 
     def _pack(self) -> None:

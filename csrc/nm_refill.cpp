@@ -18,7 +18,9 @@ namespace {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read as little-endian words");
 
 constexpr int64_t kWord = 8;       // mask entries of a word
-constexpr int64_t kNeighbours = 16;  // outputs read together where they are neighbours: one line
+// Outputs read together where they are neighbours: inputs lie pages apart, so that shorter pieces of
+// each would wait for memory; what is written meanwhile stays in the first cache.
+constexpr int64_t kNeighbours = 512;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -36,6 +38,9 @@ struct Segment {
   int32_t row_bytes;  // of activations in scratch
 
   int64_t group_end(int64_t k) const { return std::min(k + source->m, k_end); }
+  bool of_eights(int64_t n) const {
+    return source->m == kWord && source->n == n && (k_end - k_begin) % kWord == 0;
+  }
   int64_t kept(int64_t k) const { return std::min(source->n, group_end(k) - k); }
 };
 
@@ -52,6 +57,23 @@ inline int64_t store_kept(uint64_t word, const float* weight, int64_t step, int6
   return used;
 }
 
+// The same for a whole group of eight that must keep just kN. Without branches: a missing entry
+// reads the last of the group, and the result says so.
+template <int kN>
+inline bool store_eight(uint64_t word, const float* weight, int64_t step, int32_t place,
+                        int32_t row_bytes, float* weights, int32_t* offsets, int64_t width) {
+  bool fits = true;
+#pragma GCC unroll 2
+  for (int i = 0; i < kN; ++i) {
+    fits &= word != 0;
+    const int64_t j = __builtin_ctzll(word | uint64_t{1} << 63) / 8;
+    weights[i * width] = weight[j * step];
+    offsets[i * width] = place + static_cast<int32_t>(j) * row_bytes;
+    word &= word - 1;
+  }
+  return fits & (word == 0);
+}
+
 inline uint64_t load_word(const uint8_t* mask, int64_t entries) {
   uint64_t word = 0;
   if (entries == kWord) {
@@ -62,7 +84,27 @@ inline uint64_t load_word(const uint8_t* mask, int64_t entries) {
   return word;
 }
 
+template <int kN>
+bool fill_row_of_eights(const Segment& s, int64_t row, const Slots& to) {
+  const int64_t start = row * s.source->row_step, width = to.width, end = s.k_end;
+  const float* weight = s.source->weight + start;
+  const uint8_t* mask = s.source->mask + start;
+  float* weights = to.weights;
+  int32_t* offsets = to.offsets;
+  bool fits = true;
+  for (int64_t k = s.k_begin; k < end; k += kWord) {
+    fits &= store_eight<kN>(load_word(mask + k, kWord), weight + k, 1,
+                            static_cast<int32_t>(k) * s.row_bytes, s.row_bytes, weights, offsets,
+                            width);
+    weights += kN * width;
+    offsets += kN * width;
+  }
+  return fits;
+}
+
 bool fill_row(const Segment& s, int64_t row, const Slots& to) {
+  if (s.of_eights(1)) return fill_row_of_eights<1>(s, row, to);
+  if (s.of_eights(2)) return fill_row_of_eights<2>(s, row, to);
   const float* weight = s.source->weight + row * s.source->row_step;
   const uint8_t* mask = s.source->mask + row * s.source->row_step;
   int64_t used = 0;
@@ -93,8 +135,43 @@ inline void transpose_bytes(uint64_t (&words)[kWord]) {
   exchange(1, 0x00ff00ff00ff00ffu);
 }
 
+template <int kN>
+bool fill_neighbours_of_eights(const Segment& s, int64_t row, int64_t count, const Slots* to) {
+  const int64_t step = s.source->column_step, end = s.k_end;
+  float* weights[kNeighbours];
+  int32_t* offsets[kNeighbours];
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = to[i].weights;
+    offsets[i] = to[i].offsets;
+  }
+  bool fits = true;
+  for (int64_t k = s.k_begin; k < end; k += kWord) {
+    for (int64_t first = 0; first < count; first += kWord) {
+      const int64_t place = k * step + row + first;
+      uint64_t words[kWord];
+      for (int64_t j = 0; j < kWord; ++j) {
+        words[j] = load_word(s.source->mask + place + j * step, kWord);
+      }
+      transpose_bytes(words);
+      for (int64_t i = 0; i < kWord; ++i) {
+        const int64_t width = to[first + i].width;
+        fits &= store_eight<kN>(words[i], s.source->weight + place + i, step,
+                                static_cast<int32_t>(k) * s.row_bytes, s.row_bytes,
+                                weights[first + i], offsets[first + i], width);
+        weights[first + i] += kN * width;
+        offsets[first + i] += kN * width;
+      }
+    }
+  }
+  return fits;
+}
+
 // `count` outputs from `row` on, at most kNeighbours.
 bool fill_neighbours(const Segment& s, int64_t row, int64_t count, const Slots* to) {
+  if (count % kWord == 0) {
+    if (s.of_eights(1)) return fill_neighbours_of_eights<1>(s, row, count, to);
+    if (s.of_eights(2)) return fill_neighbours_of_eights<2>(s, row, count, to);
+  }
   const int64_t step = s.source->column_step;
   int64_t used[kNeighbours] = {};
   for (int64_t k = s.k_begin, all = 0; k < s.k_end; k += s.source->m) {

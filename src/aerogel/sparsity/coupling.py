@@ -286,7 +286,7 @@ class Bidirectional(Coupling):
     def masks_changed(self, ref: ParamRef, weight: Tensor) -> None:
         if self.backward is not None:
             buffer = ref.module.get_buffer("mask_backward")
-            buffer.copy_(self.backward.select(weight.detach().abs()))
+            buffer.copy_(self.backward.select_largest(weight))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {
