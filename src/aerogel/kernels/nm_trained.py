@@ -122,10 +122,15 @@ class NMProduct(_Direction):
         return lambda stream: stream.nm_refill(*arrays, *steps, self.n, self.m, threads)
 
     def _candidates(self, shape: _Shape) -> list[SpmmVariant]:
-        """Variants whose slabs do not cut groups; one slab where no number of them fits."""
+        """Variants whose slabs do not cut groups; one slab where no number of them fits.
+
+        Those that walk single rows are seldom the fastest, and their rows lie so far apart that
+        filling them takes up to four times as long.
+        """
         cols = self.pattern.shape[1]
         fitting = {
             v if cols % (v.k_blocks * self.m) == 0 else v._replace(k_blocks=1): None
             for v in super()._candidates(shape)
+            if v.groups > 1
         }
         return list(fitting)
