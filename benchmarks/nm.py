@@ -6,6 +6,10 @@ Of every M inputs of an output N are kept, those of largest magnitude. For many 
 the weight and its fastest variant competes; for one vector `gemv` streams it with indices of 2 or 3
 bits, in float32, bfloat16 and int8. The peer is dense float32 `F.linear`; see harness.py.
 
+A training step of BDWP (arXiv 2309.13015) is forward, both gradients and the choice of both masks
+of one layer: sparse products against the same products of the masked dense weight. "select + pack"
+is what the sparse step spends beside its products, against the three dense products of the layer.
+
 The vector meets weights that come from memory: each call takes the next of several copies,
 together far larger than the last cache. The limit beside a ratio is that of multiply-adds for many
 tokens and that of bytes for one: what our call must do, at the ceiling measured in the same
@@ -14,6 +18,7 @@ process, against what the dense call took.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import statistics
@@ -23,11 +28,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import harness
 from aerogel import kernels
 from aerogel.kernels.nm import native_nm_weight
+from aerogel.sparsity import NM, Bidirectional, select_parameters
 from harness import Call, Column, Contest, Figure, Findings, Setup
 
 Pattern = tuple[int, int]
@@ -38,6 +44,12 @@ QUICK_MATRICES = MATRICES[:2]
 # (outputs, inputs): the second feed-forward layer of a Llama of 7 billion weights.
 VECTOR = (4096, 11008)
 COPIES_BYTES = 192 << 20  # what all copies of a weight take together, at least
+# (outputs, inputs, tokens) of training steps.
+STEPS = ((768, 3072, 128), (768, 3072, 256), (768, 3072, 1024), (1024, 1024, 128),
+         (1024, 1024, 256), (1024, 1024, 1024))  # fmt: skip
+QUICK_STEPS = (STEPS[1], STEPS[4])
+STEP_PATTERNS: tuple[Pattern, ...] = ((2, 8), (1, 8))
+WARM_UP = 30  # steps: more than variants times tries
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 PATTERNS: tuple[Pattern, ...] = ((2, 4), (1, 4), (2, 8), (1, 8))
 # (must, aim) on one thread, x dense float32: geometric mean over the layers, and one vector.
@@ -167,6 +179,77 @@ def vector(dense: Tensor, bias: Tensor, pattern: Pattern, dtype: torch.dtype) ->
     )
 
 
+class Step:
+    """One training step of a bidirectional layer, whole and in parts."""
+
+    def __init__(self, rows: int, cols: int, tokens: int, pattern: Pattern) -> None:
+        self.shape, self.tokens, self.pattern = (rows, cols), tokens, pattern
+        self.x = torch.randn(tokens, cols, requires_grad=True)
+        self.gradient = torch.randn(tokens, rows)
+        self.dense = nn.Linear(cols, rows)
+        self.sparse, self.masked = (copy.deepcopy(self.dense) for _ in range(2))
+        self.coupling = Bidirectional(NM(*pattern, axis=0))
+        for layer in (self.sparse, self.masked):
+            ref = select_parameters(layer)["weight"]
+            self.coupling.attach(ref, NM(*pattern).select_largest(layer.weight))
+        self.masked.products = None
+        self.contest = Contest({
+            "products": lambda: self._products(self.dense),
+            "masked": lambda: self._step(self.masked),
+            harness.OURS: lambda: self._step(self.sparse),
+            "select": lambda: self._select(self.sparse),
+            "pack": self._pack,
+        })  # fmt: skip
+        for _ in range(WARM_UP):
+            self._step(self.sparse)
+
+    def _products(self, layer: nn.Module) -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(layer(self.x), (self.x, layer.weight), self.gradient)
+
+    def _step(self, layer: nn.Module) -> None:
+        self._products(layer)
+        self._select(layer)
+
+    def _select(self, layer: nn.Module) -> None:
+        weight = layer.weight.detach()
+        for axis, name in ((1, "mask_forward"), (0, "mask_backward")):
+            chosen = NM(*self.pattern, axis=axis).select_largest(weight)
+            layer.get_buffer(name).copy_(chosen)
+
+    def _pack(self) -> None:
+        products, weight = self.sparse.products, self.sparse.weight.detach()
+        products.forward.fill(self.tokens, weight, self.sparse.mask_forward)
+        products.backward.fill(self.tokens, weight, self.sparse.mask_backward)
+
+    def found(self, roof: kernels.Roofline) -> tuple[Row, list[Figure]]:
+        contest, (n, m) = self.contest, self.pattern
+        operations = 2 * self.tokens * math.prod(self.shape) * (1 + 2 * n / m)
+        name = f"{self.shape[1]} -> {self.shape[0]} x {self.tokens} tokens"
+        masked = contest.seconds("masked")
+        row = Row(
+            layer=f"{name}, training step",
+            pattern=name_of(self.pattern),
+            values="float32",
+            dense_us=1e6 * masked,
+            ours_us=1e6 * contest.seconds(),
+            times_dense=contest.times_faster("masked"),
+            limit=masked / (1e-9 * operations / roof.fma_gflops),
+            bound="multiply-adds",
+            variant=(),
+        )
+        label = f"{row.pattern} training step, {name}"
+        figures = [
+            Figure(label, row.times_dense, "x the same step on masked dense weights"),
+            Figure(label, contest.times_faster("products"), "x the three dense products"),
+        ]
+        for part in ("select", "pack"):
+            share = 1 / harness.ratio(contest.times["products"], contest.times[part])
+            unit = "of the three dense products"
+            figures.append(Figure(f"{label}: {part}, both ways", share, unit))
+        return row, figures
+
+
 def figures(cases: list[Case], rows: list[Row]) -> list[Figure]:
     """Many tokens as geometric means by pattern, one vector row by row."""
     found = []
@@ -210,7 +293,14 @@ def measure(setup: Setup) -> Findings:
             rows.append(case.row(roof))
             case.contest.calls.clear()  # frees the weights
             cases.append(case)
-    return Findings(COLUMNS, rows, figures(cases, rows))
+    found = figures(cases, rows)
+    for pattern, shape in itertools.product(STEP_PATTERNS, QUICK_STEPS if setup.quick else STEPS):
+        step = Step(*shape, pattern)
+        harness.hold([step.contest], setup)
+        row, parts = step.found(setup.roof)
+        rows.append(row)
+        found += parts
+    return Findings(COLUMNS, rows, found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 // because a DLPack exchange costs more than many of the layers.
 #include "bindings.h"
 #include "kernels.h"
+#include "nm_refill.h"
 #include "spmm.h"
 
 namespace nb = nanobind;
@@ -17,6 +18,14 @@ T* pointer(uintptr_t address) {
 void update(SpmmWeight& weight, uintptr_t values) {
   nb::gil_scoped_release release;
   weight.update(pointer<const float>(values));
+}
+
+bool refill(SpmmWeight& weight, uintptr_t values, uintptr_t mask, int64_t row_step,
+            int64_t column_step, int64_t n, int64_t m, int threads) {
+  const NmSource source{pointer<const float>(values), pointer<const uint8_t>(mask), row_step,
+                        column_step, n, m};
+  nb::gil_scoped_release release;
+  return nm_refill(weight, source, threads);
 }
 
 // order: the number of every value, int32, or 0 for 0, 1, 2, ...
@@ -88,7 +97,8 @@ void bind_spmm(nb::module_& m) {
            nb::arg("pack"), nb::arg("column_tiles") = 1);
   nb::class_<SpmmWeight>(m, "SpmmWeight")
       .def_prop_ro("nbytes", &SpmmWeight::nbytes)
-      .def("update", &update);
+      .def("update", &update)
+      .def("nm_refill", &refill);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
   m.def("spmm_pack_updatable", &pack_updatable, nb::rv_policy::take_ownership);
   nb::class_<SpmmCall>(m, "SpmmCall")

@@ -43,7 +43,8 @@ void select_all(NmMaskTask all, int64_t outer, int threads) {
 void nm_mask(const NmMaskArgs& a, int threads) {
   check(a);
   const int64_t whole = a.length / a.m, rest = a.length % a.m;
-  NmMaskTask task{a.score, a.mask, a.length * a.inner, a.m * a.inner, a.inner, whole, a.n, a.m, 0, 0};
+  NmMaskTask task{a.score, a.mask, a.length * a.inner, a.m * a.inner, a.inner, whole, a.n, a.m,
+                  a.magnitude ? INT32_MAX : -1, 0, 0};
   select_all(task, a.outer, threads);
   if (rest == 0) return;
   task.score += whole * task.step;

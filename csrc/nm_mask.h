@@ -19,6 +19,7 @@ struct NmMaskArgs {
   uint8_t* mask;  // 1 = kept
   int64_t outer, length, inner;
   int64_t n, m;
+  bool magnitude;  // the largest magnitudes instead
 };
 
 // Groups of one length, numbered in the order [outer][groups][inner]; those from begin to end.
@@ -28,6 +29,7 @@ struct NmMaskTask {
   int64_t row, step, inner;  // entries from one outer index, group and group member to the next
   int64_t groups;            // of one outer index
   int64_t n, m;
+  int32_t bits;  // of a score that count: all, or all but the sign
   int64_t begin, end;
 };
 

@@ -50,10 +50,11 @@ struct GroupWalk {
   }
 };
 
-AEROGEL_INLINE int32_t ordered(float score) {
+AEROGEL_INLINE int32_t ordered(float score, int32_t counting) {
   const float value = score + 0.0f;
   int32_t bits;
   memcpy(&bits, &value, sizeof bits);
+  bits &= counting;
   bits ^= bits >> 31 & INT32_MAX;
   bits = bits == kBelow ? kBelow + 1 : bits;
   return bits == kAbove ? kAbove - 1 : bits;
@@ -76,7 +77,7 @@ AEROGEL_INLINE void gather(const NmMaskTask& t, bool neighbours, MaskBlock& b) {
   if (neighbours) {
     const float* from = t.score + b.place[0];
     for (int64_t j = 0; j < m; ++j, from += t.inner) {
-      for (int l = 0; l < kTogether; ++l) b.key[j][l] = ordered(from[l]);
+      for (int l = 0; l < kTogether; ++l) b.key[j][l] = ordered(from[l], t.bits);
     }
     return;
   }
@@ -84,7 +85,7 @@ AEROGEL_INLINE void gather(const NmMaskTask& t, bool neighbours, MaskBlock& b) {
     const float* from = t.score + b.place[0];
     for (int l = 0; l < kTogether; ++l) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kM; ++j) b.key[j][l] = ordered(from[l * kM + j]);
+      for (int j = 0; j < kM; ++j) b.key[j][l] = ordered(from[l * kM + j], t.bits);
     }
     return;
   }
@@ -96,7 +97,7 @@ AEROGEL_INLINE void gather(const NmMaskTask& t, bool neighbours, MaskBlock& b) {
     for (int l = 0; l < kTogether; ++l) {
       float score;
       memcpy(&score, &b.key[j][l], sizeof score);
-      b.key[j][l] = ordered(score);
+      b.key[j][l] = ordered(score, t.bits);
     }
   }
 }

@@ -42,6 +42,8 @@ def test_every_isa_keeps_what_a_stable_sort_puts_first(instruction_set, m):
             score = few_levels(shape, n)
             expected = nm_mask_reference(score, n, m, axis)
             assert torch.equal(nm_mask(score, n, m, axis), expected), (n, shape)
+            expected = nm_mask_reference(score.abs(), n, m, axis)
+            assert torch.equal(nm_mask(score, n, m, axis, magnitude=True), expected), (n, shape)
 
 
 @needs_native

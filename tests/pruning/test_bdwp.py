@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aerogel import runtime
+from aerogel import kernels, runtime
+from aerogel.kernels.nm_trained import NMProduct
 from aerogel.pruning import BidirectionalNM
 from aerogel.sparsity import NM
 
@@ -78,6 +79,50 @@ def test_all_three_products_are_those_of_the_table(kind, mode):
         other = x.detach().clone().requires_grad_()
         (wrong,) = torch.autograd.grad(model.reference(other, forward), other, upstream)
         assert not torch.allclose(x.grad, wrong)
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("mode", ["bdwp", "sdwp", "sdgp"])
+def test_sparse_products_train_as_dense_ones(mode, monkeypatch):
+    """In float32, where a linear layer of a wide pattern runs natively."""
+    seen = []
+    masked = NMProduct.masked
+    monkeypatch.setattr(NMProduct, "masked", lambda p, *a: seen.append(p.axis) or masked(p, *a))
+
+    def trained():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 8))
+        optimizer = sgd(model)
+        pruner = BidirectionalNM(model, optimizer, 2, 8, mode=mode, exclude=())
+        x = torch.randn(80, 48)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            pruner.step()
+        return [p.detach().clone() for p in pruner.controller.selection.parameters().values()]
+
+    sparse = trained()
+    assert {"bdwp": {0, 1}, "sdwp": {0, 1}, "sdgp": set()}[mode] == set(seen)
+    again = trained()
+    monkeypatch.setenv("AEROGEL_KERNELS", "reference")
+    for ours, same, dense in zip(sparse, again, trained(), strict=True):
+        assert torch.equal(ours, same)
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_gradients_see_the_masked_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    BidirectionalNM(model, sgd(model), 2, 8, exclude=(), include=("0",))
+    x = torch.randn(80, 16, requires_grad=True)
+    (to_x,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(to_x.sum(), x)
+    layer = model[0]
+    kept = [(layer.weight * m).detach() for m in (layer.mask_forward, layer.mask_backward)]
+    # d/dx of 2 (x F^T + b) B, summed over the columns of B; the inner x runs through the layer.
+    torch.testing.assert_close(
+        twice, (2 * kept[1].sum(1)).expand(80, 16) @ kept[1], rtol=1e-4, atol=1e-5
+    )
 
 
 def net():

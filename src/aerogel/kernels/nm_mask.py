@@ -27,7 +27,15 @@ def nm_mask_reference(score: Tensor, n: int, m: int, axis: int = -1) -> Tensor:
     return kept.flatten(-2)[..., : rows.shape[-1]].movedim(-1, axis).contiguous()
 
 
-def nm_mask(score: Tensor, n: int, m: int, axis: int = -1, *, threads: int | None = None) -> Tensor:
+def nm_mask(
+    score: Tensor,
+    n: int,
+    m: int,
+    axis: int = -1,
+    *,
+    magnitude: bool = False,
+    threads: int | None = None,
+) -> Tensor:
     """Bool mask of the n largest of every m consecutive entries along an axis.
 
     Of equals the first ones are kept. A shorter last group keeps n too, or all it has. Native for
@@ -39,6 +47,7 @@ def nm_mask(score: Tensor, n: int, m: int, axis: int = -1, *, threads: int | Non
         n: kept of every group, in [1, m].
         m: group length.
         axis: along which groups are cut.
+        magnitude: the n largest magnitudes instead.
         threads: default `torch.get_num_threads()`; the result does not depend on it.
 
     Returns:
@@ -53,7 +62,7 @@ def nm_mask(score: Tensor, n: int, m: int, axis: int = -1, *, threads: int | Non
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     if not _runs_natively(score, m):
-        return nm_mask_reference(score, n, m, axis)
+        return nm_mask_reference(score.abs() if magnitude else score, n, m, axis)
     values = score.detach().float().contiguous()
     mask = torch.empty(values.shape, dtype=torch.bool)
     axis %= values.dim()
@@ -62,7 +71,9 @@ def nm_mask(score: Tensor, n: int, m: int, axis: int = -1, *, threads: int | Non
         values.shape[axis],
         values.shape[axis + 1 :].numel(),
     )
-    native().nm_mask(values.data_ptr(), mask.data_ptr(), outer, length, inner, n, m, threads)
+    native().nm_mask(
+        values.data_ptr(), mask.data_ptr(), outer, length, inner, n, m, magnitude, threads
+    )
     return mask
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,41 +76,55 @@ class _Direction:
         shape = _Shape(
             y.numel() // (batch * rows), batch, layout, torch.get_num_threads(), native().isa()
         )
+        self._run(x, y, bias, shape, lambda stream: stream.update(values.data_ptr()))
+        return y
+
+    def _run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        shape: _Shape,
+        fill: Callable[[Any], bool | None],
+    ) -> bool:
+        """Fills a stream and multiplies; False, and no product, if `fill` says so."""
         with self._lock:  # the stream holds these values until the product is done
             choice = self._choice(shape)
-            variant = choice.next()
-            stream = self._stream(variant, shape, values)
-            stream.update(values.data_ptr())
+            stream = self._stream(choice.next(), shape)
+            if fill(stream) is False:
+                return False
             start = time.perf_counter()
             self._call(stream, shape)(
                 x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), 0
             )
             choice.note(time.perf_counter() - start)
-        return y
+        return True
 
     def _choice(self, shape: _Shape) -> _Choice:
         # Batches of nearly equal size share a choice.
         key = (shape.columns.bit_length(), *shape[2:])
         choice = self.choices.get(key)
         if choice is None:
-            variants = spmm_variants(self.pattern, shape.columns, shape.layout)
-            choice = self.choices[key] = _Choice(variants)
+            choice = self.choices[key] = _Choice(self._candidates(shape))
         return choice
 
-    def _stream(self, variant: SpmmVariant, shape: _Shape, values: Tensor) -> Any:
+    def _candidates(self, shape: _Shape) -> list[SpmmVariant]:
+        return spmm_variants(self.pattern, shape.columns, shape.layout)
+
+    def _stream(self, variant: SpmmVariant, shape: _Shape) -> Any:
         pack = variant.pack or shape.layout == "tokens"
         key = (variant, pack, 0 if pack else shape.columns, shape.isa)
         stream = self._streams.pop(key, None)
         if stream is None:
-            stream = self._pack(variant._replace(pack=pack), shape.columns, values)
+            stream = self._pack(variant._replace(pack=pack), shape.columns)
             while len(self._streams) >= _MAX_STREAMS:
                 del self._streams[next(iter(self._streams))]
         self._streams[key] = stream  # last: the least recently used goes first
         return stream
 
-    def _pack(self, variant: SpmmVariant, columns: int, values: Tensor) -> Any:
+    def _pack(self, variant: SpmmVariant, columns: int) -> Any:
         return native().spmm_pack_updatable(
-            values.data_ptr(),
+            self.pattern.values.data_ptr(),
             0 if self.order is None else self.order.data_ptr(),
             self.pattern.columns.data_ptr(),
             self.pattern.row_ptr.data_ptr(),

@@ -53,11 +53,10 @@ def select_masks(weights: Mapping[str, torch.Tensor], pattern_at: PatternAt, ste
     masks = {}
     for name, weight in weights.items():
         pattern = pattern_at(name, step)
-        magnitude = weight.detach().abs()
         masks[name] = (
-            torch.ones_like(magnitude, dtype=torch.bool)
+            torch.ones_like(weight, dtype=torch.bool)
             if pattern is None
-            else pattern.select(magnitude)
+            else pattern.select_largest(weight)
         )
     return MaskSet(masks)
 

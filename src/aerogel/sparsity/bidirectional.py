@@ -12,9 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel.sparsity.group_patterns import GroupPattern
+from aerogel.kernels.nm_trained import NMProduct
+from aerogel.sparsity.group_patterns import NM, GroupPattern
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.select import ParamRef
+
+MOST_KEPT = 0.25  # share of a group; with more the native products gain little or lose
+LEAST_ROWS = 64  # of activations; fewer do not pay for packing
+
+
+class SparseProducts:
+    """The two sparse products of a linear layer, native where that pays.
+
+    A mask of another pattern, operands that the kernels do not read and groups that keep more than
+    a quarter are multiplied densely.
+
+    Args:
+        shape: (out, in) of the weight.
+        n: kept of every group.
+        m: group length.
+    """
+
+    def __init__(self, shape: tuple[int, int], n: int, m: int) -> None:
+        self.forward = NMProduct(shape, n, m, axis=1)
+        self.backward = NMProduct(shape, n, m, axis=0)
+        self._pays = n <= MOST_KEPT * m
+
+    def product(
+        self, product: NMProduct, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """`NMProduct.masked`, or None where it does not pay or a gradient is asked of it."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        if not self._pays or rows < LEAST_ROWS or torch.is_grad_enabled():
+            return None
+        return product.masked(x, weight, mask, bias) if product.fits(x, weight, bias) else None
 
 
 class _Linear(torch.autograd.Function):
@@ -26,23 +57,28 @@ class _Linear(torch.autograd.Function):
         backward: Tensor,
         bias: Tensor | None,
         gradient: GroupPattern | None,
+        products: SparseProducts | None,
     ) -> Tensor:
+        if products is not None:
+            y = products.product(products.forward, x, weight, forward, bias)
+            if y is not None:
+                return y
         return F.linear(x, weight * keep_factor(forward, weight.dtype), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, weight, _, backward, bias, pattern = inputs
+        x, weight, _, backward, bias, pattern, products = inputs
         ctx.save_for_backward(x, weight, backward)
-        ctx.has_bias, ctx.pattern = bias is not None, pattern
+        ctx.has_bias, ctx.pattern, ctx.products = bias is not None, pattern, products
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight, backward = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias]
         to_x, to_weight, to_bias = _linear_gradients(
-            gradient, x, weight, backward, ctx.pattern, wanted
+            gradient, x, weight, backward, ctx.pattern, wanted, ctx.products
         )
-        return to_x, to_weight, None, None, to_bias, None
+        return to_x, to_weight, None, None, to_bias, None, None
 
 
 def _linear_gradients(
@@ -52,14 +88,21 @@ def _linear_gradients(
     backward: Tensor,
     pattern: GroupPattern | None,
     wanted: Sequence[bool],
+    products: SparseProducts | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of the input (through the masked weight), the weight (dense) and the bias, as wanted."""
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
     inputs = x.flatten(0, -2) if x.dim() > 1 else x[None]
     # Under autocast the product ran in a lower precision than what was saved.
     inputs = inputs.to(rows.dtype)
-    kept = (weight * keep_factor(backward, weight.dtype)).to(rows.dtype)
-    to_x = (_thinned(rows, pattern) @ kept).view(x.shape).to(x.dtype) if wanted[0] else None
+    to_x = None
+    if wanted[0]:
+        read = _thinned(rows, pattern)
+        if products is not None:
+            to_x = products.product(products.backward, read, weight, backward, None)
+        if to_x is None:
+            to_x = read @ (weight * keep_factor(backward, weight.dtype)).to(rows.dtype)
+        to_x = to_x.view(x.shape).to(x.dtype)
     to_weight = (rows.t() @ inputs).to(weight.dtype) if wanted[1] else None
     to_bias = rows.sum(0).to(weight.dtype) if wanted[2] else None
     return to_x, to_weight, to_bias
@@ -187,6 +230,7 @@ def bidirectional_linear(
     backward: Tensor,
     bias: Tensor | None = None,
     gradient: GroupPattern | None = None,
+    products: SparseProducts | None = None,
 ) -> Tensor:
     """x (W m_F)^T + b; dL/dx = dL/dy (W m_B), dL/dW = dL/dy^T x dense.
 
@@ -197,11 +241,12 @@ def bidirectional_linear(
         backward: bool mask m_B.
         bias: (out,).
         gradient: thins out dL/dy in the product for dL/dx, along the outputs; None does not.
+        products: of the weight's shape, for masks of their pattern; None multiplies densely.
 
     Reference:
         Fang et al., BDWP, arXiv 2309.13015.
     """
-    return _Linear.apply(x, weight, forward, backward, bias, gradient)
+    return _Linear.apply(x, weight, forward, backward, bias, gradient, products)
 
 
 def bidirectional_conv(
@@ -223,6 +268,7 @@ class _BidirectionalLayer(nn.Module):
     mask_forward: Tensor
     mask_backward: Tensor
     gradient_pattern: GroupPattern | None
+    products: SparseProducts | None  # of a linear layer
 
 
 class BidirectionalLinear(nn.Linear, _BidirectionalLayer):
@@ -236,6 +282,7 @@ class BidirectionalLinear(nn.Linear, _BidirectionalLayer):
             self.mask_backward,
             self.bias,
             self.gradient_pattern,
+            self.products,
         )
 
 
@@ -272,8 +319,19 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def attach_bidirectional(ref: ParamRef, mask: Tensor, gradient: GroupPattern | None = None) -> None:
+def attach_bidirectional(
+    ref: ParamRef,
+    mask: Tensor,
+    gradient: GroupPattern | None = None,
+    pattern: GroupPattern | None = None,
+) -> None:
     """Turn a plain layer into its bidirectional form, in place.
+
+    Args:
+        ref: its weight.
+        mask: the forward mask.
+        gradient: thins out the output's gradient in the product for the input's.
+        pattern: of the backward mask; a linear layer's products are sparse where it is N:M.
 
     Raises:
         ValueError: not a plain linear or convolution layer of one group, or a shared weight.
@@ -290,6 +348,11 @@ def attach_bidirectional(ref: ParamRef, mask: Tensor, gradient: GroupPattern | N
     module.register_buffer("mask_forward", mask)
     module.register_buffer("mask_backward", torch.ones_like(mask))
     module.gradient_pattern = gradient  # type: ignore[assignment]
+    if kind is BidirectionalLinear:
+        products = None
+        if isinstance(pattern, NM):
+            products = SparseProducts((ref.shape[0], ref.shape[1]), pattern.n, pattern.m)
+        module.products = products  # type: ignore[assignment]
     module.__class__ = kind
 
 
@@ -308,3 +371,4 @@ def detach_bidirectional(ref: ParamRef) -> None:
     del ref.module.mask_forward
     del ref.module.mask_backward
     del ref.module.gradient_pattern
+    ref.module.__dict__.pop("products", None)

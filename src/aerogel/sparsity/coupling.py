@@ -273,7 +273,7 @@ class Bidirectional(Coupling):
     def attach(self, ref: ParamRef, mask: Tensor) -> None:
         if self.backward is not None:
             self.backward.validate(ref.shape, ref.name)
-        attach_bidirectional(ref, mask, self.gradient)
+        attach_bidirectional(ref, mask, self.gradient, self.backward)
 
     def mask_holder(self, ref: ParamRef) -> tuple[nn.Module, str]:
         return ref.module, "mask_forward"
@@ -286,7 +286,7 @@ class Bidirectional(Coupling):
     def masks_changed(self, ref: ParamRef, weight: Tensor) -> None:
         if self.backward is not None:
             buffer = ref.module.get_buffer("mask_backward")
-            buffer.copy_(self.backward.select(weight.detach().abs()))
+            buffer.copy_(self.backward.select_largest(weight))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {

@@ -23,6 +23,10 @@ class GroupPattern(Pattern):
         """The mask of the score's shape that keeps the best of every group."""
         raise NotImplementedError
 
+    def select_largest(self, weight: Tensor) -> Tensor:
+        """`select` by magnitude."""
+        return self.select(weight.detach().abs())
+
 
 @dataclass(frozen=True)
 class NM(GroupPattern):
@@ -70,6 +74,9 @@ class NM(GroupPattern):
 
     def select(self, score: Tensor) -> Tensor:
         return nm_mask(score, self.n, self.m, self.axis)
+
+    def select_largest(self, weight: Tensor) -> Tensor:
+        return nm_mask(weight.detach(), self.n, self.m, self.axis, magnitude=True)
 
     def is_satisfied(self, mask: Tensor, exact: bool = False) -> bool:
         rows = _axis_last(mask, self.axis)
