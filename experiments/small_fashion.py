@@ -1,4 +1,4 @@
-"""What several experiments share: Fashion-MNIST pooled to 14x14, and one plain way to train on it.
+"""What several experiments share: small Fashion-MNIST, and one plain way to train on it.
 
 Everything is a function of the seed: initial weights, and the order of the batches.
 """
@@ -20,7 +20,7 @@ Wrapper = Callable[[nn.Module, torch.optim.Optimizer], Any]
 
 
 class Images(NamedTuple):
-    """Normalised images, (N, 1, 14, 14) or (N, 196), and their labels."""
+    """Normalised images, (N, 1, 14, 14), (N, 1, 28, 28) or (N, 196), and their labels."""
 
     train: Tensor
     labels: Tensor
@@ -29,12 +29,14 @@ class Images(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def load(train_images: int = 6_000, test_images: int = 10_000, flat: bool = True) -> Images:
-    """The first images of either split, average-pooled by 2."""
+def load(
+    train_images: int = 6_000, test_images: int = 10_000, flat: bool = True, pool: int = 2
+) -> Images:
+    """The first images of either split, average-pooled by 2 (1: as they are)."""
     dataset = data.load("fashion-mnist")
 
     def part(split: data.ImageSplit, count: int) -> Tensor:
-        small = pooled(split.images[:count], split)
+        small = pooled(split.images[:count], split, pool)
         return small.flatten(1) if flat else small
 
     train, test = dataset.train, dataset.test
@@ -46,9 +48,9 @@ def load(train_images: int = 6_000, test_images: int = 10_000, flat: bool = True
     )
 
 
-def pooled(images: Tensor, like: data.ImageSplit) -> Tensor:
-    """(N, 1, 28, 28) grey values -> (N, 1, 14, 14), normalised as a split's."""
-    small = F.avg_pool2d(images.float() / 255.0, 2)
+def pooled(images: Tensor, like: data.ImageSplit, pool: int = 2) -> Tensor:
+    """(N, 1, 28, 28) grey values -> (N, 1, 28 / pool, 28 / pool), normalised as a split's."""
+    small = F.avg_pool2d(images.float() / 255.0, pool)
     return (small - like.mean[0]) / like.std[0]
 
 

@@ -30,7 +30,7 @@ def gradual(model, optimizer):
     return GradualPruner(model, optimizer, 0.8, begin_step=1, end_step=11, frequency=2)
 
 
-def dynamic(model, optimizer):
+def dynamic(model, optimizer, growth="random"):
     selection = select_parameters(model)
     masks = random_masks(selection, 0.3, generator=torch.Generator().manual_seed(2))
     return MaskController(
@@ -40,9 +40,13 @@ def dynamic(model, optimizer):
         "hard",
         "uniform",
         Cosine(0.5, 0, 20, every=3),
-        DropGrow("random"),
+        DropGrow(growth),
         masks=masks,
     )
+
+
+def by_gradient(model, optimizer):
+    return dynamic(model, optimizer, "gradient")
 
 
 def train(make, rank=0, world=1):
@@ -55,6 +59,8 @@ def train(make, rank=0, world=1):
         x, y = (part.chunk(world)[rank] for part in batch(step))
         optimizer.zero_grad()
         F.cross_entropy(wrapped(x.double()), y).backward()
+        pruner.mask_gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         pruner.step()
     return pruner.masks.clone(), [p.detach().clone() for p in model.parameters()]
 
@@ -63,7 +69,7 @@ def work(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    for make in (gradual, dynamic):
+    for make in (gradual, dynamic, by_gradient):
         masks, weights = train(make, rank, 2)
         state = {**masks.state_dict(), **{f"w{i}": w for i, w in enumerate(weights)}}
         torch.save(state, f"{folder}/{make.__name__}{rank}")
@@ -72,7 +78,7 @@ def work(rank, port, folder):
 
 def test_two_processes_hold_the_masks_of_one(tmp_path):
     mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2)
-    for make in (gradual, dynamic):
+    for make in (gradual, dynamic, by_gradient):
         masks, weights = train(make)
         packed = masks.state_dict()
         for rank in range(2):

@@ -201,6 +201,90 @@ def test_growth_sees_the_dense_gradient_of_the_step_before_the_optimizer():
         assert torch.equal(gradient, twin.get_parameter(name).grad)
 
 
+def backward(model, step, parts=1):
+    x, y = batch(step)
+    for piece, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        (F.cross_entropy(model(piece), labels) / parts).backward()
+
+
+def zeros_outside(controller):
+    return all(
+        bool((parameter.grad[~controller.masks[name]] == 0).all())
+        for name, parameter in controller.selection.parameters().items()
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_are_masked_as_they_arrive_and_dense_only_for_an_update(parts):
+    model = net()
+    controller = rigl(model)
+    controller.rule.gradient_window = 1
+    for step in range(11):
+        controller.optimizer.zero_grad()
+        backward(model, step, parts)
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        backward(twin, step, parts)
+        dense = {name: twin.get_parameter(name).grad for name in controller.selection}
+        due = step in (5, 10)
+        assert controller.due == due
+        for name, mask in controller.masks.items():
+            wanted = dense[name] if due else dense[name] * mask
+            assert torch.equal(model.get_parameter(name).grad, wanted)
+        if due:
+            controller.mask_gradients()
+            assert zeros_outside(controller)
+            assert all(torch.equal(controller._captured[name], dense[name]) for name in dense)
+        controller.step()
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_clipping_after_masking_changes_only_the_length(follow):
+    plain, clipped = net().double(), net().double()
+    by_hand, masked = rigl(plain), rigl(clipped)
+    if follow:
+        masked.follow_optimizer()
+    for step in range(12):
+        x, y = batch(step)
+        for model, controller in ((plain, by_hand), (clipped, masked)):
+            controller.optimizer.zero_grad()
+            F.cross_entropy(model(x.double()), y).backward()
+        masked.mask_gradients()
+        assert zeros_outside(masked)
+        nn.utils.clip_grad_norm_(clipped.parameters(), 1e9)
+        by_hand.step()
+        masked.optimizer.step() if follow else masked.step()
+    assert masked.masks == by_hand.masks
+    for a, b in zip(plain.parameters(), clipped.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_given_up_after_masking_leaves_no_stale_gradient():
+    model = net()
+    controller = rigl(model)
+    controller.rule.gradient_window = 1
+    train(model, controller, 5)
+    controller.optimizer.zero_grad()
+    backward(model, 77)
+    controller.mask_gradients()
+    controller.optimizer.zero_grad()
+    backward(model, 5)
+    dense = {name: p.grad.clone() for name, p in controller.selection.parameters().items()}
+    controller.mask_gradients()
+    assert all(torch.equal(controller._captured[name], dense[name]) for name in dense)
+
+
+def test_frozen_layers_and_copies_are_left_alone():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    controller = rigl(model, "random")
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(batch(0)[0]), batch(0)[1]).backward()
+    assert bool((twin[2].weight.grad[~controller.masks["2.weight"]] != 0).any())
+    train(model, controller, 6)
+    assert model[0].weight.grad is None
+
+
 def test_grown_weights_start_at_zero():
     model = net()
     controller = rigl(model)

@@ -21,6 +21,7 @@ from aerogel.sparsity import (
     Rebuild,
     Shrink,
     Soft,
+    masked_parameters,
     nm_linear_bidirectional,
     nm_mask_,
     select_parameters,
@@ -340,6 +341,16 @@ def test_shrunken_weights_become_zero_before_they_become_denormal():
     with torch.no_grad():
         Shrink(0.5).after_step(leaf, Keep(torch.tensor([False, False, True]), leaf), 0.0)
     assert leaf.tolist() == [pytest.approx(5e-20), 0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["ste", "soft", "sr_ste"])
+def test_masks_are_spread_to_bits_only_where_they_are_used(kind, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        masked_parameters, "Keep", lambda mask, like: made.append(1) or Keep(mask, like)
+    )
+    masked_step(make_coupling(kind), lambda p: torch.optim.SGD(p, 0.1))
+    assert bool(made) == (kind == "sr_ste")
 
 
 def test_hard_zeroes_weights_gradients_and_state():

@@ -203,6 +203,10 @@ class _ShrinkThenHard(Coupling):
     def state_mask(self) -> StateMask:  # type: ignore[override]
         return "all" if self._t >= self._prune_steps else "none"
 
+    @property
+    def masks_gradient(self) -> bool:  # type: ignore[override]
+        return self._t >= self._prune_steps
+
     def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         mode = self._hard if self._t >= self._prune_steps else self._shrink
         mode.before_step(leaf, keep)

@@ -40,6 +40,10 @@ class ControlledTrainer:
         """
         return self.controller.step(scaler, unscaled=unscaled)
 
+    def mask_gradients(self) -> None:
+        """Mask this step's gradients now, to clip them; see `MaskController.mask_gradients`."""
+        self.controller.mask_gradients()
+
     def follow_optimizer(self) -> None:
         """Act around every ``optimizer.step()`` instead, under a trainer that calls it itself."""
         self.controller.follow_optimizer()

@@ -4,6 +4,9 @@
 so; 3. the optimizer steps; 4. if due, masks are decided anew; 5. masks act on weights and optimizer
 state; 6. t += 1. Weight decay and momentum live in the optimizer's step, so masks act after it.
 
+Where the coupling masks gradients, they are masked as ``backward`` leaves them, except on steps
+whose dense gradient an update needs.
+
 Nothing here depends on the rank: scores come from weights and reduced gradients, which are equal on
 all ranks, and random choices from a generator seeded equally. So are the masks.
 """
@@ -39,6 +42,12 @@ class MaskController:
 
     Call ``loss.backward(); controller.step()`` where ``optimizer.step()`` stood. Under a trainer
     that owns the optimizer step, `follow_optimizer` does the same from the optimizer's own hooks.
+
+    To clip gradients, call `mask_gradients` before: on steps whose masks grow by the gradient,
+    ``grad`` stays dense until then or until `step`. It is not captured during ``backward``, because
+    a hook there sees what one process computed in one micro-batch, before data-parallel wrappers
+    average it over process groups that are theirs, before a scaler's factor is taken out, and
+    without knowing of a ``zero_grad`` that drops it.
 
     Args:
         model: the model; named in errors only, the selection holds its parameters.
@@ -86,10 +95,14 @@ class MaskController:
         self._hooks: list[Any] = []
         self._check(schedule, update_rule)
         start = MaskSet.ones(selection) if masks is None else fitted_masks(masks, selection)
-        self._masked = MaskedParameters(selection, self.coupling, start, self)
+        self._masked = MaskedParameters(
+            selection, self.coupling, start, self, self._gradient_arrived
+        )
         self._target = self._allocated(masks)
         self._fired = start.clone() if self.rule.tracks_fired else MaskSet()
         self._captured: dict[str, Tensor] = {}
+        self._state_stays = False  # the optimizer step that comes keeps its state masked
+        self._prepared = False  # `mask_gradients` did points 1 and 2 of this step
 
     # ------------------------------------------------------------------------------------ stepping
 
@@ -127,7 +140,7 @@ class MaskController:
         if ran:
             self.after_optimizer_step()
         else:
-            self._captured = {}
+            self._forget()
         return bool(ran)
 
     def follow_optimizer(self) -> None:
@@ -149,24 +162,48 @@ class MaskController:
             hook.remove()
         self._hooks = []
 
+    def mask_gradients(self) -> None:
+        """Mask the gradients of this step now, so that a norm to clip by is the masked one's.
+
+        Call it after the step's last ``backward`` (and after ``scaler.unscale_(optimizer)``):
+
+            loss.backward()
+            controller.mask_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            controller.step()
+
+        Does nothing under couplings that do not mask gradients.
+        """
+        self._alive()
+        if self.coupling.masks_gradient and self._synchronises():
+            self.before_optimizer_step()
+            self._prepared = True
+
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Points 1 and 2: capture dense gradients, then change them as the coupling says."""
         self._alive()
+        if self._prepared:
+            return
         if self.rule.needs_gradient and self._in_window():
             self._capture()
         self._masked.hold_new()
         for name, keep in self._masked.acting():
-            self.coupling.before_step(self._masked.parameters[name], keep)
+            if not self._masked.gradient_is_masked(name):
+                self.coupling.before_step(self._masked.parameters[name], keep)
+        self._state_stays = self._masked.state_stays_masked(self._inner)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Points 4 to 6: decide masks if due, let them act, advance ``t``."""
         self._alive()
+        self._prepared = False
         self._masked.restore_held()
         # State is masked by the old masks first: what weight decay put into the state of a masked
         # entry must be gone before the entry may return.
-        self._masked.mask_state(self._inner)
+        if self.due or not self._state_stays:
+            self._masked.mask_state(self._inner)
+        self._state_stays = False
         if self.due:
             self._update()
             self._masked.mask_state(self._inner)
@@ -303,6 +340,16 @@ class MaskController:
             gradient = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
             seen = self._captured.get(name)
             self._captured[name] = gradient.clone() if seen is None else seen.add_(gradient)
+
+    def _forget(self) -> None:
+        """Drop what was captured for a step that was not taken."""
+        self._captured, self._prepared = {}, False
+
+    def _gradient_arrived(self) -> bool:
+        """Whether the gradient that arrives shall stay dense."""
+        if self._prepared:  # the step that it was masked for was not taken
+            self._forget()
+        return self.rule.needs_gradient and self._in_window()
 
     def _in_window(self) -> bool:
         schedule = self.schedule

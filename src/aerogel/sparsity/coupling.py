@@ -57,6 +57,10 @@ class Coupling:
     state_mask: ClassVar[StateMask] = "none"
     # Whether masked values and their state are put back after the optimizer step.
     freezes: ClassVar[bool] = False
+    # Whether gradients are masked as they arrive, so that whoever clips them sees what is trained.
+    masks_gradient: ClassVar[bool] = False
+    # Whether anything is done around the optimizer step; if not, masks are never spread to bits.
+    acts_on_steps: ClassVar[bool] = True
 
     def parametrization(self, mask: Tensor) -> nn.Module | None:
         """The forward part, or ``None`` if the mode works on the stored weight alone."""
@@ -110,6 +114,7 @@ class Hard(Coupling):
 
     name: ClassVar[str] = "hard"
     state_mask: ClassVar[StateMask] = "all"
+    masks_gradient: ClassVar[bool] = True
 
     def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         if leaf.grad is not None:
@@ -167,6 +172,7 @@ class STE(Coupling):
     """Straight-through: pruned weights leave the forward pass but are trained all the same."""
 
     name: ClassVar[str] = "ste"
+    acts_on_steps: ClassVar[bool] = False
 
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask, straight=True)
@@ -214,6 +220,7 @@ class Soft(Coupling):
     beta: Schedule | float = 1.0
     grad: Literal["ste", "chain"] = "ste"
     name: ClassVar[str] = "soft"
+    acts_on_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.grad not in ("ste", "chain"):
@@ -269,6 +276,7 @@ class Bidirectional(Coupling):
     backward: GroupPattern | None = field(default_factory=lambda: NM(2, 8, axis=0))
     gradient: GroupPattern | None = None
     name: ClassVar[str] = "bidirectional"
+    acts_on_steps: ClassVar[bool] = False
 
     def attach(self, ref: ParamRef, mask: Tensor) -> None:
         if self.backward is not None:

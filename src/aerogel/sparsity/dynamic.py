@@ -3,6 +3,7 @@
     trainer = RigL(model, optimizer, 0.9, total_steps=10_000)
     ...
     loss.backward()
+    trainer.mask_gradients()          # before gradients are clipped, if they are
     trainer.step()                    # in place of optimizer.step()
 
 Training starts from a random mask; every `update_every` steps the smallest kept weights of each

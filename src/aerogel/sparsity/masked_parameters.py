@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.ownership import claim, release
 from aerogel.sparsity.select import ParamRef, ParamSelection
 
+# Their step leaves an entry's state at zero where its weight, gradient and state are zero.
+_ENTRYWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+
 
 class MaskedParameters:
     """The parameters of one controller, with their masks attached as the coupling says.
@@ -24,13 +27,20 @@ class MaskedParameters:
         coupling: how masks act.
         masks: masks that fit the selection; from now on these tensors act.
         owner: who holds them.
+        wants_dense: told of every gradient that arrives under a coupling that masks it; whether it
+            shall stay dense for now. A bound method of the owner.
 
     Raises:
         ValueError: a parameter is claimed or parametrized already. Nothing is left attached.
     """
 
     def __init__(
-        self, selection: ParamSelection, coupling: Coupling, masks: MaskSet, owner: object
+        self,
+        selection: ParamSelection,
+        coupling: Coupling,
+        masks: MaskSet,
+        owner: object,
+        wants_dense: Callable[[], bool],
     ) -> None:
         self.selection = selection
         self.coupling = coupling
@@ -39,8 +49,13 @@ class MaskedParameters:
         self._holders: dict[str, tuple[nn.Module, str]] = {}
         self._in_place: set[str] = set()
         self._gradient_hooks: list[Any] = []
-        # Only of parameters that have zeros; the others need nothing between updates.
-        self._keeps: dict[str, Keep] = {}
+        # Where a gradient was masked as it arrived, and its version then.
+        self._arrived: dict[str, tuple[int, int]] = {}
+        self._state_masked = False  # by the masks in force
+        self._wants_dense = weakref.WeakMethod(wants_dense)
+        # Only of parameters that have zeros, the others need nothing between updates; made when
+        # first asked for after the masks changed.
+        self._keeps: dict[str, Keep] | None = None
         # What pruned entries hold under a coupling that freezes them (0 where kept).
         self._held: dict[str, Tensor] = {}
         claim(self.parameters, owner)
@@ -78,14 +93,17 @@ class MaskedParameters:
         return {name: self.weight(name) for name in self.selection}
 
     def acting(self) -> list[tuple[str, Keep]]:
-        """Name and mask of every parameter that has zeros."""
-        return [(name, self.keep(name)) for name in self._keeps]
+        """Name and mask of every parameter that has zeros; none if the coupling needs none."""
+        if not self.coupling.acts_on_steps:
+            return []
+        return [(name, self.keep(name)) for name in self._spread()]
 
     def keep(self, name: str) -> Keep:
         """The mask of a parameter that has zeros, fit for zeroing."""
-        keep, leaf = self._keeps[name], self.parameters[name]
+        keeps, leaf = self._spread(), self.parameters[name]
+        keep = keeps[name]
         if not keep.fits(leaf):  # the model was moved or converted since
-            keep = self._keeps[name] = Keep(self.mask(name), leaf)
+            keep = keeps[name] = Keep(self.mask(name), leaf)
             if name in self._held:
                 self._held[name] = self._held[name].to(leaf)
         return keep
@@ -97,6 +115,13 @@ class MaskedParameters:
         for name, keep in self.acting() if self.coupling.freezes else ():
             if name not in self._held:
                 self._held[name] = keep.pruned_part(self.parameters[name])
+
+    def gradient_is_masked(self, name: str) -> bool:
+        """Whether nothing has touched the gradient since it was masked as it arrived."""
+        gradient = self.parameters[name].grad
+        if gradient is None or name not in self._arrived:
+            return False
+        return self._arrived[name] == (gradient.data_ptr(), gradient._version)
 
     def restore_held(self) -> None:
         """Undo what momentum and weight decay did to frozen entries in the optimizer step."""
@@ -113,6 +138,11 @@ class MaskedParameters:
             leaf = self.parameters[name]
             state = optimizer.state.get(leaf, {})
             mask_optimizer_state(state, leaf, keep, self.coupling.state_mask)
+        self._state_masked = self.coupling.state_mask == "all"
+
+    def state_stays_masked(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step on masked gradients leaves the state as masked as it is."""
+        return self._state_masked and self.coupling.masks_gradient and type(optimizer) in _ENTRYWISE
 
     def replace(
         self, new: Mapping[str, Tensor], weights: Mapping[str, Tensor], zero_grown: bool
@@ -133,7 +163,9 @@ class MaskedParameters:
             mask.copy_(new[name])
             self.coupling.masks_changed(self.selection[name], weight)
         self._held.clear()
-        self._find_zeros()
+        self._keeps = None
+        self._arrived.clear()
+        self._state_masked = False
         for name, keep in self.acting() if self.coupling.freezes else ():
             self._hold(name, keep)
 
@@ -144,7 +176,7 @@ class MaskedParameters:
         for handle in self._gradient_hooks:
             handle.remove()
         release(self.parameters)
-        self._keeps.clear()
+        self._keeps = None
         self._held.clear()
 
     # -------------------------------------------------------------------------------- persistence
@@ -158,7 +190,9 @@ class MaskedParameters:
         for name in self.selection:
             self.mask(name).copy_(masks[name])
         self._held = {name: self.like(name, value) for name, value in held.items()}
-        self._find_zeros()
+        self._keeps = None
+        self._arrived.clear()
+        self._state_masked = False
         for name, ref in self.selection.items():
             self.coupling.masks_changed(ref, self.weight(name))
 
@@ -196,9 +230,10 @@ class MaskedParameters:
     @torch.no_grad()
     def _begin(self) -> None:
         """Let the starting masks act before the first forward pass."""
-        self._find_zeros()
         for name in self._in_place:
             self._hook_gradient(name, self.parameters[name])
+        for name, leaf in self.parameters.items() if self.coupling.acts_on_steps else ():
+            self._hook_arrival(name, leaf)
         for name, keep in self.acting():
             if self.coupling.freezes:
                 self._hold(name, keep)
@@ -212,11 +247,39 @@ class MaskedParameters:
 
         def mask_gradient(gradient: Tensor) -> Tensor:
             masked = owner()
-            if masked is None or name not in masked._keeps:
+            if masked is None or name not in masked._spread():
                 return gradient
             return gradient * keep_factor(masked.mask(name), gradient.dtype)
 
         self._gradient_hooks.append(leaf.register_hook(mask_gradient))
+
+    def _hook_arrival(self, name: str, leaf: nn.Parameter) -> None:
+        """Mask what ``backward`` left in ``grad``, unless an update wants it dense.
+
+        Wrappers reduce gradients after this hook. The same masks act on all ranks, so the average
+        is masked as well; a dense gradient taken here would be this rank's own, which is why
+        `MaskController` takes it later.
+        """
+        if not leaf.requires_grad:  # frozen by the user: no hook can be had, and nothing arrives
+            return
+        owner = weakref.ref(self)
+
+        @torch.no_grad()
+        def mask_arrived(leaf: Tensor) -> None:
+            masked, gradient = owner(), leaf.grad
+            if masked is None or gradient is None or not masked.coupling.masks_gradient:
+                return
+            masked._arrived.pop(name, None)
+            if masked._dense_wanted() or gradient.is_sparse or name not in masked._spread():
+                return
+            masked.keep(name).zero_(gradient)
+            masked._arrived[name] = gradient.data_ptr(), gradient._version
+
+        self._gradient_hooks.append(leaf.register_post_accumulate_grad_hook(mask_arrived))
+
+    def _dense_wanted(self) -> bool:
+        wants = self._wants_dense()
+        return wants is None or wants()
 
     def _hold(self, name: str, keep: Keep) -> None:
         """Note what pruned entries hold; where zeros are kept in place, make them so."""
@@ -225,10 +288,12 @@ class MaskedParameters:
         if name in self._in_place:
             keep.zero_(leaf)
 
-    def _find_zeros(self) -> None:
-        """Spread the bits of every mask that has zeros."""
-        self._keeps = {
-            name: Keep(self.mask(name), parameter)
-            for name, parameter in self.parameters.items()
-            if not bool(self.mask(name).all())
-        }
+    def _spread(self) -> dict[str, Keep]:
+        """The bits of every mask that has zeros."""
+        if self._keeps is None:
+            self._keeps = {
+                name: Keep(self.mask(name), parameter)
+                for name, parameter in self.parameters.items()
+                if not bool(self.mask(name).all())
+            }
+        return self._keeps

@@ -35,7 +35,12 @@ def drop(mask: Tensor, score: Tensor, count: int) -> Tensor:
     kept = int(mask.sum())
     if not 0 <= count <= kept:
         raise ValueError(f"count must be in [0, {kept}] (the kept entries), got {count}")
-    return topk_mask(score.masked_fill(~mask, -torch.inf), kept - count)
+    # Few entries are kept as a rule, and only they compete.
+    places = mask.flatten().nonzero().flatten()
+    stay = topk_mask(score.flatten()[places], kept - count)
+    survivors = torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    survivors.view(-1)[places[stay]] = True
+    return survivors
 
 
 def grow(

@@ -206,6 +206,9 @@ class _Loop:
                 f"loss is {mean} at step {run.step}; lower lr = {config.lr:g} or set gradient_clip"
             )
         if config.gradient_clip is not None:
+            mask_gradients = getattr(run.stepper, "mask_gradients", None)
+            if mask_gradients is not None:
+                mask_gradients()
             nn.utils.clip_grad_norm_(_parameters(run.optimizer), config.gradient_clip)
         # A pruner that breaks ties by chance must break them alike on all processes.
         seed_step(config.seed, run.step, _ALL_RANKS)

@@ -14,7 +14,10 @@ from aerogel.train.history import History, zero_fraction
 
 
 class Stepper(Protocol):
-    """What may stand in for the optimizer's step: a pruner, for example."""
+    """What may stand in for the optimizer's step: a pruner, for example.
+
+    One that has ``mask_gradients()`` is asked to mask them before they are clipped.
+    """
 
     def step(self) -> Any:
         """Take one optimizer step, and whatever comes with it."""
