@@ -102,6 +102,13 @@ def test_missing_or_faceless_experiments_are_named(checkout, system):
         find_checkout(checkout.parent / "elsewhere")
 
 
+def test_experiments_may_have_dataclasses(checkout, system):
+    path = checkout / "experiments" / "toy.py"
+    made = "from dataclasses import dataclass\n\n@dataclass\nclass Recipe:\n    steps: int = 3\n"
+    path.write_text(f"from __future__ import annotations\n{made}{EXPERIMENT}")
+    assert load_experiment(system, checkout).Recipe().steps == 3
+
+
 def test_an_experiment_needs_seeds(checkout, system):
     with pytest.raises(ValueError, match="seeds"):
         reproduce(system, checkout=checkout, seeds=[])

@@ -180,6 +180,7 @@ def load_experiment(system: System, checkout: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     if (folder := str(path.parent)) not in sys.path:
         sys.path.append(folder)  # experiments share modules that lie beside them
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     missing = [name for name in ("run", "claims", "SEEDS") if not hasattr(module, name)]
     if missing:
