@@ -45,7 +45,7 @@ demo: setup
 minilm: setup
 	$(BIN)/aerogel compress minilm --data wordnet-glosses --out runs/minilm
 
-# The unit tests take one core, for the most part; what only builds and checks runs beside them.
+# The unit tests run on all cores; what waits for compilers runs beside them.
 test: lint browser
 	@mkdir -p build
 	@$(MAKE) test-sanitize test-threads dist >build/checks.log 2>&1 & checks=$$!; \
