@@ -125,6 +125,12 @@ def test_damaged_evidence_is_refused(tmp_path):
 # Claims of papers that do not hold here, by system; the evidence page says FAIL and why. A claim
 # that begins to hold must leave this list.
 NOT_REPRODUCED = {
+    # Seen -0.08, -0.21 and -0.24 points over five seeds of 200 steps; at 75 % dense loses by 0.5.
+    "sparse-ift": {
+        "ResNet-8 RigL 0.5 against ResNet-8 dense",
+        "ResNet-8 RigL 0.5 against ResNet-8 static 0.5",
+        "ResNet-8 RigL 0.75 against ResNet-8 static 0.75",
+    },
     # Seen +0.75 points for both where 1 was asked, over eight seeds; +1.27 and +0.40 over three.
     "gpusq-vit": {
         "4 bits with the teacher against 4 bits rounded",
