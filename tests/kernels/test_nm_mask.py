@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import needs_native
 
-from aerogel import kernels
 from aerogel.kernels import nm_mask, nm_mask_reference
 
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
-needs_native = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
 QUICK = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def few_levels(shape: tuple[int, ...], seed: int) -> torch.Tensor:

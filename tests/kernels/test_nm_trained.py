@@ -7,23 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import needs_native
 
-from aerogel import kernels
 from aerogel.kernels import nm_mask
 from aerogel.kernels.nm_trained import NMProduct
 
-ISAS = kernels.available_isas() if kernels.native_available() else ["none"]
-pytestmark = pytest.mark.skipif(
-    not kernels.native_available(), reason="the native kernels are not built"
-)
-
-
-@pytest.fixture(params=ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
+pytestmark = needs_native
 
 
 @pytest.fixture(params=[1, 3])

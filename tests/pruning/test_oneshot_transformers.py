@@ -221,10 +221,8 @@ def test_plain_token_tensors_beyond_the_context_are_refused():
 PATTERNS = pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
 
 
-@PATTERNS
-@pytest.mark.parametrize("prune", [wanda_, sparsegpt_, dsnot_])
-def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pattern, tmp_path):
-    """As published checkpoints of Wanda and DSnoT are: plain safetensors, zeros written out."""
+def tied_llama():
+    """A model whose head is its embedding, and a batch of token ids."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -232,6 +230,14 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pat
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(VOCABULARY, (4, TOKENS))
+    return model, ids
+
+
+@PATTERNS
+@pytest.mark.parametrize("prune", [wanda_, sparsegpt_, dsnot_])
+def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pattern, tmp_path):
+    """As published checkpoints of Wanda and DSnoT are: plain safetensors, zeros written out."""
+    model, ids = tied_llama()
     report = prune(model, [ids], 0.5 if pattern else 0.6, pattern=pattern)
     masks = report.masks if prune is dsnot_ else report
     model.save_pretrained(tmp_path / "published")
@@ -245,7 +251,7 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pat
     for n in masks:
         assert info[n].pattern == (pattern or "unstructured")
         assert info[n].stored_bytes < 0.62 * info[n].dense_bytes
-    fresh = transformers.LlamaForCausalLM(config).eval()
+    fresh = transformers.LlamaForCausalLM(model.config).eval()
     aerogel.load(tmp_path / "small.safetensors", fresh)
     with torch.no_grad():
         assert torch.equal(fresh(ids).logits, model(ids).logits)
@@ -254,17 +260,12 @@ def test_a_model_saved_densely_with_its_zeros_is_recognised_as_sparse(prune, pat
 @PATTERNS
 def test_a_checkpoint_in_the_layout_of_the_authors_code_is_recognised_as_sparse(pattern, tmp_path):
     """Half precision, in shards, the tied head left out: `save_pretrained` as their `main` does."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, max_position_embeddings=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.randint(VOCABULARY, (4, TOKENS))
+    model, ids = tied_llama()
     masks = dsnot_(model, [ids], 0.5 if pattern else 0.6, pattern=pattern).masks
     model.half().save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
     assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 1
-    fresh = aerogel.load(tmp_path / "theirs", transformers.LlamaForCausalLM(config).eval().half())
+    blank = transformers.LlamaForCausalLM(model.config).eval().half()
+    fresh = aerogel.load(tmp_path / "theirs", blank)
     for n, mask in masks.items():
         weight = fresh.get_parameter(n)
         assert torch.equal(weight, model.get_parameter(n))

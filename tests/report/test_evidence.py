@@ -149,8 +149,7 @@ NOT_REPRODUCED = {
         "digits: accuracy of routing heads, against blocks of 16",
         "text: nats on a repeated passage, routing heads 0.1 below local heads alone",
     },
-    # Seen -0.42 points where -0.3 was asked; five seeds on four times the test images lost 0.35 to
-    # 1.1 each.
+    # Seen -0.42 points over three seeds where -0.3 was asked.
     "lottery-ticket": {"ticket of round 6 against dense"},
     # Eight epochs: all three readers of digits are far from done.
     "scatterbrain": {"digits: 16 features and a window of 16, against the better of either alone"},
