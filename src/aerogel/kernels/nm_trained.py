@@ -21,7 +21,7 @@ from torch import Tensor
 from aerogel.kernels._library import native
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import output_shape
-from aerogel.kernels.trained import _Direction, _native_fits, _Shape
+from aerogel.kernels.trained import Direction, ProductShape, native_fits
 from aerogel.kernels.variants import SpmmVariant
 
 
@@ -38,7 +38,7 @@ def nm_template(rows: int, cols: int, n: int, m: int) -> BlockRowWeight:
     )
 
 
-class NMProduct(_Direction):
+class NMProduct(Direction):
     """``x (W m)^T`` or, with ``axis=0``, ``x (W m)`` for a dense W and a mask that keep changing.
 
     Args:
@@ -67,7 +67,7 @@ class NMProduct(_Direction):
     def fits(self, *tensors: Tensor | None) -> bool:
         """Whether the native product can read these operands."""
         plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        return plain and _native_fits(*tensors)
+        return plain and native_fits(*tensors)
 
     def masked(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None
@@ -112,8 +112,8 @@ class NMProduct(_Direction):
             stream = self._stream(self._choice(shape).next(), shape)
             return self._filling(weight.contiguous(), mask.contiguous())(stream)
 
-    def _shape(self, tokens: int) -> _Shape:
-        return _Shape(tokens, 1, "tokens", torch.get_num_threads(), native().isa())
+    def _shape(self, tokens: int) -> ProductShape:
+        return ProductShape(tokens, 1, "tokens", torch.get_num_threads(), native().isa())
 
     def _filling(self, weight: Tensor, mask: Tensor) -> Callable[[Any], bool]:
         steps = (self.shape[1], 1) if self.axis == 1 else (1, self.shape[1])
@@ -121,7 +121,7 @@ class NMProduct(_Direction):
         threads = torch.get_num_threads()
         return lambda stream: stream.nm_refill(*arrays, *steps, self.n, self.m, threads)
 
-    def _candidates(self, shape: _Shape) -> list[SpmmVariant]:
+    def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
         """Variants whose slabs do not cut groups; one slab where no number of them fits.
 
         Those that walk single rows are seldom the fastest, and their rows lie so far apart that

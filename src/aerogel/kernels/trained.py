@@ -29,7 +29,7 @@ _TRIES = 2  # products timed for each variant; the faster counts
 _MAX_STREAMS = 3  # packed forms kept per direction: a model sees few shapes
 
 
-class _Shape(NamedTuple):
+class ProductShape(NamedTuple):
     """One product's size, and what may change which variant is fastest."""
 
     columns: int
@@ -57,7 +57,7 @@ class _Choice:
                 self._seconds, self._best = seconds, variant
 
 
-class _Direction:
+class Direction:
     """W or W^T: one pattern, its streams, and the variants chosen for it."""
 
     def __init__(self, pattern: BlockRowWeight, order: Tensor | None) -> None:
@@ -73,7 +73,7 @@ class _Direction:
         if y.numel() == 0:
             return y
         batch = 1 if layout == "tokens" else x.shape[0]
-        shape = _Shape(
+        shape = ProductShape(
             y.numel() // (batch * rows), batch, layout, torch.get_num_threads(), native().isa()
         )
         self._run(x, y, bias, shape, lambda stream: stream.update(values.data_ptr()))
@@ -84,7 +84,7 @@ class _Direction:
         x: Tensor,
         y: Tensor,
         bias: Tensor | None,
-        shape: _Shape,
+        shape: ProductShape,
         fill: Callable[[Any], bool | None],
     ) -> bool:
         """Fills a stream and multiplies; False, and no product, if `fill` says so."""
@@ -100,7 +100,7 @@ class _Direction:
             choice.note(time.perf_counter() - start)
         return True
 
-    def _choice(self, shape: _Shape) -> _Choice:
+    def _choice(self, shape: ProductShape) -> _Choice:
         # Batches of nearly equal size share a choice.
         key = (shape.columns.bit_length(), *shape[2:])
         choice = self.choices.get(key)
@@ -108,10 +108,10 @@ class _Direction:
             choice = self.choices[key] = _Choice(self._candidates(shape))
         return choice
 
-    def _candidates(self, shape: _Shape) -> list[SpmmVariant]:
+    def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
         return spmm_variants(self.pattern, shape.columns, shape.layout)
 
-    def _stream(self, variant: SpmmVariant, shape: _Shape) -> Any:
+    def _stream(self, variant: SpmmVariant, shape: ProductShape) -> Any:
         pack = variant.pack or shape.layout == "tokens"
         key = (variant, pack, 0 if pack else shape.columns, shape.isa)
         stream = self._streams.pop(key, None)
@@ -134,7 +134,7 @@ class _Direction:
             columns,
         )
 
-    def _call(self, stream: Any, shape: _Shape) -> Any:
+    def _call(self, stream: Any, shape: ProductShape) -> Any:
         rows, cols = self.pattern.shape
         columns, batch, layout, threads, _ = shape
         if layout == "tokens":
@@ -181,8 +181,8 @@ class TrainedPattern:
         pattern.check()
         self.pattern = pattern
         self.shape = shape
-        self._forward = _Direction(pattern, None)
-        self._backward = _Direction(*_transposed(pattern))
+        self._forward = Direction(pattern, None)
+        self._backward = Direction(*_transposed(pattern))
         if like is not None and like.shape == shape and like.pattern.block == block:
             self._forward.choices = like._forward.choices
             self._backward.choices = like._backward.choices
@@ -228,14 +228,14 @@ class TrainedPattern:
             raise ValueError(f"values: shape {tuple(values.shape)}, expected ({self.num_values},)")
         if bias is not None and bias.shape != (self.shape[0],):
             raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({self.shape[0]},)")
-        if not _native_fits(x, values, bias):
+        if not native_fits(x, values, bias):
             return linear_reference(x, self.dense(values), bias, layout)
         result = _TrainedProduct.apply(x, values, bias, self, layout)
         assert isinstance(result, Tensor)
         return result
 
 
-def _native_fits(*tensors: Tensor | None) -> bool:
+def native_fits(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or reference_mode() or not native_available():
         return False
     if torch.is_autocast_enabled("cpu"):

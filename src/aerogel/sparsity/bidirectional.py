@@ -17,15 +17,14 @@ from aerogel.sparsity.group_patterns import NM, GroupPattern
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.select import ParamRef
 
-MOST_KEPT = 0.25  # share of a group; with more the native products gain little or lose
+MOST_KEPT = 0.25  # share of a group; native products that keep more were never measured
 LEAST_ROWS = 64  # of activations; fewer do not pay for packing
 
 
 class SparseProducts:
     """The two sparse products of a linear layer, native where that pays.
 
-    A mask of another pattern, operands that the kernels do not read and groups that keep more than
-    a quarter are multiplied densely.
+    A mask of another pattern and operands that the kernels do not read are multiplied densely.
 
     Args:
         shape: (out, in) of the weight.
@@ -36,14 +35,13 @@ class SparseProducts:
     def __init__(self, shape: tuple[int, int], n: int, m: int) -> None:
         self.forward = NMProduct(shape, n, m, axis=1)
         self.backward = NMProduct(shape, n, m, axis=0)
-        self._pays = n <= MOST_KEPT * m
 
     def product(
         self, product: NMProduct, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
     ) -> Tensor | None:
         """`NMProduct.masked`, or None where it does not pay or a gradient is asked of it."""
         rows = x.numel() // max(x.shape[-1], 1)
-        if not self._pays or rows < LEAST_ROWS or torch.is_grad_enabled():
+        if rows < LEAST_ROWS or torch.is_grad_enabled():
             return None
         return product.masked(x, weight, mask, bias) if product.fits(x, weight, bias) else None
 
@@ -331,7 +329,8 @@ def attach_bidirectional(
         ref: its weight.
         mask: the forward mask.
         gradient: thins out the output's gradient in the product for the input's.
-        pattern: of the backward mask; a linear layer's products are sparse where it is N:M.
+        pattern: of the backward mask; a linear layer's products are sparse where it is N:M
+            and keeps a quarter at most.
 
     Raises:
         ValueError: not a plain linear or convolution layer of one group, or a shared weight.
@@ -350,7 +349,7 @@ def attach_bidirectional(
     module.gradient_pattern = gradient  # type: ignore[assignment]
     if kind is BidirectionalLinear:
         products = None
-        if isinstance(pattern, NM):
+        if isinstance(pattern, NM) and pattern.n <= MOST_KEPT * pattern.m:
             products = SparseProducts((ref.shape[0], ref.shape[1]), pattern.n, pattern.m)
         module.products = products  # type: ignore[assignment]
     module.__class__ = kind
