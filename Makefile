@@ -78,9 +78,10 @@ test-threads: setup
 fuzz: setup
 	$(BIN)/pytest -m slow tests/runtime/test_checkpoint_damage.py
 
+# The wheel takes what `setup` compiled; that the sdist holds every source is checked beside it.
 dist: setup
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist . >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 	bash tests/wheel_smoke.sh $(BIN)/python dist
 
 reproduce: setup

@@ -7,10 +7,10 @@
 
 namespace aerogel {
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(AEROGEL_HAS_AVX512)
 namespace avx512 { extern const KernelTable kTable; }
 namespace avx2 { extern const KernelTable kTable; }
-#elif defined(__aarch64__)
+#elif defined(AEROGEL_HAS_NEON)
 namespace neon { extern const KernelTable kTable; }
 #endif
 namespace generic { extern const KernelTable kTable; }
@@ -20,7 +20,7 @@ namespace {
 // Best first; generic is last and always there.
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(AEROGEL_HAS_AVX512)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
@@ -28,7 +28,7 @@ std::vector<const KernelTable*> supported_tables() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx512) tables.push_back(&avx512::kTable);
   if (has_avx2) tables.push_back(&avx2::kTable);
-#elif defined(__aarch64__)
+#elif defined(AEROGEL_HAS_NEON)
   tables.push_back(&neon::kTable);
 #endif
   tables.push_back(&generic::kTable);

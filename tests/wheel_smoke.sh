@@ -9,8 +9,11 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
 "$python" -m zipfile -e "$wheel" "$site"
-tar -tzf "$sdist" >"$site/sdist.txt"
-grep -q 'csrc/spmm.h' "$site/sdist.txt"
+tar -tzf "$sdist" | sed 's|^[^/]*/||' >"$site/sdist.txt"
+for source in CMakeLists.txt pyproject.toml $(find csrc src -type f \
+  ! -name '*.so' ! -path '*/__pycache__/*' ! -path '*.egg-info/*'); do
+  grep -qxF "$source" "$site/sdist.txt" || { echo "the sdist lacks $source"; exit 1; }
+done
 cd "$site"
 # The finder of the editable install would win over the wheel: it is taken out.
 "$python" - "$site" <<'PY'
