@@ -222,7 +222,8 @@ def test_ids_outside_the_table_are_refused_wherever_they_stand(kind):
 
 
 @pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
-def test_a_damaged_table_gives_wrong_rows_and_no_more():
+def test_a_damaged_table_gives_wrong_rows_and_no_more(monkeypatch):
+    monkeypatch.delenv("AEROGEL_KERNELS", raising=False)
     weight = masked(40, 20, 0.5)
     table = SparseEmbeddingTable.from_masked(weight)
     table.row_ptr[7], table.row_ptr[30] = -5, 10**9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class SparseEmbeddingTable(nn.Module):
             ValueError: ids out of range.
         """
         # Without the search that a module's attributes take: short lookups are mostly calls.
-        parts = self._buffers
+        parts: Any = self._buffers
         return gather_rows(parts["values"], parts["columns"], parts["row_ptr"], ids, self.dim)
 
     def dense(self) -> Tensor:
