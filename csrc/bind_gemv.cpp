@@ -122,10 +122,11 @@ bool gather(uintptr_t values, bool half, uintptr_t columns, bool narrow, uintptr
 
 int64_t above(uintptr_t matrix, int64_t rows, int64_t columns, uintptr_t limits, uintptr_t at_row,
               uintptr_t at_column, uintptr_t found, int64_t room) {
-  nb::gil_scoped_release release;
-  return entries_above(pointer<const float>(matrix), rows, columns, pointer<const float>(limits),
+  const AboveArgs args{pointer<const float>(matrix), rows, columns, pointer<const float>(limits),
                        pointer<int64_t>(at_row), pointer<int64_t>(at_column), pointer<float>(found),
-                       room);
+                       room};
+  nb::gil_scoped_release release;
+  return entries_above(args);
 }
 
 }  // namespace

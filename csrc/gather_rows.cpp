@@ -27,24 +27,6 @@ bool gather_rows(const GatherRowsArgs& a, int threads) {
   return inside.load(std::memory_order_relaxed);
 }
 
-int64_t entries_above(const float* matrix, int64_t rows, int64_t columns, const float* limits,
-                      int64_t* found_rows, int64_t* found_columns, float* found, int64_t room) {
-  int64_t count = 0;
-  for (int64_t r = 0; r < rows; ++r, matrix += columns) {
-    int32_t any = 0;  // a loop without a branch is one of registers
-    for (int64_t c = 0; c < columns; ++c) any |= matrix[c] > limits[c] ? 1 : 0;
-    if (!any) continue;
-    for (int64_t c = 0; c < columns; ++c) {
-      if (!(matrix[c] > limits[c])) continue;
-      if (count < room) {
-        found_rows[count] = r;
-        found_columns[count] = c;
-        found[count] = matrix[c];
-      }
-      ++count;
-    }
-  }
-  return count;
-}
+int64_t entries_above(const AboveArgs& args) { return active_table().gather_rows->above(args); }
 
 }  // namespace aerogel

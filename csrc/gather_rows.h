@@ -20,18 +20,27 @@ struct GatherRowsArgs {
   bool half = false, narrow = false, wide_ids = false;
 };
 
+struct AboveArgs {
+  const float* matrix;  // [rows][columns]
+  int64_t rows, columns;
+  const float* limits;  // [columns]
+  int64_t *found_rows, *found_columns;
+  float* found;
+  int64_t room;  // of the three
+};
+
 struct GatherRowsKernels {
   // Ids from begin to end; false, and nothing done, if one is not among the rows.
   bool (*gather)(const GatherRowsArgs& args, int64_t begin, int64_t end);
+  int64_t (*above)(const AboveArgs& args);
 };
 
 // False if an id is not among the rows: what was written then is of no use. Places and columns out
 // of range are passed over: a damaged table gives wrong rows, no more.
 bool gather_rows(const GatherRowsArgs& args, int threads);
 
-// The entries of a (rows, columns) matrix above their column's limit, row by row, up to `room` of
-// them; returns how many there are. Few are expected: this reads the matrix at the cache's pace.
-int64_t entries_above(const float* matrix, int64_t rows, int64_t columns, const float* limits,
-                      int64_t* found_rows, int64_t* found_columns, float* found, int64_t room);
+// The entries of a matrix above their column's limit, row by row, up to `room` of them; returns how
+// many there are. Few are expected: this reads the matrix at the cache's pace.
+int64_t entries_above(const AboveArgs& args);
 
 }  // namespace aerogel

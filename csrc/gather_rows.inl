@@ -1,7 +1,8 @@
 // A row is set to zero and then filled in, sixteen entries at a time where the instruction set can
 // scatter; the next rows are fetched meanwhile, because ids of a large table lie anywhere in memory.
 //
-// Reading order: float16 -> the entries of a row -> fetching ahead -> a run of ids.
+// Reading order: float16 -> the entries of a row -> fetching ahead -> a run of ids; then the
+// search among scores.
 #include "gather_rows.h"
 
 #include <string.h>
@@ -152,9 +153,29 @@ bool gather(const GatherRowsArgs& a, int64_t begin, int64_t end) {
                   : gather_ids<float, int32_t>(a, begin, end);
 }
 
+int64_t above(const AboveArgs& a) {
+  int64_t count = 0;
+  const float* row = a.matrix;
+  for (int64_t r = 0; r < a.rows; ++r, row += a.columns) {
+    int32_t any = 0;  // a loop without a branch is one of registers
+    for (int64_t c = 0; c < a.columns; ++c) any |= row[c] > a.limits[c] ? 1 : 0;
+    if (!any) continue;
+    for (int64_t c = 0; c < a.columns; ++c) {
+      if (!(row[c] > a.limits[c])) continue;
+      if (count < a.room) {
+        a.found_rows[count] = r;
+        a.found_columns[count] = c;
+        a.found[count] = row[c];
+      }
+      ++count;
+    }
+  }
+  return count;
+}
+
 }  // namespace
 
 extern const GatherRowsKernels kGatherRowsKernels;
-const GatherRowsKernels kGatherRowsKernels = {&gather};
+const GatherRowsKernels kGatherRowsKernels = {&gather, &above};
 
 }  // namespace aerogel::AEROGEL_ISA
