@@ -8,7 +8,7 @@ DEMO_DIR ?= runs/demo
 BENCH_DIR ?= docs/benchmarks
 BENCHMARKS ?= spmm conv gemv nm group_kernels attention attention_selectors attention_caches \
   attention_quality attention_memory fftconv oneway networks transformer_networks peers \
-  fast_sparse_convnets pruning_methods sparse_training scaling
+  fast_sparse_convnets pruning_methods sparse_training tables scaling
 
 .PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
         test-sanitize test-threads fuzz

@@ -83,7 +83,9 @@ def measure(setup: Setup) -> Findings:
         times, limit = contest.times_faster("plain"), kernel ** (axes - 1) / axes
         microseconds = 1e6 * contest.seconds("plain"), 1e6 * contest.seconds()
         rows.append(Row(name, *microseconds, times, limit))
-        figures.append(Figure(name, times, "x plain", FLOORS.get(layer), limit=limit))
+        # The floors hold for any number of threads.
+        floor, threads = FLOORS.get(layer), setup.threads
+        figures.append(Figure(name, times, "x plain", floor, threads=threads, limit=limit))
     return Findings(COLUMNS, rows, figures)
 
 

@@ -11,7 +11,7 @@ Beside every block, the three products of its first feed-forward layer alone: mi
 sparse. The limit is what the multiply-adds that are left (three products a layer; attention is
 dense) would take at the measured peak.
 
-The last rows are what masks add to a step that is computed dense: to an MLP's with RigL, 100 steps
+The last rows are what masks add to a step that is computed dense: to two MLPs' with RigL, 100 steps
 and one change of masks at a time, and to ViT-tiny's with N:M masks chosen anew at every step.
 """
 
@@ -236,9 +236,13 @@ class Masking:
         return step
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+def mlp(first: int, second: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(
+        nn.Linear(784, first),
+        nn.ReLU(),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        nn.Linear(second, 10),
     )
 
 
@@ -256,7 +260,8 @@ def nm(kind: type[STE]) -> Callable[[nn.Module, torch.optim.Optimizer], Controll
 
 
 MASKINGS = (
-    Masking("MLP 784-300-100-10, RigL", mlp, (128, 784), rigl, 0.9, UPDATE_EVERY, 0.15),
+    Masking("MLP 784-300-100-10, RigL", mlp(300, 100), (128, 784), rigl, 0.9, UPDATE_EVERY, 0.15),
+    Masking("MLP 784-512-512-10, RigL", mlp(512, 512), (128, 784), rigl, 0.9, UPDATE_EVERY, 0.15),
     Masking("ViT-tiny, 2:4 STE", vit, (8, 3, 224, 224), nm(STE), 0.5, 1, 0.10),
     Masking("ViT-tiny, 2:4 SR-STE", vit, (8, 3, 224, 224), nm(SRSTE), 0.5, 1, 0.10),
 )

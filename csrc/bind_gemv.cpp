@@ -100,23 +100,33 @@ void sparse_input(uintptr_t weight, int32_t type, uintptr_t scales, int64_t ldw,
   sparse_input_run(args, threads);
 }
 
-void gather(uintptr_t values, bool half, uintptr_t columns, bool narrow, uintptr_t row_ptr,
-            uintptr_t ids, uintptr_t out, int64_t count, int64_t dim, int64_t nonzeros, int threads) {
-  const GatherRowsArgs args{pointer<const void>(values),     pointer<const void>(columns),
-                            pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids),
-                            pointer<float>(out),             count,
-                            dim,                             nonzeros,
-                            half,                            narrow};
+bool gather(uintptr_t values, bool half, uintptr_t columns, bool narrow, uintptr_t row_ptr,
+            int64_t rows, uintptr_t ids, bool wide_ids, uintptr_t out, int64_t count, int64_t dim,
+            int64_t nonzeros, int threads) {
+  GatherRowsArgs args;
+  args.values = pointer<const void>(values);
+  args.columns = pointer<const void>(columns);
+  args.row_ptr = pointer<const int64_t>(row_ptr);
+  args.ids = pointer<const void>(ids);
+  args.out = pointer<float>(out);
+  args.count = count;
+  args.dim = dim;
+  args.rows = rows;
+  args.nonzeros = nonzeros;
+  args.half = half;
+  args.narrow = narrow;
+  args.wide_ids = wide_ids;
   nb::gil_scoped_release release;
-  gather_rows(args, threads);
+  return gather_rows(args, threads);
 }
 
 int64_t above(uintptr_t matrix, int64_t rows, int64_t columns, uintptr_t limits, uintptr_t at_row,
               uintptr_t at_column, uintptr_t found, int64_t room) {
-  nb::gil_scoped_release release;
-  return entries_above(pointer<const float>(matrix), rows, columns, pointer<const float>(limits),
+  const AboveArgs args{pointer<const float>(matrix), rows, columns, pointer<const float>(limits),
                        pointer<int64_t>(at_row), pointer<int64_t>(at_column), pointer<float>(found),
-                       room);
+                       room};
+  nb::gil_scoped_release release;
+  return entries_above(args);
 }
 
 }  // namespace

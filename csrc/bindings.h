@@ -8,7 +8,7 @@ namespace aerogel {
 void bind_spmm(nanobind::module_& m);
 void bind_sddmm(nanobind::module_& m);
 void bind_gemv(nanobind::module_& m);
-void bind_nm_mask(nanobind::module_& m);
+void bind_masks(nanobind::module_& m);
 void bind_sparse_conv(nanobind::module_& m);
 void bind_fft_conv(nanobind::module_& m);
 void bind_roofline(nanobind::module_& m);

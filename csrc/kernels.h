@@ -11,6 +11,9 @@ struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct NmKernels;        // nm.h: the same for N:M weights
 struct NmMaskKernels;    // nm_mask.h: which weights N:M training keeps
+struct LargestKernels;   // largest.h: which scores are the k largest
+struct ZeroPrunedKernels;  // zero_pruned.h: masks on weights and gradients
+struct GatherRowsKernels;  // gather_rows.h: lookups in tables of nonzeros
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
@@ -31,6 +34,9 @@ struct KernelTable {
   const GemvKernels* gemv;
   const NmKernels* nm;
   const NmMaskKernels* nm_mask;
+  const LargestKernels* largest;
+  const ZeroPrunedKernels* zero_pruned;
+  const GatherRowsKernels* gather_rows;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;

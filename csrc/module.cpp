@@ -18,7 +18,7 @@ NB_MODULE(_native, m) {
   aerogel::bind_spmm(m);
   aerogel::bind_sddmm(m);
   aerogel::bind_gemv(m);
-  aerogel::bind_nm_mask(m);
+  aerogel::bind_masks(m);
   aerogel::bind_sparse_conv(m);
   aerogel::bind_fft_conv(m);
   aerogel::bind_roofline(m);

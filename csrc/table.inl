@@ -11,6 +11,9 @@ extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
 extern const NmKernels kNmKernels;
 extern const NmMaskKernels kNmMaskKernels;
+extern const LargestKernels kLargestKernels;
+extern const ZeroPrunedKernels kZeroPrunedKernels;
+extern const GatherRowsKernels kGatherRowsKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
@@ -18,10 +21,14 @@ extern const SelectKernels kSelectKernels;
 extern const FftConvKernels kFftConvKernels;
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
-                            &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
-                            &kGemvKernels,       &kNmKernels,       &kNmMaskKernels,
-                            &kSparseInputKernels, &kTokenKernels,   &kAttendKernels,
-                            &kSelectKernels,     &kFftConvKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME,     kLanes,
+                            &kSpmmKernels,        &kSddmmKernels,
+                            &kRooflineKernels,    &kLayerKernels,
+                            &kGemvKernels,        &kNmKernels,
+                            &kNmMaskKernels,      &kLargestKernels,
+                            &kZeroPrunedKernels,  &kGatherRowsKernels,
+                            &kSparseInputKernels, &kTokenKernels,
+                            &kAttendKernels,      &kSelectKernels,
+                            &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

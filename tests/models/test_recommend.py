@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aerogel import kernels
 from aerogel.kernels import entries_above, entries_above_reference
 from aerogel.models import (
     LightGCN,
@@ -175,6 +176,65 @@ def test_lookups_are_those_of_the_reference(monkeypatch, dtype, dim):
     torch.testing.assert_close(ours, weight[ids].to(dtype).float(), rtol=0, atol=0, equal_nan=True)
     monkeypatch.setenv("AEROGEL_KERNELS", "reference")
     torch.testing.assert_close(ours, table(ids), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("isa", kernels.available_isas() if kernels.native_available() else [])
+@pytest.mark.parametrize("dim", [1, 15, 64, 300])
+def test_every_isa_looks_up_the_same_rows(isa, dim):
+    weight = masked(90, dim, 0.5)
+    ids = torch.randint(0, 90, (7, 100), generator=torch.Generator().manual_seed(1))
+    before = kernels.isa()
+    kernels.set_isa(isa)
+    try:
+        for dtype in (torch.float32, torch.float16):
+            table = SparseEmbeddingTable.from_masked(weight, dtype)
+            expected = weight.to(dtype).float()[ids]
+            for asked in (ids, ids.int(), ids.to(torch.uint8), ids.t().contiguous().t()):
+                assert torch.equal(table(asked), expected)
+            assert table(ids[:0]).shape == (0, 100, dim)
+    finally:
+        kernels.set_isa(before)
+
+
+def test_every_number_of_threads_looks_up_the_same_rows():
+    weight = masked(500, 64)
+    table = SparseEmbeddingTable.from_masked(weight)
+    ids = torch.randint(0, 500, (1500,), generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(table(ids), weight[ids])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64, torch.int16])
+def test_ids_outside_the_table_are_refused_wherever_they_stand(kind):
+    table = SparseEmbeddingTable.from_masked(masked(10, 8))
+    for place in (0, 299, 599):
+        for wrong in (-1, 10):
+            ids = torch.zeros(600, dtype=kind)
+            ids[place] = wrong
+            with pytest.raises(ValueError, match=r"ids must be in \[0, 10\)"):
+                table(ids)
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+def test_a_damaged_table_gives_wrong_rows_and_no_more(monkeypatch):
+    monkeypatch.delenv("AEROGEL_KERNELS", raising=False)
+    weight = masked(40, 20, 0.5)
+    table = SparseEmbeddingTable.from_masked(weight)
+    table.row_ptr[7], table.row_ptr[30] = -5, 10**9
+    table.columns[::9] = 200
+    before = kernels.isa()
+    try:
+        for isa in kernels.available_isas():
+            kernels.set_isa(isa)
+            assert table(torch.arange(40)).shape == (40, 20)
+    finally:
+        kernels.set_isa(before)
 
 
 def test_entries_above_their_columns_limit_are_all_found():

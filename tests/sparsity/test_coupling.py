@@ -458,3 +458,26 @@ def test_unknown_couplings_list_the_nearest():
         Shrink(1.5)
     with pytest.raises(ValueError, match="grad"):
         Soft(grad="both")
+
+
+@pytest.mark.parametrize("kind", ["hard", "hard_dense_grad"])
+def test_weights_changed_behind_everybodys_back_are_zero_after_the_next_step(kind):
+    torch.manual_seed(0)
+    layer, mask = nn.Linear(40, 30), torch.rand(30, 40) < 0.2
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    selection = select_parameters(layer)
+    controller = MaskController(layer, optimizer, selection, kind, masks=MaskSet({"weight": mask}))
+    for change in ("nothing", "data", "in place", "numpy", "nan"):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 40)).sum().backward()
+        if change == "data":
+            layer.weight.data.add_(1.0)
+        elif change == "in place":
+            with torch.no_grad():
+                layer.weight.sub_(1.0)
+        elif change == "numpy":
+            layer.weight.detach().numpy()[:] = 3.0
+        elif change == "nan":
+            layer.weight.data[~mask] = torch.nan
+        controller.step()
+        assert bool((layer.weight[~mask] == 0).all()), change

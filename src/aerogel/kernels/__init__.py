@@ -45,6 +45,7 @@ from aerogel.kernels.gather_rows import (
     gather_rows_reference,
 )
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
+from aerogel.kernels.largest import largest_mask, largest_mask_reference
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.nm_mask import nm_mask, nm_mask_reference
 from aerogel.kernels.nm_tensor import NM24Tensor, NM24Weight, NMForm
@@ -73,6 +74,7 @@ from aerogel.kernels.variants import (
 )
 from aerogel.kernels.vector_ops import gemv_op, sparse_input_linear_op
 from aerogel.kernels.window import ConvGeometry
+from aerogel.kernels.zero_pruned import pack_mask, zero_pruned_, zero_pruned_reference_
 
 __all__ = [
     "ACTIVATIONS",
@@ -119,6 +121,8 @@ __all__ = [
     "largest_keys",
     "largest_keys_reference",
     "largest_level",
+    "largest_mask",
+    "largest_mask_reference",
     "lower_ranges",
     "lower_spans",
     "native_available",
@@ -130,6 +134,7 @@ __all__ = [
     "nm_pattern",
     "pack_codes",
     "pack_codes_reference",
+    "pack_mask",
     "pool_rows",
     "pool_rows_reference",
     "quantize_rows",
@@ -151,4 +156,6 @@ __all__ = [
     "spmm_op",
     "spmm_reference",
     "spmm_variants",
+    "zero_pruned_",
+    "zero_pruned_reference_",
 ]

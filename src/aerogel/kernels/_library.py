@@ -71,6 +71,18 @@ def reference_mode() -> bool:
     return mode == "reference"
 
 
+def native_in_use() -> Any | None:
+    """The native module, or None where the references run instead; one call on hot paths.
+
+    Raises:
+        ValueError: as `reference_mode`.
+    """
+    module = _load()[0]
+    if module is None or (module.in_environment("AEROGEL_KERNELS") and reference_mode()):
+        return None
+    return module
+
+
 def isa() -> str:
     """Name of the instruction set in use: "avx512", "avx2", "neon" or "generic"."""
     return native().isa()

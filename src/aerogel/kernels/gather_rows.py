@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_available, native_in_use, reference_mode
 
 _ROOM = 4096  # for entries that are found; more are looked for twice
+
+
+_VALUES = {torch.float32: False, torch.float16: True}  # whether half
+_COLUMNS = {torch.int32: False, torch.uint8: True}  # whether narrow
+_IDS = {torch.int32: False, torch.int64: True}  # whether wide
 
 
 def gather_rows(values: Tensor, columns: Tensor, row_ptr: Tensor, ids: Tensor, dim: int) -> Tensor:
@@ -20,39 +25,71 @@ def gather_rows(values: Tensor, columns: Tensor, row_ptr: Tensor, ids: Tensor, d
         values: (nonzeros,) float32 or float16.
         columns: (nonzeros,) uint8 or int32, each in [0, dim).
         row_ptr: (rows + 1,) int64, from 0 to nonzeros.
-        ids: (count,) int64, each in [0, rows): the caller has checked it.
+        ids: integers of any shape, each in [0, rows).
         dim: length of a row.
 
     Returns:
-        (count, dim) float32.
+        (*ids.shape, dim) float32.
+
+    Raises:
+        ValueError: an id out of range.
     """
-    known = values.dtype in (torch.float32, torch.float16)
-    known = known and columns.dtype in (torch.uint8, torch.int32)
-    if not (known and values.is_cpu and native_available()) or reference_mode():
+    half, narrow = _VALUES.get(values.dtype), _COLUMNS.get(columns.dtype)
+    plain = half is not None and narrow is not None and _plain(values, columns, row_ptr)
+    native = native_in_use() if plain else None
+    if native is None:
         return gather_rows_reference(values, columns, row_ptr, ids, dim)
-    values, columns, row_ptr, ids = (t.contiguous() for t in (values, columns, row_ptr, ids))
-    out = torch.empty(len(ids), dim)
-    half, narrow = values.dtype is torch.float16, columns.dtype is torch.uint8
-    native().gather_rows(
+    wide = _IDS.get(ids.dtype)
+    if wide is None or not ids.is_cpu:
+        check_ids("ids", ids, len(row_ptr) - 1)
+        ids, wide = ids.to("cpu", torch.int64), True
+    if not ids.is_contiguous():
+        ids = ids.contiguous()
+    out = torch.empty((*ids.shape, dim))
+    inside = native.gather_rows(
         values.data_ptr(),
         half,
         columns.data_ptr(),
         narrow,
         row_ptr.data_ptr(),
+        row_ptr.numel() - 1,
         ids.data_ptr(),
+        wide,
         out.data_ptr(),
-        len(ids),
+        ids.numel(),
         dim,
-        min(len(values), len(columns)),
+        min(values.numel(), columns.numel()),
         torch.get_num_threads(),
     )
+    if not inside:
+        check_ids("ids", ids, len(row_ptr) - 1)
     return out
+
+
+def _plain(values: Tensor, columns: Tensor, row_ptr: Tensor) -> bool:
+    """Whether a table's parts lie in memory as the native kernel reads them."""
+    if not (values.is_cpu and columns.is_cpu and row_ptr.is_cpu):
+        return False
+    if not (values.is_contiguous() and columns.is_contiguous() and row_ptr.is_contiguous()):
+        return False
+    return row_ptr.dtype is torch.int64 and not torch.compiler.is_compiling()
+
+
+def check_ids(argument: str, ids: Tensor, count: int) -> None:
+    """Raise ValueError unless all ids are in [0, count)."""
+    if not ids.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low < 0 or high >= count:
+        raise ValueError(f"{argument} must be in [0, {count}), got {low} .. {high}")
 
 
 def gather_rows_reference(
     values: Tensor, columns: Tensor, row_ptr: Tensor, ids: Tensor, dim: int
 ) -> Tensor:
     """`gather_rows` in torch."""
+    check_ids("ids", ids, len(row_ptr) - 1)
+    shape, ids = ids.shape, ids.reshape(-1).long()
     begin = row_ptr[ids]
     length = row_ptr[ids + 1] - begin
     out = torch.zeros(len(ids), dim, device=values.device)
@@ -60,7 +97,7 @@ def gather_rows_reference(
     first = length.cumsum(0) - length
     source = torch.arange(len(row), device=row.device) + (begin - first)[row]
     out[row, columns[source].long()] = values[source].float()
-    return out
+    return out.reshape(*shape, dim)
 
 
 def entries_above(matrix: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

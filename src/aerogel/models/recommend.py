@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.kernels.gather_rows import check_ids
+
 L2 = 1e-4  # of the ego embeddings in BPR (LightGCN, section 4.1)
 # Mult-VAE's annealing: its KL weight climbs to the cap over so many steps.
 KL_CAP = 0.2
@@ -294,15 +296,6 @@ def bpr_loss(
     touched = (users_ego[users], items_ego[positives], items_ego[negatives])
     squares = torch.stack([rows.square().sum() for rows in touched]).sum()
     return F.softplus(margin).mean() + l2 * 0.5 * squares / len(users)
-
-
-def check_ids(argument: str, ids: Tensor, count: int) -> None:
-    """Raise ValueError unless all ids are in [0, count)."""
-    if not ids.numel():
-        return
-    low, high = (int(end) for end in torch.aminmax(ids))
-    if low < 0 or high >= count:
-        raise ValueError(f"{argument} must be in [0, {count}), got {low} .. {high}")
 
 
 def check_sizes(**sizes: int) -> None:

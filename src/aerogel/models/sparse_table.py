@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.kernels import BlockRowWeight, entries_above, gather_rows, spmm
-from aerogel.models.recommend import check_ids
+from aerogel.kernels.gather_rows import check_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,10 +86,9 @@ class SparseEmbeddingTable(nn.Module):
         Raises:
             ValueError: ids out of range.
         """
-        check_ids("ids", ids, len(self))
-        flat = ids.reshape(-1).long()
-        rows = gather_rows(self.values, self.columns, self.row_ptr, flat, self.dim)
-        return rows.reshape(*ids.shape, self.dim)
+        # Without the search that a module's attributes take: short lookups are mostly calls.
+        parts: Any = self._buffers
+        return gather_rows(parts["values"], parts["columns"], parts["row_ptr"], ids, self.dim)
 
     def dense(self) -> Tensor:
         """The table itself: (rows, dim) float32."""

@@ -102,6 +102,7 @@ class MaskController:
         self._fired = start.clone() if self.rule.tracks_fired else MaskSet()
         self._captured: dict[str, Tensor] = {}
         self._state_stays = False  # the optimizer step that comes keeps its state masked
+        self._window = -1, False  # `_in_window`, and of which step
         self._prepared = False  # `mask_gradients` did points 1 and 2 of this step
 
     # ------------------------------------------------------------------------------------ stepping
@@ -131,17 +132,12 @@ class MaskController:
         if self.update_replaces_step and self.due and self._finite():
             self.after_optimizer_step()
             return True
-        ran: list[bool] = []
-        hook = self._inner.register_step_post_hook(lambda *_: ran.append(True))
-        try:
-            self.optimizer.step() if scaler is None else scaler.step(self._inner)
-        finally:
-            hook.remove()
+        ran = self._optimizer_step(scaler)
         if ran:
             self.after_optimizer_step()
         else:
             self._forget()
-        return bool(ran)
+        return ran
 
     def follow_optimizer(self) -> None:
         """Run around every ``optimizer.step()`` from now on, whoever calls it.
@@ -188,9 +184,8 @@ class MaskController:
         if self.rule.needs_gradient and self._in_window():
             self._capture()
         self._masked.hold_new()
-        for name, keep in self._masked.acting():
-            if not self._masked.gradient_is_masked(name):
-                self.coupling.before_step(self._masked.parameters[name], keep)
+        for leaf, keep in self._masked.to_change():
+            self.coupling.before_step(leaf, keep)
         self._state_stays = self._masked.state_stays_masked(self._inner)
 
     @torch.no_grad()
@@ -199,21 +194,24 @@ class MaskController:
         self._alive()
         self._prepared = False
         self._masked.restore_held()
+        due = self.due
         # State is masked by the old masks first: what weight decay put into the state of a masked
         # entry must be gone before the entry may return.
-        if self.due or not self._state_stays:
+        if due or not self._state_stays:
             self._masked.mask_state(self._inner)
         self._state_stays = False
-        if self.due:
+        if due:
             self._update()
             self._masked.mask_state(self._inner)
-        rates = self._learning_rates()
-        for name, keep in self._masked.acting():
-            leaf = self._masked.parameters[name]
-            self.coupling.after_step(leaf, keep, rates.get(id(leaf), 0.0))
+        coupling, leaves = self.coupling, self._masked.parameters
+        rates = self._learning_rates() if coupling.reads_lr else {}
+        # The last weights are still in the cache, and the first ones are wanted there next.
+        for name, keep in reversed(self._masked.acting()):
+            coupling.after_step(leaves[name], keep, rates.get(id(leaves[name]), 0.0))
         self.t += 1
-        for ref in self.selection.values():
-            self.coupling.set_step(ref, self.t)
+        if type(coupling).set_step is not Coupling.set_step:
+            for ref in self.selection.values():
+                coupling.set_step(ref, self.t)
 
     @property
     def due(self) -> bool:
@@ -304,7 +302,7 @@ class MaskController:
         if masks is not None and isinstance(self.allocation, Mapping):
             densities = self.allocation
             return {n: kept_count(m.numel(), densities[n]) for n, m in self.masks.items()}
-        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+        return {name: int(torch.count_nonzero(mask)) for name, mask in self.masks.items()}
 
     def _update(self) -> None:
         assert self.schedule is not None
@@ -352,12 +350,28 @@ class MaskController:
         return self.rule.needs_gradient and self._in_window()
 
     def _in_window(self) -> bool:
-        schedule = self.schedule
-        ahead = range(self.rule.gradient_window)
-        return schedule is not None and any(schedule.due(self.t + step) for step in ahead)
+        """Whether an update looks at the gradient of this step; every gradient asks."""
+        if self._window[0] != self.t:
+            schedule, ahead = self.schedule, range(self.rule.gradient_window)
+            within = schedule is not None and any(schedule.due(self.t + step) for step in ahead)
+            self._window = self.t, within
+        return self._window[1]
 
     def _finite(self) -> bool:
         return all(bool(torch.isfinite(g).all()) for g in self._captured.values())
+
+    def _optimizer_step(self, scaler: GradScaler | None) -> bool:
+        """Let the optimizer step, and say whether it did."""
+        if scaler is None and self.optimizer is self._inner:
+            self.optimizer.step()
+            return True
+        ran: list[bool] = []
+        hook = self._inner.register_step_post_hook(lambda *_: ran.append(True))
+        try:
+            self.optimizer.step() if scaler is None else scaler.step(self._inner)
+        finally:
+            hook.remove()
+        return bool(ran)
 
     def _learning_rates(self) -> dict[int, float]:
         return {

@@ -61,6 +61,8 @@ class Coupling:
     masks_gradient: ClassVar[bool] = False
     # Whether anything is done around the optimizer step; if not, masks are never spread to bits.
     acts_on_steps: ClassVar[bool] = True
+    # Whether `after_step` looks at the learning rate, which is looked up for it in every step.
+    reads_lr: ClassVar[bool] = True
 
     def parametrization(self, mask: Tensor) -> nn.Module | None:
         """The forward part, or ``None`` if the mode works on the stored weight alone."""
@@ -115,6 +117,7 @@ class Hard(Coupling):
     name: ClassVar[str] = "hard"
     state_mask: ClassVar[StateMask] = "all"
     masks_gradient: ClassVar[bool] = True
+    reads_lr: ClassVar[bool] = False
 
     def before_step(self, leaf: nn.Parameter, keep: Keep) -> None:
         if leaf.grad is not None:
@@ -135,6 +138,7 @@ class HardDenseGrad(Coupling):
 
     reset_state: bool = False
     name: ClassVar[str] = "hard_dense_grad"
+    reads_lr: ClassVar[bool] = False
 
     @property
     def state_mask(self) -> StateMask:  # type: ignore[override]
@@ -159,6 +163,7 @@ class Frozen(Coupling):
     dense_gradient: ClassVar[bool] = False
     state_mask: ClassVar[StateMask] = "all"
     freezes: ClassVar[bool] = True
+    reads_lr: ClassVar[bool] = False
 
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask)
@@ -248,6 +253,7 @@ class Shrink(Coupling):
 
     alpha: float = 0.95
     name: ClassVar[str] = "shrink"
+    reads_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:

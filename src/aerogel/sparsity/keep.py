@@ -1,5 +1,5 @@
-"""Zeroing by mask, fast: PyTorch's own ``where`` and ``masked_fill_`` take one entry at a time on
-CPUs, some ten times slower than the vectorised AND and multiplication used here."""
+"""What a mask does to weights, gradients and optimizer state, fast: PyTorch's own ``where`` and
+``masked_fill_`` take one entry at a time on CPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-StateMask = Literal["all", "momentum", "none"]
+from aerogel.kernels.zero_pruned import INTEGERS, keep_bits, pack_mask, zero_pruned_
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+StateMask = Literal["all", "momentum", "none"]
 
 
 def keep_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,43 +20,49 @@ def keep_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Keep:
-    """A mask spread over the bits of its weight's type: all ones where kept.
+    """The mask of one weight, to zero what it prunes and to set that apart.
 
     Args:
         mask: bool, ``True`` = kept.
-        like: the weight; the bits are as wide as its elements.
+        like: the weight; the mask goes where it is.
     """
 
     def __init__(self, mask: Tensor, like: Tensor) -> None:
-        self.mask = mask
-        integer = _INTEGERS[like.element_size()]
-        self.bits = mask.view(torch.uint8).to(device=like.device, dtype=integer).neg_()
+        self.mask = mask.to(like.device)
+        self._bits: Tensor | None = None
+        self._packed: Tensor | None = None
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether the bits are as wide as the tensor's elements, and where it is."""
-        return (
-            tensor.element_size() == self.bits.element_size() and tensor.device == self.bits.device
-        )
+        """Whether the mask is where the tensor is."""
+        return self.mask.device == tensor.device
 
-    @torch.no_grad()
     def zero_(self, tensor: Tensor) -> None:
         """Set the pruned entries to exactly 0, whatever they held."""
-        if self.fits(tensor):
-            tensor.detach().view(self.bits.dtype).bitwise_and_(self.bits)
-        else:
-            tensor.masked_fill_(~self.mask.to(tensor.device), 0.0)
+        mask = self.mask
+        if mask.device != tensor.device:
+            mask = mask.to(tensor.device)
+        if self._packed is None and tensor.is_cpu:
+            self._packed = pack_mask(mask)
+        zero_pruned_(tensor, mask, self._packed)
 
     @torch.no_grad()
     def pruned_part(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor with the kept entries 0. It must fit."""
-        bits = tensor.detach().view(self.bits.dtype)
-        return (bits & ~self.bits).view(tensor.dtype)
+        """A copy of the tensor with the kept entries 0."""
+        keep = self._bits_for(tensor)
+        return (tensor.detach().view(keep.dtype) & ~keep).view(tensor.dtype)
 
     @torch.no_grad()
     def join_(self, tensor: Tensor, pruned: Tensor) -> None:
         """Replace the pruned entries by those of ``pruned``, whose kept entries must be 0."""
-        own = tensor.detach().view(self.bits.dtype)
-        own.bitwise_and_(self.bits).bitwise_or_(pruned.view(self.bits.dtype))
+        keep = self._bits_for(tensor)
+        tensor.detach().view(keep.dtype).bitwise_and_(keep).bitwise_or_(pruned.view(keep.dtype))
+
+    def _bits_for(self, tensor: Tensor) -> Tensor:
+        """The mask as wide as the tensor's entries; kept, as it is asked for in every step."""
+        integer = INTEGERS[tensor.element_size()]
+        if self._bits is None or self._bits.dtype is not integer:
+            self._bits = keep_bits(self.mask, integer)
+        return self._bits
 
 
 def mask_optimizer_state(

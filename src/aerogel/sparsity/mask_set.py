@@ -164,7 +164,10 @@ class MaskSet(MutableMapping[str, Tensor]):
     def hamming(self, other: MaskSet) -> int:
         """Number of weights on which two mask sets differ."""
         self._check_same(other)
-        return sum(int((self[name] ^ other[name].to(self[name].device)).sum()) for name in self)
+        return sum(
+            int(torch.count_nonzero(self[name] ^ other[name].to(self[name].device)))
+            for name in self
+        )
 
     def __and__(self, other: MaskSet) -> MaskSet:
         self._check_same(other)

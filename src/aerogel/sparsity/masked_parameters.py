@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels import zero_pruned_
 from aerogel.sparsity.coupling import Coupling
 from aerogel.sparsity.keep import Keep, keep_factor, mask_optimizer_state
 from aerogel.sparsity.masks import MaskSet
@@ -96,7 +97,11 @@ class MaskedParameters:
         """Name and mask of every parameter that has zeros; none if the coupling needs none."""
         if not self.coupling.acts_on_steps:
             return []
-        return [(name, self.keep(name)) for name in self._spread()]
+        leaves = self.parameters
+        return [
+            (name, keep if keep.mask.device == leaves[name].device else self.keep(name))
+            for name, keep in list(self._spread().items())
+        ]
 
     def keep(self, name: str) -> Keep:
         """The mask of a parameter that has zeros, fit for zeroing."""
@@ -112,16 +117,21 @@ class MaskedParameters:
 
     def hold_new(self) -> None:
         """Note what pruned entries hold, where that is not known yet (after loading)."""
-        for name, keep in self.acting() if self.coupling.freezes else ():
+        if not self.coupling.freezes:
+            return
+        for name, keep in self.acting():
             if name not in self._held:
                 self._held[name] = keep.pruned_part(self.parameters[name])
 
-    def gradient_is_masked(self, name: str) -> bool:
-        """Whether nothing has touched the gradient since it was masked as it arrived."""
-        gradient = self.parameters[name].grad
-        if gradient is None or name not in self._arrived:
-            return False
-        return self._arrived[name] == (gradient.data_ptr(), gradient._version)
+    def to_change(self) -> list[tuple[nn.Parameter, Keep]]:
+        """Those of `acting` whose gradient was not masked as it arrived, or touched since."""
+        found = []
+        for name in self._spread() if self.coupling.acts_on_steps else ():
+            leaf, arrived = self.parameters[name], self._arrived.get(name)
+            gradient = leaf.grad if arrived else None
+            if gradient is None or arrived != (gradient.data_ptr(), gradient._version):
+                found.append((leaf, self.keep(name)))
+        return found
 
     def restore_held(self) -> None:
         """Undo what momentum and weight decay did to frozen entries in the optimizer step."""
@@ -157,7 +167,7 @@ class MaskedParameters:
         for name, weight in weights.items():
             mask = self.mask(name)
             if zero_grown:
-                weight.masked_fill_(new[name] & ~mask, 0.0)
+                zero_pruned_(weight, mask | ~new[name])
             if name in self._in_place:
                 self.parameters[name].copy_(weight)
             mask.copy_(new[name])
@@ -264,18 +274,22 @@ class MaskedParameters:
             return
         owner = weakref.ref(self)
 
-        @torch.no_grad()
         def mask_arrived(leaf: Tensor) -> None:
-            masked, gradient = owner(), leaf.grad
-            if masked is None or gradient is None or not masked.coupling.masks_gradient:
-                return
-            masked._arrived.pop(name, None)
-            if masked._dense_wanted() or gradient.is_sparse or name not in masked._spread():
-                return
-            masked.keep(name).zero_(gradient)
-            masked._arrived[name] = gradient.data_ptr(), gradient._version
+            masked = owner()
+            if masked is not None:
+                masked._mask_arrived(name, leaf.grad)
 
         self._gradient_hooks.append(leaf.register_post_accumulate_grad_hook(mask_arrived))
+
+    def _mask_arrived(self, name: str, gradient: Tensor | None) -> None:
+        self._arrived.pop(name, None)
+        if gradient is None or not self.coupling.masks_gradient or self._dense_wanted():
+            return
+        keep = self._spread().get(name)
+        if keep is None or gradient.is_sparse:
+            return
+        keep.zero_(gradient)
+        self._arrived[name] = gradient.data_ptr(), gradient._version
 
     def _dense_wanted(self) -> bool:
         wants = self._wants_dense()
@@ -294,6 +308,6 @@ class MaskedParameters:
             self._keeps = {
                 name: Keep(self.mask(name), parameter)
                 for name, parameter in self.parameters.items()
-                if not bool(self.mask(name).all())
+                if int(torch.count_nonzero(self.mask(name))) < parameter.numel()
             }
         return self._keeps

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aerogel.kernels._library import native_in_use
+from aerogel.kernels.largest import largest_mask, selects_largest
 from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
 
 Rounding = Literal["round", "floor", "ceil", "round_kept"]
@@ -95,7 +97,7 @@ def require_finite(score: Tensor, name: str) -> None:
     """Raise ``ValueError`` naming the tensor if ``score`` holds a nan or an infinity."""
     # One cheap sum settles the ordinary case; it may overflow, so only then look at each entry.
     if score.numel() and not bool(torch.isfinite(score.sum())):
-        bad = int((~torch.isfinite(score)).sum())
+        bad = int(torch.count_nonzero(~torch.isfinite(score)))
         if bad:
             raise ValueError(f"score of {name!r} has {bad} nan or infinite entries")
 
@@ -112,22 +114,32 @@ def kth_largest(score: Tensor, k: int) -> Tensor:
     return torch.kthvalue(flat, flat.numel() - k + 1).values
 
 
-def topk_mask(score: Tensor, k: int) -> Tensor:
+def topk_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """Bool mask of exactly the ``k`` largest entries; ties go to the lowest flat index.
 
     Args:
-        score: any shape; no nan (``-inf`` marks entries that must lose).
+        score: any shape; no nan.
         k: entries to keep, in [0, score.numel()].
+        among: bool, of the score's shape: entries that compete; all by default. At least ``k``.
 
     Returns:
         Bool tensor of the score's shape, ``True`` = kept.
     """
-    if not 0 <= k <= score.numel():
-        raise ValueError(f"k must be in [0, {score.numel()}], got {k}")
+    competing = score.numel() if among is None else int(torch.count_nonzero(among))
+    if not 0 <= k <= competing:
+        raise ValueError(f"k must be in [0, {competing}], got {k}")
     if k == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    if k == score.numel():
-        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    if k == competing:
+        everything = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+        return everything if among is None else everything & among
+    if selects_largest(score) and native_in_use() is not None:
+        return largest_mask(score, k, among)
+    if among is not None:
+        places = among.flatten().nonzero().flatten()
+        kept = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+        kept[places[topk_mask(score.flatten()[places], k)]] = True
+        return kept.view(score.shape)
     flat = _comparable(score).flatten()
     threshold = kth_largest(flat, k)
     kept = flat > threshold
