@@ -19,6 +19,7 @@ from aerogel.attention import (
     detach,
     select,
 )
+from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.block_target import (
     BlockRule,
     OracleSelector,
@@ -328,3 +329,22 @@ def test_bad_calls_are_named():
         distill_gates(tiny("Llama"), selector(), WINDOWS[:, :10])
     with pytest.raises(ValueError, match="layers="):
         make_gates(tiny("Llama"), layers=[7])
+
+
+@pytest.mark.parametrize("method", ["ratio", "threshold"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rule_lists_the_blocks_that_it_chooses(method, last, diagonal, padded):
+    scores = torch.randn(2, 3, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    rows = None
+    if padded:
+        rows = torch.arange(9) < torch.tensor([[9], [6]])
+        scores = scores.masked_fill(~rows[:, None, None], -torch.inf)
+    rule = BlockRule(method, 0.1, 0.4, last, diagonal)
+    want = BlockPlan.from_mask(rule.choose(scores, rows), 16, 16)
+    for kind in (torch.float32, torch.float64):
+        plan = rule.plan(scores.to(kind), rows, 16)
+        assert torch.equal(plan.row_ptr, want.row_ptr)
+        assert torch.equal(plan.col, want.col)
+        plan.validate(AttentionShape(2, 3, 3, 144, 144, causal=True))
