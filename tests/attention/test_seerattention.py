@@ -348,3 +348,17 @@ def test_a_rule_lists_the_blocks_that_it_chooses(method, last, diagonal, padded)
         assert torch.equal(plan.row_ptr, want.row_ptr)
         assert torch.equal(plan.col, want.col)
         plan.validate(AttentionShape(2, 3, 3, 144, 144, causal=True))
+
+
+def test_scores_follow_rotary_frequencies_that_change_in_place():
+    gate = SeerGate(2, 2, 16, gate_dim=8, block_size=16)
+    q, k = torch.randn(2, 1, 2, 64, 16)
+    with torch.inference_mode():
+        before = gate(q, k)
+    gate(q, k).masked_fill(before.isinf(), 0).sum().backward()
+    other = SeerGate(2, 2, 16, gate_dim=8, block_size=16, rope_theta=100.0)
+    gate.inv_freq.copy_(other.inv_freq)
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(gate(q, k), other(q, k))
+    assert not torch.equal(gate(q, k), before)
+    torch.testing.assert_close(gate(q[:, :, :32], k[:, :, :32]), gate(q, k)[:, :, :2, :2])

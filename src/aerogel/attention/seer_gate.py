@@ -170,6 +170,7 @@ class SeerGate(_Gate):
         key_maps = num_q_heads if single else num_kv_heads
         self.k_weight = nn.Parameter(torch.empty(key_maps, head_dim * len(self.k_pool), gate_dim))
         self.q_weight: nn.Parameter | None = None
+        self._kept: tuple[Any, tuple[Tensor, Tensor] | None] | None = None
         if not single:
             self.q_weight = nn.Parameter(
                 torch.empty(num_q_heads, head_dim * len(self.q_pool), gate_dim)
@@ -203,7 +204,7 @@ class SeerGate(_Gate):
             k_pooled = k_pooled.repeat_interleave(self.group, 1)
         q = q_pooled if self.q_weight is None else q_pooled @ self.q_weight
         k = k_pooled @ self.k_weight
-        rotation = self._rotation(self._positions(q.shape[2], real, q.device))
+        rotation = self._block_rotation(q.shape[2], real, q.device)
         q, k = self._turned(q, rotation), self._turned(k, rotation)
         if k.shape[1] != self.num_q_heads:
             k = k.repeat_interleave(self.group, 1)
@@ -222,6 +223,19 @@ class SeerGate(_Gate):
     ) -> Tensor:
         """Scores (B, Hq, n, n) of q (B, Hq, L, d) and k (B, Hkv, L, d) before rotary embedding."""
         return self.score(*self.pool(q, k, real), real=real, causal=causal)
+
+    def _block_rotation(
+        self, n: int, real: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """The rotation of n blocks; without padding the one of the last call, if that fits."""
+        buffers: list[Any] = [self.inv_freq, self.rope_scale]
+        special = torch.is_inference_mode_enabled() or any(b.is_inference() for b in buffers)
+        if real is not None or special or torch.compiler.is_compiling():
+            return self._rotation(self._positions(n, real, device))
+        key = (n, device, *((b.data_ptr(), b._version) for b in buffers))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._rotation(self._positions(n, None, device)))
+        return self._kept[1]
 
     def _positions(self, n: int, real: Tensor | None, device: torch.device) -> Tensor:
         """Place of the first real token of every block, counted in the padded sequence."""
