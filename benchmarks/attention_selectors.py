@@ -7,6 +7,7 @@ the choice, then attention; dense attention reads all keys and writes none. Step
 two caches, so that the second cache holds none of it. MoA and SeerAttention also read a prompt,
 with the choice before it; SeerAttention's gate is random, which costs what a trained one
 does. "choice" is the part of our time before attention begins, where it can be told apart.
+Scatterbrain is exact on a window and estimates the rest by random features, all counted in.
 
 The limit is what the keys, values and labels that are left would take at the bandwidth of memory,
 or their multiply-adds at the measured peak.
@@ -30,10 +31,13 @@ from aerogel.attention import (
     ChannelOrder,
     DoubleSparsitySelector,
     ElasticSpan,
+    LocalSupport,
     MoAPlan,
     MoASelector,
+    PositiveRandomFeatures,
     SeerAttentionSelector,
     attend,
+    scatterbrain_attention,
     select,
 )
 from aerogel.attention.label_cache import LabelCacheLayer
@@ -58,6 +62,8 @@ RATIO, GATE_DIM = 0.1, 128
 PROMPT_FLOORS = {"moa": 2.2, "seerattention": 4.0}
 STEP_FLOOR = 2.5
 MOST_CHOICE = 0.1  # of attention, SeerAttention
+FEATURES, WINDOW = 64, 128  # Scatterbrain
+SCATTERBRAIN_FLOORS = {False: 6.0, True: 3.0}  # causal or not
 
 COLUMNS = (
     Column("what", "what"),
@@ -240,6 +246,27 @@ def seer_row(setup: Setup) -> Row:
     )
 
 
+def scatterbrain_row(setup: Setup, causal: bool) -> Row:
+    q, k, v = torch.randn(3, 1, PROMPT_HEADS, PROMPT, DIM)
+    features, support = PositiveRandomFeatures(DIM, FEATURES), LocalSupport(WINDOW)
+    contest = held(
+        setup,
+        {
+            "sdpa": lambda: scaled_dot_product_attention(q, k, v, is_causal=causal),
+            OURS: lambda: scatterbrain_attention(q, k, v, features, support, causal=causal),
+        },
+    )
+    keys = WINDOW // 2 + 1 if causal else WINDOW
+    # Multiply-adds of a row: projections of q and k, both products on the window (and the estimates
+    # to be taken out, if not causal), and the sums over all keys.
+    row = FEATURES * DIM + 2 * keys * DIM + (0 if causal else keys * (FEATURES + DIM))
+    row += 2 * FEATURES * DIM
+    least = 2 * PROMPT_HEADS * PROMPT * row / (1e9 * setup.roof.fma_gflops)
+    density = keys / (PROMPT / 2 if causal else PROMPT)
+    what = "scatterbrain, causal" if causal else "scatterbrain"
+    return row_of(what, PROMPT, density, contest, least, SCATTERBRAIN_FLOORS[causal])
+
+
 def choice_figure(row: Row) -> Figure:
     assert row.choice_ms is not None
     share = row.choice_ms / (row.ours_ms - row.choice_ms)
@@ -252,10 +279,12 @@ def measure(setup: Setup) -> Findings:
         rows = [double_sparsity_row(*step, setup) for step in steps]
         rows += moa_rows(setup)
         seer = seer_row(setup)
-    rows.append(seer)
+        rows.append(seer)
+        rows += [scatterbrain_row(setup, causal) for causal in SCATTERBRAIN_FLOORS]
     notes = [
         f"Heads of {DIM} dimensions, float32: {HEADS}, SeerAttention {PROMPT_HEADS}. Double "
-        f"Sparsity reads {HEAVY} keys; labels have {DIM // GROUP_FACTOR} channels.",
+        f"Sparsity reads {HEAVY} keys; labels have {DIM // GROUP_FACTOR} channels. Scatterbrain: "
+        f"{PROMPT_HEADS} heads, {FEATURES} features, a window of {WINDOW}.",
     ]
     figures = [row.figure for row in rows] + [choice_figure(seer)]
     return Findings(COLUMNS, rows, figures, notes)

@@ -165,6 +165,58 @@ void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64
   });
 }
 
+int64_t choose_blocks(const BlockChoice& a, int64_t* row_ptr, int32_t* col, int threads) {
+  const SelectKernels& kernels = *active_table().select;
+  // Every row writes where the longest rows before it would end; then gaps are closed, in order.
+  const int64_t rows = a.planes * a.n, count = std::min(a.count, a.n);
+  const auto dense = [&](int64_t row) {
+    return a.dense_from && row % a.n >= a.dense_from[row / a.n / a.heads];
+  };
+  std::vector<int64_t> begin(rows + 1, 0), found(rows, 0);
+  for (int64_t row = 0; row < rows; ++row) begin[row + 1] = begin[row] + (dense(row) ? a.n : count);
+  parallel_tasks(rows, threads, [&](int64_t row) {
+    const float* const scores = a.scores + row * a.n;
+    int32_t* const kept = col + begin[row];
+    const auto keep = [&](int64_t place) {
+      if (scores[place] > -kInfinity) kept[found[row]++] = static_cast<int32_t>(place);
+    };
+    if (dense(row)) {
+      for (int64_t place = 0; place < a.n; ++place) keep(place);
+      return;
+    }
+    if (count == 0) return;
+    thread_local Scratch memory;
+    RankTask t{};
+    t.n = a.n;
+    t.count = count;
+    t.run = 1;
+    t.scores = memory.at_least(a.n + kRankPad + rank_scratch(a.n) + a.n + count + 1);
+    t.scratch = reinterpret_cast<int32_t*>(t.scores + a.n + kRankPad);
+    t.keys = t.scratch + rank_scratch(a.n) + a.n;
+    std::copy_n(scores, a.n, t.scores);
+    const int64_t own = row % a.n;
+    bool owed = a.own && scores[own] > -kInfinity;
+    if (owed) t.scores[own] = kInfinity;
+    kernels.largest(t);
+    for (int64_t i = 0; i < count; ++i) {
+      if (owed && t.keys[i] >= own) {
+        if (t.keys[i] > own) keep(own);  // NaN took all places: none of the others is kept
+        owed = false;
+      }
+      keep(t.keys[i]);
+    }
+    if (owed) keep(own);
+  });
+  int64_t total = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    row_ptr[row + row / a.n] = total;
+    std::copy_n(col + begin[row], found[row], col + total);
+    total += found[row];
+    if (row % a.n == a.n - 1) row_ptr[row + row / a.n + 1] = total;
+  }
+  return total;
+}
+
 void pool_rows(const PoolArgs& a, int threads) {
   const SelectKernels& kernels = *active_table().select;
   const int64_t blocks = (a.length + a.block - 1) / a.block;

@@ -112,6 +112,19 @@ void choose_by_labels(const LabelArgs& args, const ChooseRule& rule, int32_t* ke
 void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64_t* keys,
                   int threads);
 
+// Square maps of block scores, [planes][n][n] with -inf where nothing may be kept: in each row the
+// `count` largest are kept, the own place among them if `own`, and every place from row
+// dense_from[plane / heads] on. NaN takes one of the places and is not kept.
+struct BlockChoice {
+  const float* scores;
+  int64_t planes, heads, n, count;
+  bool own;
+  const int64_t* dense_from;  // [planes / heads], or null for no such rows
+};
+// row_ptr: [planes][n + 1], joined. col: the columns that are kept, ascending in each row, with room
+// for `count` of each row and n of each dense one. Returns how many there are.
+int64_t choose_blocks(const BlockChoice& choice, int64_t* row_ptr, int32_t* col, int threads);
+
 // [B][H][L][D] in blocks of `block` rows: each [B][H][blocks][stride], or null.
 struct PoolArgs {
   const void* x;

@@ -380,6 +380,10 @@ int64_t largest_task(const RankTask& t) {
 
 // --- Pools --------------------------------------------------------------------------------------
 
+// Rows fetched into the second cache, beyond the block and at last beyond the tensor too, where a
+// prefetch does nothing.
+constexpr int64_t kPoolRowsAhead = 24;
+
 template <class Values, int V>
 AEROGEL_INLINE void pool_columns(const PoolTask& t, int64_t first) {
   const auto* row = static_cast<const typename Values::Stored*>(t.rows) + first;
@@ -391,6 +395,10 @@ AEROGEL_INLINE void pool_columns(const PoolTask& t, int64_t first) {
     sum[v] = zero();
   }
   for (int64_t i = 0; i < t.count; ++i, row += t.stride) {
+    const char* const ahead = reinterpret_cast<const char*>(row + kPoolRowsAhead * t.stride);
+    constexpr int64_t kBytes = V * kLanes * sizeof *row;
+#pragma GCC unroll 4
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec x = V == 1 ? load_row<Values>(row, left) : Values::load(row + v * kLanes);

@@ -94,6 +94,14 @@ void bind_attention(nb::module_& m) {
              a.grad_bias = pointer<float>(grad_bias);
            })
       .def("bias_copies", &attend_bias_copies)
+      .def("step",  // of a call that is prepared once: what changes is where these lie
+           [](AttendArgs& a, uintptr_t q, uintptr_t o, uintptr_t lse, int threads) {
+             a.q.data = pointer<void>(q);
+             a.o.data = pointer<void>(o);
+             a.lse = pointer<float>(lse);
+             attend_forward(a, threads);
+           },
+           nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &attend_forward, nb::call_guard<nb::gil_scoped_release>())
       .def("backward", &attend_backward, nb::call_guard<nb::gil_scoped_release>());
   bind_attention_lowering(m);

@@ -63,6 +63,13 @@ void bind_attention_select(nb::module_& m) {
         [](uintptr_t scores, int64_t rows, int64_t n, int64_t k, uintptr_t keys, int threads) {
           largest_keys(pointer<const float>(scores), rows, n, k, pointer<int64_t>(keys), threads);
         }, free);
+  m.def("choose_blocks",
+        [](uintptr_t scores, int64_t planes, int64_t heads, int64_t n, int64_t count, bool own,
+           uintptr_t dense_from, uintptr_t row_ptr, uintptr_t col, int threads) {
+          return choose_blocks({pointer<const float>(scores), planes, heads, n, count, own,
+                                pointer<const int64_t>(dense_from)},
+                               pointer<int64_t>(row_ptr), pointer<int32_t>(col), threads);
+        }, free);
   m.def("pool_rows", &pool, free);
   m.def("pack_codes",
         [](uintptr_t x, int64_t rows, int64_t width, int bits, uintptr_t codes, uintptr_t span,

@@ -16,6 +16,7 @@ void bind_plan(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_attention_select(nanobind::module_& m);
 void bind_attention_codes(nanobind::module_& m);
+void bind_ring_step(nanobind::module_& m);
 #ifdef AEROGEL_STD_THREADS
 void bind_race(nanobind::module_& m);
 #endif

@@ -26,6 +26,7 @@ NB_MODULE(_native, m) {
   aerogel::bind_attention(m);
   aerogel::bind_attention_select(m);
   aerogel::bind_attention_codes(m);
+  aerogel::bind_ring_step(m);
 #ifdef AEROGEL_STD_THREADS
   aerogel::bind_race(m);
 #endif

@@ -206,16 +206,33 @@ def test_causal_rows_are_those_of_each_prefix():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 3))
-def test_causal_sums_are_those_of_a_loop(length, group):
+@given(st.integers(1, 300), st.integers(1, 3), st.sampled_from([0, 1, 63, 64, 65, 130, 400]))
+def test_causal_sums_are_those_of_a_loop(length, group, lag):
     draw = torch.Generator().manual_seed(length)
-    q = torch.rand(1, 2 * group, length, 6, generator=draw).double()
-    k, v = (torch.rand(1, 2, length, n, generator=draw).double() for n in (6, 5))
+    q = torch.rand(2, 2 * group, length, 6, generator=draw).double()
+    k, v = (torch.rand(2, 2, length, n, generator=draw).double() for n in (6, 5))
     wide_k, wide_v = (t.repeat_interleave(group, 1) for t in (k, v))
-    matrix = (q @ wide_k.transpose(-1, -2)).tril()
-    numerator, denominator = linear_attention(q, k, v, causal=True)
-    torch.testing.assert_close(numerator, matrix @ wide_v)
-    torch.testing.assert_close(denominator, matrix.sum(-1))
+    matrix = (q @ wide_k.transpose(-1, -2)).tril(-lag)
+    for tracked in (False, True):  # with gradients and without, sums are made in two ways
+        numerator, denominator = linear_attention(
+            q.clone().requires_grad_(tracked), k, v, causal=True, lag=lag
+        )
+        assert numerator.requires_grad == tracked
+        torch.testing.assert_close(numerator, matrix @ wide_v)
+        torch.testing.assert_close(denominator, matrix.sum(-1))
+
+
+def test_features_of_padding_are_zero_whatever_it_holds():
+    x = torch.randn(2, 3, 7, 16)
+    real = torch.arange(7) < torch.tensor([[7], [4]])
+    features = PositiveRandomFeatures(16, 8, eps=1e-3)
+    want, want_scale = features.keys(x[1:, :, :4])
+    for junk in (0.0, torch.inf, torch.nan):
+        x[1, :, 4:] = junk
+        phi, scale = features.keys(x, real[:, None])
+        assert bool((phi[1, :, 4:] == 0).all())
+        torch.testing.assert_close(phi[1:, :, :4], want)
+        torch.testing.assert_close(scale[1:], want_scale)
 
 
 def test_a_dropped_pair_is_zero_in_the_matrix():
@@ -279,6 +296,8 @@ def test_what_does_not_fit_is_refused():
         (lambda: SmyrfClusters(1, 10).pairs(q * torch.nan, k, SHAPE), "finite"),
         (lambda: BlockSupport(torch.ones(2, 2), 50), "mask"),
         (lambda: BlockSupport(torch.ones(3, 3) > 0, 50).pairs(q, k, SHAPE), "blocks"),
+        (lambda: linear_attention(q, k[:, :, 1:], v, True), "100 queries and 99 keys"),
+        (lambda: linear_attention(q, k, v, False, 3), "lag=3"),
         (lambda: scatterbrain_attention(q, k, v, None, None), "at least one"),
         (lambda: scatterbrain_attention(q[:, :, 1:], k, v, fixed(), None, causal=True), "causal"),
         (lambda: scatterbrain_attention(q, k, v, fixed(8), None), "16 dimensions"),

@@ -19,6 +19,7 @@ from aerogel.attention import (
     detach,
     select,
 )
+from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.block_target import (
     BlockRule,
     OracleSelector,
@@ -328,3 +329,36 @@ def test_bad_calls_are_named():
         distill_gates(tiny("Llama"), selector(), WINDOWS[:, :10])
     with pytest.raises(ValueError, match="layers="):
         make_gates(tiny("Llama"), layers=[7])
+
+
+@pytest.mark.parametrize("method", ["ratio", "threshold"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rule_lists_the_blocks_that_it_chooses(method, last, diagonal, padded):
+    scores = torch.randn(2, 3, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    rows = None
+    if padded:
+        rows = torch.arange(9) < torch.tensor([[9], [6]])
+        scores = scores.masked_fill(~rows[:, None, None], -torch.inf)
+    rule = BlockRule(method, 0.1, 0.4, last, diagonal)
+    want = BlockPlan.from_mask(rule.choose(scores, rows), 16, 16)
+    for kind in (torch.float32, torch.float64):
+        plan = rule.plan(scores.to(kind), rows, 16)
+        assert torch.equal(plan.row_ptr, want.row_ptr)
+        assert torch.equal(plan.col, want.col)
+        plan.validate(AttentionShape(2, 3, 3, 144, 144, causal=True))
+
+
+def test_scores_follow_rotary_frequencies_that_change_in_place():
+    gate = SeerGate(2, 2, 16, gate_dim=8, block_size=16)
+    q, k = torch.randn(2, 1, 2, 64, 16)
+    with torch.inference_mode():
+        before = gate(q, k)
+    gate(q, k).masked_fill(before.isinf(), 0).sum().backward()
+    other = SeerGate(2, 2, 16, gate_dim=8, block_size=16, rope_theta=100.0)
+    gate.inv_freq.copy_(other.inv_freq)
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(gate(q, k), other(q, k))
+    assert not torch.equal(gate(q, k), before)
+    torch.testing.assert_close(gate(q[:, :, :32], k[:, :, :32]), gate(q, k)[:, :, :2, :2])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from instruction_sets import needs_native
 
 from aerogel import kernels
+from aerogel.kernels.attention_select import choose_blocks
+from aerogel.kernels.attention_select_reference import choose_blocks_reference
 
 pytestmark = needs_native
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,3 +141,25 @@ def test_packed_codes_are_those_of_the_reference(bits: int) -> None:
         kernels.pack_codes(x, 3)
     with pytest.raises(ValueError, match="15 channels"):
         kernels.pack_codes(x[..., :15], 4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 6, 99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_are_those_of_the_reference(instruction_set, own, count, dtype, threads):
+    draw = torch.Generator().manual_seed(count)
+    for shape in ((2, 3, 40, 40), (1, 1, 1, 1), (0, 2, 5, 5), (2, 1, 0, 0)):
+        n = shape[-1]
+        scores = torch.randn(shape, generator=draw).mul(4).round().to(dtype)  # many are equal
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        scores[..., n // 2 : n // 2 + 1, : n // 3] = torch.nan
+        scores[..., n // 3 : n // 2, :] = -torch.inf
+        for dense in (None, torch.arange(shape[0]) * 7 - 1 + n // 2):
+            got = choose_blocks(scores, count, own=own, dense_from=dense, threads=threads)
+            want = choose_blocks_reference(scores, min(count, n), own=own, dense_from=dense)
+            for ours, theirs in zip(got, want, strict=True):
+                assert ours.dtype == theirs.dtype
+                assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="count=-1"):
+        choose_blocks(torch.zeros(1, 1, 2, 2), -1, own=True)

@@ -26,7 +26,10 @@ def test_only_blocks_of_a_huge_page_or_more_ask(monkeypatch: pytest.MonkeyPatch)
     huge_pages.empty_rows(like, 1, 8, 8191, 64)
     huge_pages.empty_rows(like.to("meta"), 1, 8, 8192, 64)
     assert not asked
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *call: 0)
     buffer = huge_pages.empty_rows(like, 1, 8, 8192, 64)
+    assert buffer.data_ptr() % huge_pages.HUGE_PAGE == 0
+    assert buffer.is_contiguous()
     assert asked == [(buffer.data_ptr(), buffer.numel() * 4)]
 
 

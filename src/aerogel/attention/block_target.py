@@ -17,6 +17,7 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.seer_gate import BLOCKS, real_blocks
 from aerogel.attention.selector import AttentionContext, Selector
 from aerogel.attention.topk import share_over_group, stable_topk
+from aerogel.kernels.attention_select import choose_blocks
 
 Method = Literal["threshold", "ratio"]
 _ROWS = 64  # of a map at a time
@@ -56,6 +57,18 @@ class BlockRule:
         if self.method == "ratio" and self.ratio is None:
             raise ValueError("ratio=None: expected a share in (0, 1] with method='ratio'")
 
+    def plan(self, scores: Tensor, rows: Tensor | None, block: int) -> BlockPlan:
+        """The blocks of `block` tokens that are kept; other arguments as `choose`."""
+        if self.method == "threshold":
+            return BlockPlan.from_mask(self.choose(scores, rows), block, block)
+        dense_from = None
+        if self.last_block_dense:
+            dense_from = _last_row(scores, rows) - 1
+        row_ptr, col = choose_blocks(
+            scores, self._count(scores), own=self.force_diagonal, dense_from=dense_from
+        )
+        return BlockPlan(block, block, row_ptr, col)
+
     def choose(self, scores: Tensor, rows: Tensor | None = None) -> Tensor:
         """Blocks that are kept: (B, H, n, n) bool.
 
@@ -65,24 +78,32 @@ class BlockRule:
         """
         n = scores.shape[-1]
         allowed = scores > -torch.inf
+        own = torch.eye(n, dtype=torch.bool, device=scores.device)
         if self.method == "threshold":
             kept = torch.softmax(scores, -1).nan_to_num() > self.threshold
             kept = kept | allowed if self.threshold == 0 else kept
         else:
-            k = max(1, int((1 - (1 - float(self.ratio or 0)) ** 0.5) * n))
-            own = torch.eye(n, dtype=torch.bool, device=scores.device)
             ranked = scores.masked_fill(own & allowed, torch.inf) if self.force_diagonal else scores
-            best = stable_topk(ranked, k)
+            best = stable_topk(ranked, self._count(scores))
             kept = torch.zeros_like(allowed).scatter(-1, best, True)
         if self.force_diagonal:
-            kept = kept | torch.eye(n, dtype=torch.bool, device=scores.device)
+            kept = kept | own
         if self.last_block_dense:
             number = torch.arange(n, device=scores.device)
-            last = torch.tensor([n - 1], device=scores.device)
-            if rows is not None:
-                last = torch.where(rows, number, -1).amax(-1)
-            kept = kept | (number > last[:, None] - 2)[:, None, :, None]
+            kept = kept | (number > _last_row(scores, rows)[:, None] - 2)[:, None, :, None]
         return kept & allowed
+
+    def _count(self, scores: Tensor) -> int:
+        """Blocks per row whose causal area is `ratio` of all."""
+        return max(1, int((1 - (1 - float(self.ratio or 0)) ** 0.5) * scores.shape[-1]))
+
+
+def _last_row(scores: Tensor, rows: Tensor | None) -> Tensor:
+    """(B,) the last row of blocks, or the last with a real token."""
+    n = scores.shape[-1]
+    if rows is None:
+        return torch.full((scores.shape[0],), n - 1, device=scores.device)
+    return torch.where(rows, torch.arange(n, device=scores.device), -1).amax(-1)
 
 
 @torch.no_grad()
@@ -181,9 +202,7 @@ class OracleSelector(Selector):
         scores = torch.where(
             target > 0, torch.log(target.clamp(min=torch.finfo(torch.float32).tiny)), -torch.inf
         )
-        return BlockPlan.from_mask(
-            self.rule.choose(scores, blocks_of(ctx, self.block)), self.block, self.block
-        )
+        return self.rule.plan(scores, blocks_of(ctx, self.block), self.block)
 
 
 def blocks_of(ctx: AttentionContext, block: int) -> Tensor | None:

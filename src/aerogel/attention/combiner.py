@@ -23,29 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.bank_plan import Bank, BankPlan
+from aerogel.attention.combiner_base import SummarisingSelector, Variant, check_choice
 from aerogel.attention.combiner_grid import axial_banks, mixture_banks
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan
-from aerogel.attention.selector import AttentionContext, Selector, add_selector, configured
+from aerogel.attention.selector import AttentionContext, add_selector, configured
 from aerogel.attention.shape import AttentionShape
-from aerogel.attention.summaries import (
-    POOLINGS,
-    Pooling,
-    Summaries,
-    combiner_summary,
-    others_plan,
-    run_plan,
-)
+from aerogel.attention.summaries import Pooling, Summaries, others_plan, run_plan
 
-Variant = Literal["fixed", "logsparse", "axial", "mixture"]
 RowSummary = Literal["proj", "wsum", "none"]
-VARIANTS = ("fixed", "logsparse", "axial", "mixture")
 ROW_SUMMARIES = ("proj", "wsum", "none")
 _NORM_EPS = 1e-6  # the authors' code's
 
 
 @add_selector
-class CombinerSelector(Selector):
+class CombinerSelector(SummarisingSelector):
     """Direct tokens and summaries of all other visible positions, by one of four patterns.
 
     A call holds the whole sequence (`q_len` = `k_len`). A transformers model is built with it by
@@ -94,23 +86,13 @@ class CombinerSelector(Selector):
         dropout: float = 0.0,
         relu: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, names in (
-            ("variant", variant, VARIANTS),
-            ("summary", summary, POOLINGS),
-            ("row_summary", row_summary, ROW_SUMMARIES),
-        ):
-            if value not in names:
-                raise ValueError(f"{name}={value!r}: expected one of {names}")
-        if seg_len < 1 or (variant == "mixture" and seg_len < 2):
-            raise ValueError(f"seg_len={seg_len}: expected at least 1, and 2 for 'mixture'")
-        self.variant, self.seg_len, self.summary = variant, seg_len, summary
+        size = _known("head_dim", head_dim, "deepset") if deepset else None
+        super().__init__(
+            variant, seg_len, summary, share_summary_over_group=share_summary_over_group,
+            relu=relu, deepset_dim=size, dropout=dropout,
+        )  # fmt: skip
+        check_choice("row_summary", row_summary, ROW_SUMMARIES)
         self.row_summary, self.exclude_own = row_summary, exclude_own
-        self.share_summary_over_group, self.relu = share_summary_over_group, relu
-        self.query_map = self.key_map = None
-        if deepset:
-            size = _known("head_dim", head_dim, "deepset")
-            self.query_map, self.key_map = (nn.Linear(size, size, bias=False) for _ in range(2))
         self.row_out = self.row_norm = self.row_key = None
         if variant == "axial" and row_summary == "proj":
             width = _known("d_model", d_model, "row_summary='proj'")
@@ -120,7 +102,6 @@ class CombinerSelector(Selector):
             self.row_norm = nn.LayerNorm(width, eps=_NORM_EPS)
             self.needs = frozenset({"layer_input"})  # type: ignore[misc]
             self.row_key = nn.Linear(width, heads * size, bias=False)
-        self.dropout = nn.Dropout(dropout)
 
     def options(self) -> dict[str, Any]:
         if any(True for _ in self.parameters()):
@@ -168,21 +149,6 @@ class CombinerSelector(Selector):
 
     def plan_decode(self, ctx: AttentionContext) -> Plan:
         return self.plan_prefill(ctx)
-
-    def summarise(
-        self, q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, real: Tensor | None = None
-    ) -> Summaries:
-        """Summaries of runs of `size` tokens by this selector's pooling and maps."""
-        maps = (q.relu(), k.relu()) if self.relu else None
-        if self.query_map is not None and self.key_map is not None:
-            maps = (self.query_map(q).relu(), self.key_map(k).relu())
-        return combiner_summary(
-            q, k, v, size, self.summary, scale=scale, key_padding=real, pooled_from=maps,
-            share_over_group=self.share_summary_over_group, dropout_p=self._dropped(),
-        )  # fmt: skip
-
-    def _dropped(self) -> float:
-        return self.dropout.p if self.training else 0.0
 
     def _own(self, shape: AttentionShape, ctx: AttentionContext) -> Bank:
         return Bank(run_plan(shape.k_len, self.seg_len, ctx.q.device))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aerogel.attention.bank_plan import Bank, BankPlan
-from aerogel.attention.combiner import CombinerSelector
+from aerogel.attention.combiner_base import SummarisingSelector
 from aerogel.attention.engine import attend_lse
 from aerogel.attention.plan import DensePlan
 from aerogel.attention.selector import AttentionContext, select
@@ -65,7 +65,12 @@ class CombinerCache:
 
 
 def attend_by_blocks(
-    selector: CombinerSelector, cache: CombinerCache, q: Tensor, k: Tensor, v: Tensor, scale: float
+    selector: SummarisingSelector,
+    cache: CombinerCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """New tokens of the variant "fixed", block by block; a block that is full becomes a summary.
 
@@ -98,7 +103,12 @@ def attend_by_blocks(
 
 
 def attend_by_spans(
-    selector: CombinerSelector, cache: CombinerCache, q: Tensor, k: Tensor, v: Tensor, scale: float
+    selector: SummarisingSelector,
+    cache: CombinerCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """New tokens of the variant "logsparse": a first prompt at once, later tokens one by one.
 
@@ -152,7 +162,9 @@ def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def _keep_span(selector: CombinerSelector, cache: CombinerCache, level: int, scale: float) -> None:
+def _keep_span(
+    selector: SummarisingSelector, cache: CombinerCache, level: int, scale: float
+) -> None:
     """The summary of the span of this level before the one that the next token is in."""
     end = cache.tokens >> level << level
     span = slice(end - (1 << level), end)

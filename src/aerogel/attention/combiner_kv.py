@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aerogel.attention.attending_cache import AttendingCache, CacheCall
-from aerogel.attention.combiner import CombinerSelector
+from aerogel.attention.combiner_base import SummarisingSelector
 from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
@@ -31,7 +31,7 @@ class CombinerCacheLayer(AttendingCache, CountedCacheLayer):
     refused: ClassVar[tuple[str, ...]] = ("window", "softcap")
     kept: ClassVar[str] = "summaries do not say what their tokens were"
 
-    def __init__(self, selector: CombinerSelector) -> None:
+    def __init__(self, selector: SummarisingSelector) -> None:
         super().__init__()
         self.selector, self.state = selector, CombinerCache()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aerogel.attention.combiner import CombinerSelector, RowSummary, Variant
+from aerogel.attention.combiner import CombinerSelector, RowSummary
+from aerogel.attention.combiner_base import Variant
 from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
 from aerogel.attention.engine import attend
 from aerogel.attention.selector import AttentionContext, select

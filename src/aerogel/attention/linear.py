@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aerogel.attention.softmax import accumulator
 
 _CHUNK = 128  # rows between two kept prefix sums
+_SCANNED = 64  # the same where one sum is carried along: its tensors then stay in the second cache
 
 
 class PositiveRandomFeatures(nn.Module):
@@ -68,9 +69,8 @@ class PositiveRandomFeatures(nn.Module):
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features of x (..., L, dim): (..., L, m), and the log scale of each row (..., L, 1)."""
         u, half_norm = self._projected(x)
-        top = u.detach().abs().amax(-1, keepdim=True)
-        phi = torch.cat([torch.exp(u - top), torch.exp(-u - top)], -1) + self.eps
-        return phi, top - half_norm - math.log(self.num_features) / 2
+        top = u.detach().amax(-1, keepdim=True)
+        return self._shifted(u, top), top - half_norm - math.log(self.num_features) / 2
 
     def keys(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features of x (..., L, dim): (..., L, m), and one log scale for all rows (..., 1, 1).
@@ -80,25 +80,32 @@ class PositiveRandomFeatures(nn.Module):
             real: (..., L) bool, broadcast; other rows get features of 0.
         """
         u, half_norm = self._projected(x)
-        exponent = torch.cat([u, -u], -1) - half_norm - math.log(self.num_features) / 2
-        seen = exponent.detach()
         if real is not None:
-            seen = seen.masked_fill(~real[..., None], -torch.inf)
-        top = seen.amax((-2, -1), keepdim=True)
+            u = u.masked_fill(~real[..., None], -torch.inf)
+            half_norm = half_norm.masked_fill(~real[..., None], 0)
+        top = (u.detach().amax(-1, keepdim=True) - half_norm.detach()).amax((-2, -1), keepdim=True)
         top = torch.where(torch.isinf(top), 0, top)
-        if real is not None:
-            exponent = torch.where(real[..., None], exponent, top)
-        phi = torch.exp(exponent - top) + self.eps
-        return (phi if real is None else phi * real[..., None]), top
+        phi = self._shifted(u, half_norm + top)
+        if real is not None and self.eps:
+            phi = phi * real[..., None]
+        return phi, top - math.log(self.num_features) / 2
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections of scaled x on both directions of each row, and half the squared norm."""
         kind = accumulator(x.dtype)
-        x = x.to(kind) * math.sqrt(self.softmax_scale)
-        return x @ self.projection.to(kind).T, x.square().sum(-1, keepdim=True) / 2
+        x = x.to(kind)
+        rows = self.projection.to(kind) * math.sqrt(self.softmax_scale)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x @ torch.cat([rows, -rows]).T, norm.square() * (self.softmax_scale / 2)
+
+    def _shifted(self, u: Tensor, shift: Tensor) -> Tensor:
+        """Features from their logarithms, in the place of `u`, which is large."""
+        phi = u.sub_(shift).exp_()
+        return phi + self.eps if self.eps else phi
 
 
 def linear_attention(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, causal: bool = False
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, causal: bool = False, lag: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Sums of ``phi_q[i] . phi_k[j]`` over the keys, with and without v, in linear memory.
 
@@ -106,34 +113,68 @@ def linear_attention(
         phi_q: (B, Hq, Lq, m).
         phi_k: (B, Hkv, Lk, m); query head h uses key head ``h * Hkv // Hq``.
         v: (B, Hkv, Lk, Dv).
-        causal: row i sums over keys j <= i; needs Lq = Lk.
+        causal: row i sums over keys j <= i - `lag`; needs Lq = Lk.
+        lag: of causal sums, at least 0.
 
     Returns:
         numerator (B, Hq, Lq, Dv) and denominator (B, Hq, Lq), in the type of `phi_q`.
 
     Raises:
-        ValueError: causal with other lengths.
+        ValueError: causal with other lengths, or a lag below 0 or without `causal`.
     """
+    if lag < 0 or (lag and not causal):
+        raise ValueError(f"lag={lag}, causal={causal}: expected 0, or at least 0 if causal")
     heads = phi_k.shape[1]
-    q = phi_q.unflatten(1, (heads, -1))  # [B, Hkv, G, Lq, m]
-    ones = v.new_ones(*v.shape[:-1], 1)
-    values = torch.cat([v, ones], -1).to(phi_q.dtype)
+    q, v = phi_q.unflatten(1, (heads, -1)), v.to(phi_q.dtype)  # q: [B, Hkv, G, Lq, m]
     if not causal:
-        sums = q @ (phi_k.transpose(-1, -2) @ values)[:, :, None]
+        state, total = phi_k.transpose(-1, -2) @ v, phi_k.sum(-2)
+        sums = q @ state[:, :, None], (q @ total[:, :, None, :, None])[..., 0]
     elif phi_q.shape[2] != phi_k.shape[2]:
         raise ValueError(
             f"causal: {phi_q.shape[2]} queries and {phi_k.shape[2]} keys, expected as many"
         )
     else:
-        sums = _prefix_sums(q, phi_k, values)
-    sums = sums.flatten(1, 2)
-    return sums[..., :-1], sums[..., -1]
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, phi_k, v))
+        carried = q.is_cpu and not tracked and not torch.compiler.is_compiling()
+        sums = (_scan if carried else _prefix_sums)(q, phi_k, v, lag)
+    return sums[0].flatten(1, 2), sums[1].flatten(1, 2)
 
 
-def _prefix_sums(q: Tensor, phi_k: Tensor, values: Tensor) -> Tensor:
+def _scan(q: Tensor, phi_k: Tensor, v: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+    """Causal sums chunk by chunk, with the one state that is needed at a time; no gradients."""
+    batch, heads, group, length, width = q.shape
+    q, phi_k, v = q.flatten(0, 1), phi_k.flatten(0, 1), v.flatten(0, 1)
+    sums = q.new_zeros(batch * heads, group, length, v.shape[-1])
+    weights = q.new_zeros(batch * heads, group, length)
+    state, total = v.new_zeros(len(v), width, v.shape[-1]), v.new_zeros(len(v), width, 1)
+    for begin in range(0, length, _SCANNED):
+        rows = min(_SCANNED, length - begin)
+        first = max(0, begin - lag)  # of this chunk's last keys; those before are in the state
+        if begin + rows <= lag:
+            continue
+        here = slice(first, begin + rows - lag)
+        keys, values, queries = phi_k[:, here], v[:, here], q[:, :, begin : begin + rows]
+        flat = queries.flatten(1, 2)  # [B * Hkv, G * rows, m]
+        pairs = torch.bmm(flat, keys.transpose(1, 2))
+        pairs.view(-1, group, rows, pairs.shape[-1]).tril_(begin - lag - first)
+        chunk = torch.bmm(flat, state).baddbmm_(pairs, values)
+        sums[:, :, begin : begin + rows] = chunk.view(-1, group, rows, v.shape[-1])
+        weight = torch.bmm(flat, total)[..., 0] + pairs.sum(-1)
+        weights[:, :, begin : begin + rows] = weight.view(-1, group, rows)
+        state.baddbmm_(keys.transpose(1, 2), values)
+        total += keys.sum(1)[..., None]
+    return sums.unflatten(0, (batch, heads)), weights.unflatten(0, (batch, heads))
+
+
+def _prefix_sums(q: Tensor, phi_k: Tensor, v: Tensor, lag: int) -> tuple[Tensor, Tensor]:
     """Causal sums, from one m x Dv state per chunk and the pairs inside a chunk."""
     length = q.shape[-2]
     short = -length % _CHUNK
+    values = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
+    if lag:  # row i then reads the keys of row i - lag
+        phi_k, values = (
+            nn.functional.pad(t, (0, 0, lag, 0))[..., :length, :] for t in (phi_k, values)
+        )
     q, phi_k, values = (
         nn.functional.pad(t, (0, 0, 0, short)).unflatten(-2, (-1, _CHUNK))
         for t in (q, phi_k, values)
@@ -142,7 +183,8 @@ def _prefix_sums(q: Tensor, phi_k: Tensor, values: Tensor) -> Tensor:
     before = state.cumsum(2) - state
     inside = (q @ phi_k.transpose(-1, -2)[:, :, None]).tril()
     sums = q @ before[:, :, None] + inside @ values[:, :, None]
-    return sums.flatten(-3, -2)[..., :length, :]
+    sums = sums.flatten(-3, -2)[..., :length, :]
+    return sums[..., :-1], sums[..., -1]
 
 
 def _rows(

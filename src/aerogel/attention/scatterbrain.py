@@ -79,15 +79,19 @@ def scatterbrain_attention(
     """
     scale = _checked(q, k, features, support, scale, causal, key_padding)
     shape = AttentionShape.of(q, k, causal=causal)
-    estimate = None if features is None else _Estimate(q, k, v, features, causal, key_padding)
+    tiles = None
+    if features is not None and support is not None and _native(q, v, features):
+        tiles = support.tiles(q, k, shape, key_padding)
+    lag = 0 if tiles is None or support is None else support.lag(shape)
+    estimate = None
+    if features is not None:
+        estimate = _Estimate(q, k, v, features, causal, key_padding, lag)
     if support is None:
         assert estimate is not None
         total = estimate.denominator.clamp(min=_SMALLEST)
         return (estimate.numerator / total[..., None]).to(q.dtype)
-    if estimate is not None and _native(q, v, features):
-        tiles = support.tiles(q, k, shape, key_padding)
-        if tiles is not None:
-            return _tiled(q, k, v, estimate, tiles, scale, key_padding, dropout_p)
+    if estimate is not None and tiles is not None:
+        return _tiled(q, k, v, estimate, tiles, scale, key_padding, dropout_p)
     pairs = support.pairs(q, k, shape, key_padding)
     z = pairs.dot(q, k) * scale
     lse = pairs.logsumexp(z)
@@ -103,8 +107,8 @@ def scatterbrain_attention(
     return out.to(q.dtype)
 
 
-def _native(q: Tensor, v: Tensor, features: PositiveRandomFeatures | None) -> bool:
-    sizes = q.shape[-1], v.shape[-1], 0 if features is None else features.num_features
+def _native(q: Tensor, v: Tensor, features: PositiveRandomFeatures) -> bool:
+    sizes = q.shape[-1], v.shape[-1], features.num_features
     known = q.is_cpu and q.dtype != torch.float64 and max(sizes) <= MAX_DIM
     return known and native_available() and not reference_mode()
 
@@ -119,22 +123,27 @@ def _tiled(
     key_padding: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """The same from two native passes over the support: its softmax, and its share of the sums."""
+    """The same from native passes over the support: its softmax, and its share of the sums.
+
+    Where the sums were taken without the support, there is no share to take out.
+    """
     stream, shape = tiles
     seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
     o, lse = tile_attention(
         q, k, v, stream, shape,
         scale=scale, key_padding=key_padding, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    share, total = tile_attention(
-        estimate.phi_q, estimate.phi_k, v.to(estimate.phi_q.dtype), stream, shape,
-        scale=1.0, key_padding=key_padding, linear=True,
-    )  # fmt: skip
-    rest = (estimate.denominator - total).clamp(min=_SMALLEST)
-    norm = torch.logaddexp(lse, torch.log(rest) + estimate.log_scale)
+    rest, total = estimate.numerator, estimate.denominator
+    if not estimate.lag:
+        share, own_total = tile_attention(
+            estimate.phi_q, estimate.phi_k, v.to(estimate.phi_q.dtype), stream, shape,
+            scale=1.0, key_padding=key_padding, linear=True,
+        )  # fmt: skip
+        rest, total = rest - share, total - own_total
+    norm = torch.logaddexp(lse, torch.log(total.clamp(min=_SMALLEST)) + estimate.log_scale)
     unit = torch.exp(estimate.log_scale - norm)
-    own = torch.exp(lse - norm)[..., None]
-    return (o * own + (estimate.numerator - share) * unit[..., None]).to(q.dtype)
+    own = torch.exp(lse - norm)
+    return torch.addcmul(o * own[..., None], rest, unit[..., None]).to(q.dtype)
 
 
 class _Estimate:
@@ -146,6 +155,7 @@ class _Estimate:
         log_scale: (B, Hq, Lq); entry (i, j) is ``phi_q[i] . phi_k[j] * exp(log_scale[i])``.
         numerator: (B, Hq, Lq, Dv).
         denominator: (B, Hq, Lq).
+        lag: if above 0, the last `lag` keys of each row take no part in the two sums.
     """
 
     def __init__(
@@ -156,13 +166,15 @@ class _Estimate:
         features: PositiveRandomFeatures,
         causal: bool,
         key_padding: Tensor | None,
+        lag: int,
     ) -> None:
         real = None if key_padding is None else key_padding[:, None].expand(-1, k.shape[1], -1)
         self.phi_q, rows = features.queries(q)
         self.phi_k, keys = features.keys(k, real)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
         self.log_scale = (rows + keys)[..., 0]
-        self.numerator, self.denominator = linear_attention(self.phi_q, self.phi_k, v, causal)
+        self.lag = lag
+        self.numerator, self.denominator = linear_attention(self.phi_q, self.phi_k, v, causal, lag)
 
 
 def _exact(pairs: Pairs, z: Tensor, norm: Tensor) -> Tensor:

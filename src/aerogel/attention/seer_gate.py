@@ -97,16 +97,27 @@ class _Gate(nn.Module):
         """Query heads of a key head."""
         return self.num_q_heads // self.num_kv_heads
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x (B, H, n, dg) at positions (B or 1, n)."""
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines (B or 1, 1, n, dg / 2) at positions (B or 1, n); None without rope."""
         if not self.has_rope:
-            return x
+            return None
         inv_freq: Any = self.inv_freq
         scale: Any = self.rope_scale
-        angle = positions[:, None, :, None].float() * inv_freq.float()
-        cos, sin = (torch.cat([t, t], -1) * scale for t in (angle.cos(), angle.sin()))
+        angle = positions[:, None, :, None] * inv_freq.float()
+        return angle.cos() * scale, angle.sin() * scale
+
+    @staticmethod
+    def _turned(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Rotary embedding of x (B, H, n, dg)."""
+        if rotation is None:
+            return x
+        cos, sin = rotation
         first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
+        halves = (
+            torch.addcmul(first * cos, second, sin, value=-1),
+            torch.addcmul(second * cos, first, sin),
+        )
+        return torch.cat(halves, -1)
 
     def check_heads(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         """Raises ValueError if the gate is for other heads."""
@@ -159,6 +170,7 @@ class SeerGate(_Gate):
         key_maps = num_q_heads if single else num_kv_heads
         self.k_weight = nn.Parameter(torch.empty(key_maps, head_dim * len(self.k_pool), gate_dim))
         self.q_weight: nn.Parameter | None = None
+        self._kept: tuple[Any, tuple[Tensor, Tensor] | None] | None = None
         if not single:
             self.q_weight = nn.Parameter(
                 torch.empty(num_q_heads, head_dim * len(self.q_pool), gate_dim)
@@ -188,27 +200,42 @@ class SeerGate(_Gate):
         Returns:
             (B, Hq, n, n); -inf also at key blocks without real tokens.
         """
-        if self.k_weight.shape[0] == self.num_q_heads:
+        if self.k_weight.shape[0] == self.num_q_heads != k_pooled.shape[1]:
             k_pooled = k_pooled.repeat_interleave(self.group, 1)
         q = q_pooled if self.q_weight is None else q_pooled @ self.q_weight
         k = k_pooled @ self.k_weight
-        positions = self._positions(q.shape[2], real, q.device)
-        q, k = self._turned(q, positions), self._turned(k, positions)
+        rotation = self._block_rotation(q.shape[2], real, q.device)
+        q, k = self._turned(q, rotation), self._turned(k, rotation)
         if k.shape[1] != self.num_q_heads:
             k = k.repeat_interleave(self.group, 1)
-        scores = q @ k.transpose(-1, -2) * self.gate_dim**-0.5
+        scores = (q * self.gate_dim**-0.5) @ k.transpose(-1, -2)
         n = scores.shape[-1]
-        allowed = torch.ones(n, n, dtype=torch.bool, device=scores.device)
-        allowed = (allowed.tril() if causal else allowed)[None, None]
+        if causal:
+            later = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu_(1)
+            scores = scores.masked_fill_(later, -torch.inf)
         if real is not None:
-            allowed = allowed & real_blocks(real, self.block_size)[:, None, None]
-        return scores.masked_fill(~allowed, -torch.inf)
+            empty = ~real_blocks(real, self.block_size)[:, None, None]
+            scores = scores.masked_fill_(empty, -torch.inf)
+        return scores
 
     def forward(
         self, q: Tensor, k: Tensor, real: Tensor | None = None, *, causal: bool = True
     ) -> Tensor:
         """Scores (B, Hq, n, n) of q (B, Hq, L, d) and k (B, Hkv, L, d) before rotary embedding."""
         return self.score(*self.pool(q, k, real), real=real, causal=causal)
+
+    def _block_rotation(
+        self, n: int, real: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """The rotation of n blocks; without padding the one of the last call, if that fits."""
+        buffers: list[Any] = [self.inv_freq, self.rope_scale]
+        special = torch.is_inference_mode_enabled() or any(b.is_inference() for b in buffers)
+        if real is not None or special or torch.compiler.is_compiling():
+            return self._rotation(self._positions(n, real, device))
+        key = (n, device, *((b.data_ptr(), b._version) for b in buffers))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._rotation(self._positions(n, None, device)))
+        return self._kept[1]
 
     def _positions(self, n: int, real: Tensor | None, device: torch.device) -> Tensor:
         """Place of the first real token of every block, counted in the padded sequence."""
@@ -286,7 +313,7 @@ class SeerDecodeGate(_Gate):
         """Pooled keys (B, Hkv, n, d * poolings) to those that `score` takes."""
         place = first_block + torch.arange(pooled.shape[2], device=pooled.device)[None]
         keys = self.k_norm(pooled @ self.k_weight)
-        return self._turned(keys, place * self.block_size)
+        return self._turned(keys, self._rotation(place * self.block_size))
 
     def queries(self, q: Tensor, first_row: int) -> Tensor:
         """Gate queries (B, Hkv, L, gate_dim) of q (B, Hq, L, d) before rotary embedding."""
@@ -298,7 +325,7 @@ class SeerDecodeGate(_Gate):
         if self.q_weight is not None:
             x = x @ self.q_weight
         place = first_row + torch.arange(q.shape[2], device=q.device)[None]
-        return self._turned(self.q_norm(x), place)
+        return self._turned(self.q_norm(x), self._rotation(place))
 
     def score(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Scores (B, Hkv, L, n) of gate queries and compressed keys."""

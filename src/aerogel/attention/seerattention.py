@@ -172,8 +172,7 @@ class SeerAttentionSelector(Selector):
             return DensePlan()
         if shape.q_offset:  # a later chunk of a prompt: earlier keys are no longer at hand
             return DensePlan()
-        kept = self.rule.choose(self.scores(ctx), blocks_of(ctx, self.block))
-        return BlockPlan.from_mask(kept, self.block, self.block)
+        return self.rule.plan(self.scores(ctx), blocks_of(ctx, self.block), self.block)
 
     def on_append(self, ctx: AttentionContext) -> None:
         if self.mode != "decode" or self._absent(ctx.layer_idx):

@@ -18,8 +18,9 @@ from aerogel.attention.plan import Plan
 from aerogel.attention.selector import DECODE_ROWS
 from aerogel.attention.softmax import merge
 from aerogel.attention.span_plan import SpanPlan
-from aerogel.kernels import TileStream, attention_forward, lower_ranges, selects_natively
+from aerogel.kernels import selects_natively
 from aerogel.kernels.huge_pages import empty_rows
+from aerogel.kernels.ring_step import RingLayout, RingStep, write_rings_reference
 
 
 class SpanCacheLayer(AttendingCache, CountedCacheLayer):
@@ -57,7 +58,7 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         super().__init__()
         self._sized, self._kv_heads = sized, kv_heads
         self._most_padded = 0
-        self._steady: tuple[int, TileStream] | None = None
+        self._step: RingStep | None = None
         self.positions = torch.empty(0, dtype=torch.int64)
         self.padded = torch.empty(0, dtype=torch.int64)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
@@ -76,7 +77,6 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         self.strides = self._widest(span.stride, kv_heads)
         self._has_strides = bool((self.strides > 0).any())
         self.firsts = -self._widest(span.phase, kv_heads) % self.strides.clamp(min=1)
-        self._has_rings = bool((self.windows > 0).all())
         # Once rings are full, a step reads all slots of a head, if its query heads agree.
         self._bounded = unit == 1 and not self._has_strides
         self._bounded &= self.span.sink.numel() in (1, kv_heads)
@@ -138,8 +138,8 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         self._grow(self.seen + new)
         if new > 1 and self.seen:
             self._before = (self.keys.clone(), self.values.clone(), self.positions.clone())
-        if new == 1 and self.seen >= self._most_padded and self._has_rings:
-            self._write_step(key_states[:, :, 0], value_states[:, :, 0])
+        if new == 1 and self.seen >= self._most_padded:
+            self._write_step(key_states, value_states)
         else:
             position = torch.arange(self.seen, self.seen + new, device=self.device)
             real = position - self.padded[:, None]  # (B, new)
@@ -149,30 +149,29 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         return key_states, value_states
 
     def _write_step(self, keys: Tensor, values: Tensor) -> None:
-        """One token of all heads, (B, Hkv, D) each."""
-        real: Any = self.seen  # as a number where nothing is padded: a step is many small calls
-        if self._most_padded:
-            real = (self.seen - self.padded.cpu())[:, None]  # (B, 1)
-        rings = self.offsets[:-1] + self.sinks
-        place = (real - self.sinks) % self.windows
-        if self.seen - self._most_padded < self._most_slots:
-            place = torch.where(self.sinks > real, real - self.sinks, place)
-        slots = [rings + place]  # (Hkv,) or (B, Hkv)
-        if self._has_strides:
-            number = real // self.span.block - self.firsts
-            stride = self.strides.clamp(min=1)
-            column = number // stride * self.span.block + real % self.span.block
-            archive = self.offsets[:-1] + self.sinks + self.windows + column
-            on = (self.strides > 0) & (number % stride == 0)
-            if bool(on.any()):
-                slots.append(torch.where(on, archive, slots[0]))
-        batch, count = self.positions.shape
-        begin = torch.arange(0, batch * count, count)[:, None]
-        for slot in slots:
-            at = (begin + slot).flatten().to(self.device)
-            for whole, new in ((self.keys, keys), (self.values, values)):
-                whole.view(-1, whole.shape[-1]).index_copy_(0, at, new.flatten(0, 1))
-            self.positions.view(-1).index_fill_(0, at, self.seen)
+        """One token of all heads, (B, Hkv, 1, D) each."""
+        tracked = torch.is_grad_enabled() and (
+            keys.requires_grad or values.requires_grad or self.keys.requires_grad
+        )
+        if not tracked and selects_natively(keys, self.keys):
+            self._ring_step().write(self.seen, keys, values)
+        else:
+            stored = (self.keys, self.values, self.positions)
+            write_rings_reference(stored, self._layout(), self.seen, keys, values)
+
+    def _layout(self) -> RingLayout:
+        return RingLayout(
+            self.offsets, self.sinks, self.windows, self.strides, self.firsts, self.span.block,
+            self.padded,
+        )  # fmt: skip
+
+    def _ring_step(self) -> RingStep:
+        """The native calls on these rings."""
+        step = self._step
+        if step is None or not step.holds(self.keys, self.values, self.positions):
+            step = RingStep(self.keys, self.values, self.positions, self._layout())
+            self._step = step
+        return step
 
     def _grow(self, total: int) -> None:
         """Room for the strided blocks of so many tokens."""
@@ -226,7 +225,7 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
         A later chunk runs on the slots as they were and on its own tokens.
         """
         if call.window is None and self._runs_steady(q, k):
-            return self._attend_steady(q, call)
+            return self._ring_step().attend(q, call.scale, call.softcap)
         if self.seen == k.shape[2]:
             return self._first_prompt(q, k, v, call)
         options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
@@ -244,23 +243,6 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
             return False
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         return not differentiable and selects_natively(q, self.keys)
-
-    def _attend_steady(self, q: Tensor, call: CacheCall) -> tuple[Tensor, Tensor]:
-        """A step once all rings are full: a group's query heads are rows of its key head."""
-        kv_heads = self.sinks.numel()
-        group = q.shape[1] // kv_heads
-        if self._steady is None or self._steady[0] != group:
-            stream = lower_ranges(
-                torch.arange(kv_heads + 1), self.offsets[:-1], self.offsets.diff(), Bp=1,
-                Hp=kv_heads, block_q=group, q_len=group, k_len=int(self.offsets[-1]),
-            )  # fmt: skip
-            self._steady = (group, stream)
-        o, lse = attention_forward(
-            q.reshape(q.shape[0], kv_heads, group, -1), self.keys[:, None], self.values[:, None],
-            *self._steady[1][:5], Bp=1, Hp=kv_heads, block_q=group, scale=call.scale,
-            softcap=call.softcap,
-        )  # fmt: skip
-        return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
     def _first_prompt(
         self, q: Tensor, k: Tensor, v: Tensor, call: CacheCall
@@ -370,7 +352,7 @@ class SpanCacheLayer(AttendingCache, CountedCacheLayer):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.seen, self._before = 0, None
+        self.seen, self._before, self._step = 0, None, None
         self._lay_out(torch.zeros_like(self.sinks))
         self.padded = torch.empty(0, dtype=torch.int64)
 

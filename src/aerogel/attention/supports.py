@@ -55,6 +55,10 @@ class Support(abc.ABC):
         streams = lower(self.plan(q, k, shape, key_padding).passes(shape), shape)
         return (streams[0], shape) if len(streams) == 1 else None
 
+    def lag(self, shape: AttentionShape) -> int:
+        """n, where every row's own key and the n - 1 before it are all of the choice; else 0."""
+        return 0
+
 
 class LocalSupport(Support):
     """Keys at ``-(window // 2) <= j - i < (window + 1) // 2`` around each row's position i.
@@ -77,6 +81,9 @@ class LocalSupport(Support):
         if shape.causal:
             keep &= lane <= 0
         return KeyListPlan.from_index(torch.where(keep, keys, -1)[None, None])
+
+    def lag(self, shape: AttentionShape) -> int:
+        return self.window // 2 + 1 if shape.causal else 0
 
     def tiles(
         self, q: Tensor, k: Tensor, shape: AttentionShape, key_padding: Tensor | None = None

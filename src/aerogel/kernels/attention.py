@@ -281,6 +281,52 @@ def attention_backward(
     )
 
 
+def prepared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stream: tuple[Tensor, ...],
+    *,
+    Bp: int,
+    Hp: int,
+    block_q: int,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Any, Any]:
+    """`attention_forward` on the same keys again and again, for queries of the same strides.
+
+    Args:
+        q: (B, Hq, Lq, D) with unit last stride.
+        k: keys, as the rest down to `softcap` what `attention_forward` takes.
+        v: values.
+        stream: tile_ptr, kind, start, length and gather_idx.
+        Bp: batch dimension of the stream.
+        Hp: its head dimension.
+        block_q: queries in a query tile.
+        scale: of the logits.
+        softcap: of the logits.
+
+    Returns:
+        The native call, whose ``step(q, o, lse, threads)`` takes addresses of q, of o (B, Hq, Lq,
+        Dv) and of lse (B, Hq, Lq) float32, both contiguous; and what must live as long as it.
+
+    Raises:
+        ValueError: as `attention_forward`.
+    """
+    call = AttentionCall.of(
+        q,
+        k,
+        v,
+        (*stream, None),
+        plan=(Bp, Hp, block_q),
+        rules=(None, scale, False, None, 1, None, softcap, None),
+    )
+    args = _arguments(call)
+    rows, dim = q.shape[2], v.shape[-1]
+    args.o(0, q.shape[1] * rows * dim, rows * dim, dim)
+    return args, call
+
+
 def _native(call: AttentionCall) -> bool:
     known = call.q.is_cpu and call.q.dtype in _TYPES
     return known and not reference_mode() and native_available()

@@ -22,6 +22,7 @@ from aerogel.kernels.attention import attention_forward
 from aerogel.kernels.attention_lower import TileStream
 from aerogel.kernels.attention_select_reference import (
     KeyRule,
+    choose_blocks_reference,
     choose_by_labels_reference,
     label_scores_reference,
     largest_keys_reference,
@@ -226,6 +227,61 @@ def largest_keys(scores: Tensor, k: int, *, threads: int | None = None) -> Tenso
         rows = keys.numel() // k
         native().largest_keys(flat.data_ptr(), rows, n, k, keys.data_ptr(), _threads(threads))
     return keys
+
+
+def choose_blocks(
+    scores: Tensor,
+    count: int,
+    *,
+    own: bool,
+    dense_from: Tensor | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best blocks of every row of square maps, as lists.
+
+    Args:
+        scores: (B, H, n, n) floats, compared as float32; -inf where nothing may be kept. NaN takes
+            a place and is not kept.
+        count: places per row; equal scores go to the lowest block.
+        own: block i of row i takes the first place, whatever its score.
+        dense_from: (B,) int64, the first row of those that keep all; None for no such rows.
+        threads: default `torch.get_num_threads()`; the result does not depend on it.
+
+    Returns:
+        row_ptr: (B, H, n + 1) int64, joined over batch and heads. col: int32, ascending in a row.
+
+    Raises:
+        ValueError: count is below 0, or shapes do not fit.
+    """
+    batch, heads, n, width = scores.shape
+    if n != width or count < 0 or (dense_from is not None and dense_from.shape != (batch,)):
+        raise ValueError(
+            f"scores: {tuple(scores.shape)}, count={count}, dense_from: "
+            f"{None if dense_from is None else tuple(dense_from.shape)}; expected (B, H, n, n), at "
+            "least 0 and (B,)"
+        )
+    count = min(count, n)
+    if scores.dtype == torch.float64 or not selects_natively(scores, dense_from):
+        return choose_blocks_reference(scores, count, own=own, dense_from=dense_from)
+    flat = scores.detach().to(torch.float32).contiguous()
+    dense = None if dense_from is None else dense_from.to(torch.int64).contiguous()
+    rows = batch * heads * n
+    whole = 0 if dense is None else heads * int((n - dense).clamp_(0, n).sum())
+    col = torch.empty(count * (rows - whole) + n * whole, dtype=torch.int32)
+    row_ptr = torch.zeros(batch, heads, n + 1, dtype=torch.int64)
+    total = native().choose_blocks(
+        flat.data_ptr(),
+        batch * heads,
+        heads,
+        n,
+        count,
+        own,
+        address(dense),
+        row_ptr.data_ptr(),
+        col.data_ptr(),
+        _threads(threads),
+    )
+    return row_ptr, col[:total]
 
 
 def pool_rows(

@@ -131,3 +131,24 @@ def pack_codes_reference(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     for place in range(1, 8 // bits):
         packed |= parts[..., place] << (place * bits)
     return packed, torch.cat([low, step], -1)
+
+
+def choose_blocks_reference(
+    scores: Tensor, count: int, *, own: bool, dense_from: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`choose_blocks` in torch."""
+    n = scores.shape[-1]
+    allowed = scores > -torch.inf
+    diagonal = torch.eye(n, dtype=torch.bool, device=scores.device)
+    ranked = scores.masked_fill(diagonal & allowed, torch.inf) if own else scores
+    order = torch.sort(ranked.float(), dim=-1, descending=True, stable=True).indices[..., :count]
+    kept = torch.zeros_like(allowed).scatter(-1, order, True)
+    if own and count:
+        kept |= diagonal
+    if dense_from is not None:
+        kept |= (torch.arange(n, device=scores.device) >= dense_from[:, None])[:, None, :, None]
+    kept &= allowed
+    counts = kept.sum(-1)
+    total = counts.sum(-1, keepdim=True)
+    first = total.flatten().cumsum(0).view_as(total) - total
+    return torch.cat([first, first + counts.cumsum(-1)], -1), kept.nonzero()[:, 3].int()

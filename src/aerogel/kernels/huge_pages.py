@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import sys
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
 
     That is on Linux on the CPU, if one block of rows, what the last two dimensions span, fills a
     huge page or more: then blocks that are filled from their first row on touch no page that stays
-    unused but one.
+    unused but one. Such a tensor begins on the boundary of a huge page, without which a buffer of
+    two would lie in one: its storage is up to a page longer, in addresses, not in memory.
 
     Args:
         like: gives dtype and device.
@@ -34,10 +36,14 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
     Returns:
         What `like.new_empty` returns.
     """
-    buffer = like.new_empty(*shape)
-    block = buffer.element_size() * shape[-1] * shape[-2]
-    if buffer.is_cpu and block >= HUGE_PAGE:
-        _ask(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+    item = like.element_size()
+    if not like.is_cpu or item * shape[-1] * shape[-2] < HUGE_PAGE or _madvise() is None:
+        return like.new_empty(*shape)
+    count = math.prod(shape)
+    longer = like.new_empty(count + HUGE_PAGE // item)
+    begin = -longer.data_ptr() % HUGE_PAGE // item
+    buffer = longer[begin : begin + count].view(shape)
+    _ask(buffer.data_ptr(), count * item)
     return buffer
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerogel.attention.combiner import Variant
+from aerogel.attention.combiner_base import Variant
 from aerogel.attention.combiner_cache import CombinerCache
 from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.models.decoder_block import DecoderBlock
