@@ -108,7 +108,7 @@ AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* w
   constexpr int kStep = G * B;
   constexpr int kUnroll = kStep < 4 ? 4 / kStep : kStep % 4 ? 2 : 1;  // whole quads
   constexpr int kQuads = kStep * kUnroll / 4;
-  constexpr bool kFromQuads = quads_fit(V, G, B);
+  constexpr bool kFromQuads = kLanes != 16 && quads_fit(V, G, B);
   int32_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
     Quad quads[kQuads];
@@ -148,7 +148,7 @@ AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* w
   }
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
   if (c.first) {
     const Vec bias = c.bias ? broadcast(c.bias[row]) : zero();
@@ -159,12 +159,12 @@ AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
   const float* y = c.y + row * c.ldy;
 #pragma GCC unroll 16
   for (int v = 0; v < V - 1; ++v) acc[v] = load(y + v * kLanes);
-  acc[V - 1] = load_upto(y + (V - 1) * kLanes, c.tail);
+  acc[V - 1] = Plain ? load(y + (V - 1) * kLanes) : load_upto(y + (V - 1) * kLanes, c.tail);
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void apply_epilogue(Vec (&acc)[V], const RunContext& c, int64_t row) {
-  if (c.residual) {
+  if (!Plain && c.residual) {
     const float* r = c.residual + row * c.ldr;
 #pragma GCC unroll 16
     for (int v = 0; v < V - 1; ++v) acc[v] = add(acc[v], load(r + v * kLanes));
@@ -179,36 +179,40 @@ AEROGEL_INLINE void apply_epilogue(Vec (&acc)[V], const RunContext& c, int64_t r
   }
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void store_row(const Vec (&acc)[V], const RunContext& c, int64_t row) {
   float* y = c.y + row * c.ldy;
 #pragma GCC unroll 16
   for (int v = 0; v < V - 1; ++v) store(y + v * kLanes, acc[v]);
-  store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
+  if (Plain) {
+    store(y + (V - 1) * kLanes, acc[V - 1]);
+  } else {
+    store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
+  }
 }
 
 // One group of block rows on one register tile.
-template <int V, int G, int B, bool Masked>
+template <int V, int G, int B, bool Masked, bool Plain>
 AEROGEL_INLINE void run_group(const RunContext& c, const int32_t* rows, const float* weights,
                               const int32_t* offsets, int32_t steps) {
   Vec acc[G][B][V];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
+    for (int b = 0; b < B; ++b) start_row<V, Plain>(acc[g][b], c, rows[g] + b);
   }
   all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
   if (c.last) {
 #pragma GCC unroll 16
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
+      for (int b = 0; b < B; ++b) apply_epilogue<V, Plain>(acc[g][b], c, rows[g] + b);
     }
   }
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
+    for (int b = 0; b < B; ++b) store_row<V, Plain>(acc[g][b], c, rows[g] + b);
   }
 }
 
@@ -225,9 +229,9 @@ AEROGEL_INLINE void prefetch_outputs(const RunContext& c, int64_t row) {
   for (int64_t j = 0; j < kBytes; j += kLineBytes) __builtin_prefetch(residual + j, 0, 2);
 }
 
-template <int V, int G, int B, bool Masked>
-AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
-                                 const float* weights, const int32_t* offsets) {
+template <int V, int G, int B, bool Masked, bool Plain>
+AEROGEL_INLINE void walk_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
+                                const float* weights, const int32_t* offsets) {
   const RunContext c = context;  // a copy that stores to y cannot alias
   const int32_t steps = run.steps;
   const int64_t weights_per_group = (static_cast<int64_t>(steps) * G * B + 3) & ~int64_t{3};
@@ -238,12 +242,22 @@ AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, 
       if (c.first) {
         for (int g = 0; g < G; ++g) prefetch_outputs<V>(t, rows[kAhead + g]);
       }
-      run_group<V, G, B, Masked>(t, rows, weights, offsets, steps);
+      run_group<V, G, B, Masked, Plain>(t, rows, weights, offsets, steps);
       t.advance(1);
     }
     rows += G;
     weights += weights_per_group;
     offsets += static_cast<int64_t>(steps) * G;
+  }
+}
+
+template <int V, int G, int B, bool Masked>
+AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
+                                 const float* weights, const int32_t* offsets) {
+  if (!Masked && !context.residual && context.tail == kLanes) {
+    walk_groups<V, G, B, Masked, true>(context, run, rows, weights, offsets);
+  } else {
+    walk_groups<V, G, B, Masked, false>(context, run, rows, weights, offsets);
   }
 }
 
