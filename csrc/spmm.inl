@@ -256,8 +256,10 @@ AEROGEL_INLINE void walk_groups(const RunContext& context, const SpmmRun& run, c
 template <int V, int G, int B, bool Masked, bool Quads>
 AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
                                  const float* weights, const int32_t* offsets) {
-  if (!Masked && !context.residual && context.tail == kLanes) {
-    walk_groups<V, G, B, Masked, Quads, true>(context, run, rows, weights, offsets);
+  // With few registers the compiler spills more in two loops than the decisions cost.
+  constexpr bool kWorthwhile = kRegisters == 32 && !Masked;
+  if (kWorthwhile && !context.residual && context.tail == kLanes) {
+    walk_groups<V, G, B, Masked, Quads, kWorthwhile>(context, run, rows, weights, offsets);
   } else {
     walk_groups<V, G, B, Masked, Quads, false>(context, run, rows, weights, offsets);
   }
