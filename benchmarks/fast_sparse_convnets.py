@@ -110,7 +110,7 @@ def dense_calls(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
 
 
 def sparse_calls(
-    x: Tensor, weight: Tensor, bias: Tensor, block: int
+    x: Tensor, weight: Tensor, bias: Tensor, block: int, threads: int
 ) -> dict[tuple[int, ...], Call]:
     """Every variant of the packed kernel worth trying."""
     packed = kernels.BlockRowWeight.pack(weight, block)
@@ -119,7 +119,7 @@ def sparse_calls(
         own = packed.without_cache()
         return lambda: kernels.spmm(x, own, bias, activation="relu6", variant=variant)
 
-    variants = kernels.spmm_variants(packed, x.shape[2] * x.shape[3])
+    variants = kernels.spmm_variants(packed, x.shape[2] * x.shape[3], threads=threads)
     return {tuple(v): call(v) for v in variants}
 
 
@@ -132,7 +132,7 @@ def compare_layers(setup: Setup) -> Found:
             weight, bias = random_weight(outputs, inputs, sparsity, block), torch.randn(outputs)
             x = torch.randn(1, inputs, side, side)
             dense = dense_calls(x, weight, bias)
-            contest = Contest(dense, sparse_calls(x, weight, bias, block))
+            contest = Contest(dense, sparse_calls(x, weight, bias, block, setup.threads))
             contest.sweep(setup.timer, setup.rounds)
             quickest = contest.fastest(dense)
             sums["dense"] += count * contest.seconds(quickest)

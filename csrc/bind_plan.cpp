@@ -258,8 +258,9 @@ class Builder {
     return y;
   }
 
-  Plan* build() {
+  Plan* build(int64_t bands_from, int64_t bands_budget) {
     if (graph_.outputs.empty()) throw std::invalid_argument("outputs: expected at least one");
+    graph_.bands = {bands_from, bands_budget};
     return new Plan(std::move(graph_));
   }
 
@@ -386,7 +387,8 @@ void bind_plan(nb::module_& m) {
       .def("attention", &Builder::attention)
       .def("columns", &Builder::columns)
       .def("concat", &Builder::concat)
-      .def("build", &Builder::build, nb::rv_policy::take_ownership);
+      .def("build", &Builder::build, nb::arg("bands_from") = 0, nb::arg("bands_budget") = 0,
+           nb::rv_policy::take_ownership);
 }
 
 }  // namespace aerogel

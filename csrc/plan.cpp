@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "plan_bands.h"
 #include "plan_ops.h"
 
 namespace aerogel {
@@ -338,6 +339,7 @@ Plan::Plan(Graph graph)
   values_ = std::move(graph.values);
   constants_ = std::move(graph.constants);
 
+  if (graph.bands.from > 0) band_operations(&image_ops_, &values_, graph.bands);
   image_floats_ = plan_arena(image_ops_, Place::kImage, &values_);
   joint_floats_ = plan_arena(joint_ops_, Place::kJoint, &values_);
   for (Value& v : values_) {

@@ -68,6 +68,16 @@ struct Frame {
   Operand operand(int value) const;
 };
 
+// Which input rows an operation's output rows need: kernel rows from row * stride - pad on, of in_rows.
+// kernel 0: it cannot make rows by themselves. So many rows, `tile`, are best made together.
+struct RowReach {
+  int64_t kernel = 0, stride = 1, pad = 0, in_rows = 0, tile = 1;
+};
+
+struct Span {
+  int64_t first, last;
+};
+
 // A task is a share of one operation; tasks of one operation are independent of each other.
 class Op {
  public:
@@ -87,9 +97,21 @@ class Op {
   virtual int64_t scratch_floats() const { return 0; }
   virtual int64_t tasks(const Frame& frame) const = 0;
   virtual void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const = 0;
+  // Of operations of one input on planes.
+  virtual RowReach row_reach() const { return {}; }
+  // Output rows [first, last). x.data and y.data: where row 0 of either would be; x has the rows within
+  // reach, and what follows the new rows of y in its channels may be overwritten.
+  virtual void run_rows(const Frame&, const Operand& /*x*/, const Operand& /*y*/, Span /*rows*/,
+                        float* /*scratch*/) const {}
 };
 
 using Ops = std::vector<std::unique_ptr<Op>>;
+
+// Which chains of operations run on bands of rows (plan_bands.h).
+struct Bands {
+  int64_t from = 0;    // bytes of input and output of an operation that is worth it; 0: none is
+  int64_t budget = 0;  // bytes of all bands of a chain, unless its shortest bands take more
+};
 
 // What a builder collects: operations in execution order over numbered values.
 struct Graph {
@@ -98,6 +120,7 @@ struct Graph {
     Layout layout;
   };
   int64_t batch = 1;
+  Bands bands;
   std::vector<Value> values;
   Ops ops;
   std::vector<Port> inputs, outputs;

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace aerogel {
 
 namespace {
 
+constexpr int64_t kLineFloats = 16;
 constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
 constexpr int64_t kDirectChannels = 16;  // more repay a gathered panel
 constexpr int64_t kTasksPerThread = 6;  // enough for a thread that loses its core for a while
@@ -49,6 +51,10 @@ bool ConvOp::pointwise() const {
 }
 
 namespace {
+
+RowReach reach_of(const Window& w, int64_t tile) {
+  return {(w.kernel_h - 1) * w.dilation_h + 1, w.stride_h, w.pad_h, w.in_h, tile};
+}
 
 // Few channels, and rows that fill their vectors.
 bool runs_by_rows(const ConvSource& source, int64_t lanes) {
@@ -147,6 +153,21 @@ void ConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
   }
 }
 
+RowReach ConvOp::row_reach() const {
+  if (epilogue.residual || pointwise() || !runs_by_rows(source, active_table().lanes)) return {};
+  return reach_of(source.window, direct_shape(source.window, source.in_channels).rows);
+}
+
+void ConvOp::run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
+                      float* scratch) const {
+  ConvArgs args = this->args(frame);
+  args.x = x.data;
+  args.ldx = x.ld;
+  args.y = y.data;
+  args.ldy = y.ld;
+  kernels->conv_direct(args, rows.first, rows.last, scratch);
+}
+
 // depthwise convolution
 
 void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
@@ -199,6 +220,16 @@ void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) c
   const BandTask part = band_task(w, y.channels, tile, bands, task, tasks);
   kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation},
                      part.channels.first, part.channels.last, part.rows.first, part.rows.last);
+}
+
+RowReach DepthwiseOp::row_reach() const {
+  return reach_of(source.window, depthwise_tile_rows(source.window));
+}
+
+void DepthwiseOp::run_rows(const Frame&, const Operand& x, const Operand& y, Span rows,
+                           float*) const {
+  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, 0, y.channels,
+                     rows.first, rows.last);
 }
 
 // dense linear layer
@@ -290,6 +321,28 @@ int64_t SpmmOp::tasks(const Frame& frame) const {
 
 void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
   spmm_run_task(args(frame), task, tasks);
+}
+
+RowReach SpmmOp::row_reach() const {
+  if (epilogue.residual) return {};
+  return {1, 1, 0, std::numeric_limits<int64_t>::max(), 1};
+}
+
+void SpmmOp::run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
+                      float*) const {
+  const Value& value = frame.values[output];
+  const int64_t width = value.width;
+  SpmmArgs args = product_args(*this, frame, bias, epilogue);
+  args.weight = weight.get();
+  args.x = x.data + rows.first * width;
+  args.ldx = x.ld;
+  args.y = y.data + rows.first * width;
+  args.ldy = y.ld;
+  args.columns = (rows.last - rows.first) * width;
+  // Behind a band in the middle there are rows that another thread may have made.
+  args.padded = args.columns % kLineFloats == 0 || rows.last == value.height;
+  const int64_t tasks = spmm_task_count(args, 1);
+  for (int64_t task = 0; task < tasks; ++task) spmm_run_task(args, task, tasks);
 }
 
 // sparse convolution

@@ -27,6 +27,10 @@ struct ConvOp : Op {
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
+                float* scratch) const override;
+
   bool pointwise() const;
   ConvArgs args(const Frame& frame) const;
 
@@ -44,6 +48,10 @@ struct DepthwiseOp : Op {
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
+                float* scratch) const override;
 
   ConvSource source;
   Activation activation;
@@ -78,6 +86,9 @@ struct SpmmOp : Op {
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
+                float* scratch) const override;
   SpmmArgs args(const Frame& frame) const;
 
   BlockRows source;

@@ -12,6 +12,7 @@
 
 #include "parallel.h"
 #include "plan.h"
+#include "plan_bands.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -234,11 +235,17 @@ void Plan::worker(Call& call, int thread) const {
   float* scratch = space.scratch[static_cast<size_t>(thread)].data();
   float* joint = joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
   Progress progress;
-  size_t timed = 0;
+  size_t timed = 0, image_times = 0;  // of every image
   double begin = call.begin;
   const auto share_op = [&](const Op& op, const Frame& frame) {
     const int64_t tasks = op.tasks(frame);
-    if (call.threads == 1) {
+    const BandOp* bands = call.times ? dynamic_cast<const BandOp*>(&op) : nullptr;
+    std::vector<double> stage_seconds(bands ? bands->stages().size() : 0);
+    if (bands) {
+      call.team.share(&progress, tasks, thread, [&](int64_t i) {
+        bands->run_timed(frame, i, tasks, scratch, &stage_seconds);
+      });
+    } else if (call.threads == 1) {
       for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
     } else {
       call.team.share(&progress, tasks, thread,
@@ -246,8 +253,21 @@ void Plan::worker(Call& call, int thread) const {
     }
     if (call.times && thread == 0) {
       const double end = call.threads == 1 ? seconds_now(1) : call.team.finished(progress.step - 1);
-      if (timed == call.times->size()) call.times->push_back({op.name, 0.0});
-      (*call.times)[timed++].seconds += end - begin;
+      const auto book = [&](const std::string& name, double seconds) {
+        if (timed == call.times->size()) call.times->push_back({name, 0.0});
+        (*call.times)[timed++].seconds += seconds;
+      };
+      if (bands) {  // in proportion to what this thread saw of each
+        const size_t stages = stage_seconds.size();
+        double all = 0.0;
+        for (double seconds : stage_seconds) all += seconds;
+        for (size_t i = 0; i < stages; ++i) {
+          const double part = all > 0.0 ? stage_seconds[i] / all : 1.0 / stages;
+          book(bands->stages()[i]->name, part * (end - begin));
+        }
+      } else {
+        book(op.name, end - begin);
+      }
       begin = end;
     }
   };
@@ -276,10 +296,11 @@ void Plan::worker(Call& call, int thread) const {
       frame.staged = i;
       timed = 0;
       for (const auto& op : image_ops_) share_op(*op, frame);
+      image_times = timed;
     }
     frame.image = begin;
     frame.staged = 0;
-    timed = image_ops_.size();
+    timed = image_times;
     for (const auto& op : joint_ops_) share_op(*op, frame);
   }
 }

@@ -77,6 +77,9 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
     default: return _mm512_permute_ps(q, 0xFF);
   }
 }
+// Whether broadcast_lane takes the place of a multiply-add. On Intel's processors shuffles of 512 bits
+// have one port, which is one of the two for multiply-adds; on AMD's they have others.
+AEROGEL_INLINE bool lanes_compete_with_fma() { return __builtin_cpu_is("intel"); }
 
 #elif defined(AEROGEL_USE_AVX2)
 

@@ -1,8 +1,9 @@
 // SpMM micro-kernels. A register tile is V vectors of columns x G block rows of B outputs each; for
 // every stored column of a block row, V activation vectors are loaded once and multiplied by B
 // broadcast weights. Four weights are loaded at a time (a quad), because a broadcast from memory
-// would take one of the two load ports that the activations need; only the largest tiles, which have
-// no register to spare and more multiply-adds per load, broadcast from memory.
+// would take one of the two load ports that the activations need. They are broadcast from memory in
+// the largest tiles, which have no register to spare and more multiply-adds per load, and where
+// spreading a quad's lanes would take a port that the multiply-adds need even more (simd.h).
 //
 // Reading order: one step -> one group of block rows -> one run of groups -> one panel. A panel is
 // one register tile wide, so that its activations stay in the first cache; where blocks of outputs
@@ -102,13 +103,13 @@ AEROGEL_INLINE uint64_t load_pair(const int32_t* p) {
   return pair;
 }
 
-template <int V, int G, int B, bool Masked>
+template <int V, int G, int B, bool Masked, bool Quads>
 AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
                               const int32_t* offsets, int32_t steps, int64_t tail) {
   constexpr int kStep = G * B;
   constexpr int kUnroll = kStep < 4 ? 4 / kStep : kStep % 4 ? 2 : 1;  // whole quads
   constexpr int kQuads = kStep * kUnroll / 4;
-  constexpr bool kFromQuads = quads_fit(V, G, B);
+  constexpr bool kFromQuads = Quads && quads_fit(V, G, B);
   int32_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
     Quad quads[kQuads];
@@ -148,7 +149,7 @@ AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* w
   }
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
   if (c.first) {
     const Vec bias = c.bias ? broadcast(c.bias[row]) : zero();
@@ -159,12 +160,12 @@ AEROGEL_INLINE void start_row(Vec (&acc)[V], const RunContext& c, int64_t row) {
   const float* y = c.y + row * c.ldy;
 #pragma GCC unroll 16
   for (int v = 0; v < V - 1; ++v) acc[v] = load(y + v * kLanes);
-  acc[V - 1] = load_upto(y + (V - 1) * kLanes, c.tail);
+  acc[V - 1] = Plain ? load(y + (V - 1) * kLanes) : load_upto(y + (V - 1) * kLanes, c.tail);
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void apply_epilogue(Vec (&acc)[V], const RunContext& c, int64_t row) {
-  if (c.residual) {
+  if (!Plain && c.residual) {
     const float* r = c.residual + row * c.ldr;
 #pragma GCC unroll 16
     for (int v = 0; v < V - 1; ++v) acc[v] = add(acc[v], load(r + v * kLanes));
@@ -179,36 +180,40 @@ AEROGEL_INLINE void apply_epilogue(Vec (&acc)[V], const RunContext& c, int64_t r
   }
 }
 
-template <int V>
+template <int V, bool Plain>
 AEROGEL_INLINE void store_row(const Vec (&acc)[V], const RunContext& c, int64_t row) {
   float* y = c.y + row * c.ldy;
 #pragma GCC unroll 16
   for (int v = 0; v < V - 1; ++v) store(y + v * kLanes, acc[v]);
-  store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
+  if (Plain) {
+    store(y + (V - 1) * kLanes, acc[V - 1]);
+  } else {
+    store_upto(y + (V - 1) * kLanes, acc[V - 1], c.tail);
+  }
 }
 
 // One group of block rows on one register tile.
-template <int V, int G, int B, bool Masked>
+template <int V, int G, int B, bool Masked, bool Quads, bool Plain>
 AEROGEL_INLINE void run_group(const RunContext& c, const int32_t* rows, const float* weights,
                               const int32_t* offsets, int32_t steps) {
   Vec acc[G][B][V];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) start_row<V>(acc[g][b], c, rows[g] + b);
+    for (int b = 0; b < B; ++b) start_row<V, Plain>(acc[g][b], c, rows[g] + b);
   }
-  all_steps<V, G, B, Masked>(acc, c.x, weights, offsets, steps, c.tail);
+  all_steps<V, G, B, Masked, Quads>(acc, c.x, weights, offsets, steps, c.tail);
   if (c.last) {
 #pragma GCC unroll 16
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) apply_epilogue<V>(acc[g][b], c, rows[g] + b);
+      for (int b = 0; b < B; ++b) apply_epilogue<V, Plain>(acc[g][b], c, rows[g] + b);
     }
   }
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store_row<V>(acc[g][b], c, rows[g] + b);
+    for (int b = 0; b < B; ++b) store_row<V, Plain>(acc[g][b], c, rows[g] + b);
   }
 }
 
@@ -225,9 +230,10 @@ AEROGEL_INLINE void prefetch_outputs(const RunContext& c, int64_t row) {
   for (int64_t j = 0; j < kBytes; j += kLineBytes) __builtin_prefetch(residual + j, 0, 2);
 }
 
-template <int V, int G, int B, bool Masked>
-AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
-                                 const float* weights, const int32_t* offsets) {
+// Plain: whole tiles without residual, which need no decisions at every row.
+template <int V, int G, int B, bool Masked, bool Quads, bool Plain>
+AEROGEL_INLINE void walk_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
+                                const float* weights, const int32_t* offsets) {
   const RunContext c = context;  // a copy that stores to y cannot alias
   const int32_t steps = run.steps;
   const int64_t weights_per_group = (static_cast<int64_t>(steps) * G * B + 3) & ~int64_t{3};
@@ -238,7 +244,7 @@ AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, 
       if (c.first) {
         for (int g = 0; g < G; ++g) prefetch_outputs<V>(t, rows[kAhead + g]);
       }
-      run_group<V, G, B, Masked>(t, rows, weights, offsets, steps);
+      run_group<V, G, B, Masked, Quads, Plain>(t, rows, weights, offsets, steps);
       t.advance(1);
     }
     rows += G;
@@ -247,35 +253,59 @@ AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, 
   }
 }
 
+template <int V, int G, int B, bool Masked, bool Quads>
+AEROGEL_NOINLINE void run_groups(const RunContext& context, const SpmmRun& run, const int32_t* rows,
+                                 const float* weights, const int32_t* offsets) {
+  // With few registers the compiler spills more in two loops than the decisions cost.
+  constexpr bool kWorthwhile = kRegisters == 32 && !Masked;
+  if (kWorthwhile && !context.residual && context.tail == kLanes) {
+    walk_groups<V, G, B, Masked, Quads, kWorthwhile>(context, run, rows, weights, offsets);
+  } else {
+    walk_groups<V, G, B, Masked, Quads, false>(context, run, rows, weights, offsets);
+  }
+}
+
 using RunFunction = void (*)(const RunContext&, const SpmmRun&, const int32_t*, const float*,
                              const int32_t*);
 
+#if defined(AEROGEL_USE_AVX512)
+constexpr bool kBothSources = true;
+#else
+constexpr bool kBothSources = false;
+AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
+#endif
+
+// Where a tile's weights come from and whether its last vector is a partial one.
+enum Form { kFromQuads = 0, kFromMemory = 1, kMasked = 2, kForms = 3 };
+
 template <int V, int G, int B>
-constexpr RunFunction run_function(bool masked) {
+constexpr RunFunction run_function(int form) {
   if constexpr (V <= register_tile_vectors(G, B)) {
-    return masked ? &run_groups<V, G, B, true> : &run_groups<V, G, B, false>;
+    if (form == kMasked) return &run_groups<V, G, B, true, !kBothSources>;
+    if constexpr (kBothSources && quads_fit(V, G, B)) {
+      if (form == kFromMemory) return &run_groups<V, G, B, false, false>;
+    }
+    return &run_groups<V, G, B, false, true>;
   } else {
     return nullptr;
   }
 }
 
-// Functions for one (groups, block) by [masked][vectors - 1].
+// Functions for one (groups, block) by [form][vectors - 1].
 struct RunTable {
-  RunFunction function[2][kMaxVectors];
+  RunFunction function[kForms][kMaxVectors];
 };
 
 template <int G, int B>
 constexpr RunTable run_table() {
   RunTable t{};
-  for (int m = 0; m < 2; ++m) {
+  for (int form = 0; form < kForms; ++form) {
     const RunFunction all[kMaxVectors] = {
-        run_function<1, G, B>(m != 0),  run_function<2, G, B>(m != 0),
-        run_function<3, G, B>(m != 0),  run_function<4, G, B>(m != 0),
-        run_function<5, G, B>(m != 0),  run_function<6, G, B>(m != 0),
-        run_function<7, G, B>(m != 0),  run_function<8, G, B>(m != 0),
-        run_function<9, G, B>(m != 0),  run_function<10, G, B>(m != 0),
-        run_function<11, G, B>(m != 0), run_function<12, G, B>(m != 0)};
-    for (int v = 0; v < kMaxVectors; ++v) t.function[m][v] = all[v];
+        run_function<1, G, B>(form),  run_function<2, G, B>(form),  run_function<3, G, B>(form),
+        run_function<4, G, B>(form),  run_function<5, G, B>(form),  run_function<6, G, B>(form),
+        run_function<7, G, B>(form),  run_function<8, G, B>(form),  run_function<9, G, B>(form),
+        run_function<10, G, B>(form), run_function<11, G, B>(form), run_function<12, G, B>(form)};
+    for (int v = 0; v < kMaxVectors; ++v) t.function[form][v] = all[v];
   }
   return t;
 }
@@ -348,12 +378,13 @@ PanelPrefetch next_panel(const SpmmPanel& p) {
 
 AEROGEL_NOINLINE void run_segment(const RunContext& c, const SpmmStream& s, int64_t segment,
                                   int vectors, bool masked, PanelPrefetch& ahead) {
+  const int form = masked ? kMasked : lanes_compete_with_fma() ? kFromMemory : kFromQuads;
   SpmmSegment at = s.segments[segment];
   const int64_t end = s.segments[segment + 1].run;
   for (; at.run < end; ++at.run) {
     ahead.advance();
     const SpmmRun& run = s.runs[at.run];
-    const RunFunction function = table_of(run).function[masked][vectors - 1];
+    const RunFunction function = table_of(run).function[form][vectors - 1];
     function(c, run, s.rows + at.row, s.weights + at.weight, s.offsets + at.offset);
     const int64_t values = static_cast<int64_t>(run.steps) * run.width * run.block;
     at.row += static_cast<int64_t>(run.groups) * run.width;

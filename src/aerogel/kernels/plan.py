@@ -59,6 +59,13 @@ class Port:
     layout: str
 
 
+# Convolutions whose input and output together take so many bytes find nothing of either in a
+# second-level cache. One thread runs chains of them on bands of rows, for which the second number
+# is the budget. Measured where that cache has 2 MiB: whole MobileNets are 1.03 to 1.07 times as
+# fast, and chains of planes of half the size gain nothing.
+BANDS = (4 << 20, 1 << 20)
+
+
 @dataclass(frozen=True)
 class Step:
     """One layer, applied to values by number."""
@@ -272,7 +279,9 @@ class Plan:
             ids[step.output] = step.layer.emit(builder, [ids[i] for i in step.inputs], step.name)
         for port in self._outputs:
             builder.output(ids[port.value], port.layout == "tokens")
-        return builder.build()
+        alone = (self.threads or torch.get_num_threads()) == 1
+        # Several threads share every operation instead: each would make its neighbours' rows again.
+        return builder.build(*(BANDS if alone else (0, 0)))
 
 
 def _is_plain(x: object, shape: Shape) -> bool:

@@ -109,7 +109,7 @@ class Direction:
         return choice
 
     def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
-        return spmm_variants(self.pattern, shape.columns, shape.layout)
+        return spmm_variants(self.pattern, shape.columns, shape.layout, shape.threads)
 
     def _stream(self, variant: SpmmVariant, shape: ProductShape) -> Any:
         pack = variant.pack or shape.layout == "tokens"

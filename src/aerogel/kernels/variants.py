@@ -47,7 +47,8 @@ def default_variant(weight: BlockRowWeight, columns: int, layout: str = "channel
 
 
 # Register tiles worth trying by lanes and block, as (groups, vectors), the likeliest first: a cover
-# of exhaustive searches over MobileNetV1's layers and BERT's at 70 to 90 % zeros (Zen 3 and 4).
+# of exhaustive searches over MobileNetV1's layers and BERT's at 70 to 90 % zeros (Zen 3 and 4,
+# MobileNetV1's at 90 % also Sapphire Rapids).
 _LOCKSTEP = 0  # stands for the instruction set's own number of groups
 _WIDE_TILES = {
     1: ((2, 12), (2, 8), (1, 10)),
@@ -56,7 +57,7 @@ _WIDE_TILES = {
 }
 _TILES: dict[int, dict[int, tuple[tuple[int, int], ...]]] = {
     16: {
-        1: ((_LOCKSTEP, 3), (4, 3), (2, 4), (1, 5)),
+        1: ((_LOCKSTEP, 3), (4, 4), (2, 4), (1, 5), (1, 7)),
         2: ((2, 2), (2, 3), (4, 3)),
         4: ((1, 4), (1, 6), (1, 3)),
     },
@@ -72,7 +73,9 @@ _SLAB_BYTES = 32 << 10  # what a slab of activations may take: about a first-lev
 # first cache is fast enough; where blocks share their loads, most of the second will do. Few inputs
 # then make wide panels, whose rows of outputs are written in longer pieces: up to twice as fast.
 _PANEL_BYTES = {1: 48 << 10, 2: 384 << 10, 4: 384 << 10}
-_SLAB_STEPS = 25  # a shorter row per slab costs more in beginnings and ends than the cache returns
+# By lanes: a shorter row per slab costs more in beginnings and ends than the cache returns. Wide
+# vectors need more bytes a cycle than the second cache gives.
+_SLAB_STEPS = {16: 12, 8: 25, 4: 25}
 # Density from which most rows of activations serve several rows of a lockstep group: no slabs.
 _DENSE_LOCKSTEP = 0.15
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
@@ -81,7 +84,7 @@ _TILE_ROWS = 64
 
 
 def spmm_variants(
-    weight: BlockRowWeight, columns: int, layout: str = "channels"
+    weight: BlockRowWeight, columns: int, layout: str = "channels", threads: int | None = None
 ) -> list[SpmmVariant]:
     """The variants worth timing for a weight and a number of columns, the likeliest first.
 
@@ -89,21 +92,24 @@ def spmm_variants(
         weight: packed weight.
         columns: pixels of one image, or tokens.
         layout: "channels" (packing and direct variants) or "tokens" (packing ones only).
+        threads: that will share the work. One needs no tiles of outputs, each of which has ends of
+            its own; None: a few.
 
     Returns:
-        4 to 12 different variants.
+        4 to 20 different variants.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     rows = max(weight.shape[0], 1)
     pack_first = weight.values.numel() / max(weight.shape[1], 1) >= _REUSE_TO_PACK
     packs = (pack_first, not pack_first) if layout == "channels" else (True,)
+    tasks = 1 if threads == 1 else _TASKS
     found: dict[SpmmVariant, None] = {}
     for pack in packs:
         for vectors, groups in _register_tiles(weight.block, columns, pack):
             side = 1 if pack else _column_tiles(weight, vectors, columns)
             panels = -(-columns // (side * vectors * native().lanes()))
-            tiles = min(-(-_TASKS // max(panels, 1)), max(rows // _TILE_ROWS, 1))
+            tiles = min(-(-tasks // max(panels, 1)), max(rows // _TILE_ROWS, 1))
             for k_blocks in _slab_counts(weight, vectors, groups):
                 found[SpmmVariant(vectors, groups, k_blocks, tiles, pack, side)] = None
     return list(found)
@@ -141,9 +147,10 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
     if groups > 4 and weight.density >= _DENSE_LOCKSTEP:
         return [1]
     steps = weight.columns.shape[0] / max(len(weight.row_ptr) - 1, 1)
+    least = _SLAB_STEPS[native().lanes()]
     slab_bytes = weight.shape[1] * vectors * native().lanes() * 4
     wanted = 1
-    while steps / (2 * wanted) >= _SLAB_STEPS and slab_bytes / wanted > _SLAB_BYTES:
+    while steps / (2 * wanted) >= least and slab_bytes / wanted > _SLAB_BYTES:
         wanted *= 2
     return sorted({wanted, max(wanted // 2, 1)}, reverse=True)
 

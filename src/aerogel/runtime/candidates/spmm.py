@@ -53,10 +53,10 @@ def sparse_pointwise(layer: Layer, threads: int | None) -> Iterator[Candidate]:
         return
     for block in blocks_worth_trying(layer):
         packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
-        for variant in _variants(packed, layer.columns, layer.layout):
+        for variant in _variants(packed, layer.columns, layer.layout, threads):
             # Each keeps its own native streams, whatever else is being compared.
             yield _called(layer, packed.without_cache(), variant, threads)
-        for variant in _variants(packed, layer.planned_columns, "channels"):
+        for variant in _variants(packed, layer.planned_columns, "channels", threads):
             if variant is None or not variant.pack or _pays_to_pack(layer, variant):
                 yield _planned(layer, packed, variant)
 
@@ -77,10 +77,12 @@ def blocks_worth_trying(layer: Layer) -> list[int]:
     return sorted(tried, reverse=True)
 
 
-def _variants(packed: kernels.BlockRowWeight, columns: int, layout: str) -> list[Any]:
+def _variants(
+    packed: kernels.BlockRowWeight, columns: int, layout: str, threads: int | None
+) -> list[Any]:
     if kernels.reference_mode() or not kernels.native_available():
         return [None]
-    return list(kernels.spmm_variants(packed, columns, layout))
+    return list(kernels.spmm_variants(packed, columns, layout, threads))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:
