@@ -222,8 +222,9 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
 void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
+  const bool whole = first_row == 0 && last_row == layer.window.out_h;
   // Small planes are never cut into bands.
-  if (first_row == 0 && last_row == layer.window.out_h && depthwise_small(args, first, last)) return;
+  if (whole && (depthwise_small(args, first, last) || depthwise_pairs(args, first, last))) return;
   if (depthwise_strips(args, first, last, first_row, last_row)) return;
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);

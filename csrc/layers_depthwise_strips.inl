@@ -56,23 +56,12 @@ AEROGEL_INLINE void strip_inputs(const DepthwiseStrip& s, const float* row, int 
   }
 }
 
-struct StripWeights {
-  Vec tap[9];
-
-  AEROGEL_INLINE explicit StripWeights(const float* weight) {
-#pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {
-      tap[t] = broadcast(weight[t]);
-      in_register(tap[t]);
-    }
-  }
-  // sum + the products of one kernel row
-  AEROGEL_INLINE Vec row(int ky, const Vec (&x)[3], Vec sum) const {
+// sum + the products of one kernel row
+AEROGEL_INLINE Vec strip_row(const TapVectors<9>& taps, int ky, const Vec (&x)[3], Vec sum) {
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) sum = fma(x[kx], tap[3 * ky + kx], sum);
-    return sum;
-  }
-};
+  for (int kx = 0; kx < 3; ++kx) sum = fma(x[kx], taps[3 * ky + kx], sum);
+  return sum;
+}
 
 template <int kVecs>
 struct StripSums {
@@ -101,16 +90,16 @@ AEROGEL_INLINE void strip_store(const DepthwiseStrip& s, const Clamp& clamp,
 
 // One input row under the sums of three output rows: its last, middle and first.
 template <int kVecs, bool kAlone>
-AEROGEL_INLINE void strip_step(const DepthwiseStrip& s, const StripWeights& weights, Vec bias,
+AEROGEL_INLINE void strip_step(const DepthwiseStrip& s, const TapVectors<9>& taps, Vec bias,
                                const float* row, StripSums<kVecs>& last, StripSums<kVecs>& middle,
                                StripSums<kVecs>& first) {
 #pragma GCC unroll 4
   for (int i = 0; i < kVecs; ++i) {
     Vec x[3];
     strip_inputs<1, kVecs, kAlone>(s, row, i, x);
-    last.v[i] = weights.row(2, x, last.v[i]);
-    middle.v[i] = weights.row(1, x, middle.v[i]);
-    first.v[i] = weights.row(0, x, bias);
+    last.v[i] = strip_row(taps, 2, x, last.v[i]);
+    middle.v[i] = strip_row(taps, 1, x, middle.v[i]);
+    first.v[i] = strip_row(taps, 0, x, bias);
   }
 }
 
@@ -124,7 +113,7 @@ AEROGEL_NOINLINE void strip_stride1(const DepthwiseStrip& strip, const Window& w
   const float* plane = s.x + top * in_w;
   float* out = s.y + s.first_row * out_w;
   for (int64_t c = 0; c < s.channels; ++c, plane += s.ldx, out += s.ldy) {
-    const StripWeights weights(s.weight + 9 * c);
+    const TapVectors<9> taps(s.weight + 9 * c);
     const Vec bias = broadcast(s.bias[c]);
     const float* row = plane;
     float* y = out;
@@ -132,7 +121,7 @@ AEROGEL_NOINLINE void strip_stride1(const DepthwiseStrip& strip, const Window& w
     Sums a, b, d;
     const auto step = [&](Sums& last, Sums& middle, Sums& first) {
       if (iy >= 0 && iy < in_h) {
-        strip_step<kVecs, kAlone>(s, weights, bias, row, last, middle, first);
+        strip_step<kVecs, kAlone>(s, taps, bias, row, last, middle, first);
       } else {
         first.fill(bias);
       }
@@ -151,7 +140,7 @@ AEROGEL_NOINLINE void strip_stride1(const DepthwiseStrip& strip, const Window& w
     int64_t left = s.last_row - s.first_row;
     for (; left > 3 && iy >= 0 && iy + 2 < in_h; left -= 3, iy += 3) {
       const auto inside = [&](Sums& last, Sums& middle, Sums& first) {
-        strip_step<kVecs, kAlone>(s, weights, bias, row, last, middle, first);
+        strip_step<kVecs, kAlone>(s, taps, bias, row, last, middle, first);
         strip_store<kVecs, kCapped>(s, clamp, last, y);
         row += in_w;
         y += out_w;
@@ -180,7 +169,7 @@ AEROGEL_NOINLINE void strip_stride2(const DepthwiseStrip& strip, const Window& w
   const float* plane = s.x + top * in_w;
   float* out = s.y + s.first_row * out_w;
   for (int64_t c = 0; c < s.channels; ++c, plane += s.ldx, out += s.ldy) {
-    const StripWeights weights(s.weight + 9 * c);
+    const TapVectors<9> taps(s.weight + 9 * c);
     const Vec bias = broadcast(s.bias[c]);
     StripSums<kVecs> sums, next;
     next.fill(bias);
@@ -192,7 +181,7 @@ AEROGEL_NOINLINE void strip_stride2(const DepthwiseStrip& strip, const Window& w
       for (int i = 0; i < kVecs; ++i) {
         Vec x[3];
         inputs(plane, i, x);
-        next.v[i] = weights.row(0, x, next.v[i]);
+        next.v[i] = strip_row(taps, 0, x, next.v[i]);
       }
     }
     const float* row = plane + in_w;
@@ -206,7 +195,7 @@ AEROGEL_NOINLINE void strip_stride2(const DepthwiseStrip& strip, const Window& w
         for (int i = 0; i < kVecs; ++i) {
           Vec x[3];
           inputs(row, i, x);
-          sums.v[i] = weights.row(1, x, sums.v[i]);
+          sums.v[i] = strip_row(taps, 1, x, sums.v[i]);
         }
       }
       if (iy + 1 >= 0 && iy + 1 < in_h) {
@@ -214,8 +203,8 @@ AEROGEL_NOINLINE void strip_stride2(const DepthwiseStrip& strip, const Window& w
         for (int i = 0; i < kVecs; ++i) {
           Vec x[3];
           inputs(row + in_w, i, x);
-          sums.v[i] = weights.row(2, x, sums.v[i]);
-          next.v[i] = weights.row(0, x, next.v[i]);
+          sums.v[i] = strip_row(taps, 2, x, sums.v[i]);
+          next.v[i] = strip_row(taps, 0, x, next.v[i]);
         }
       }
       strip_store<kVecs, kCapped>(s, clamp, sums, y);

@@ -110,6 +110,21 @@ AEROGEL_INLINE void in_register(Vec& v) { asm("" : "+w"(v)); }
 AEROGEL_INLINE void in_register(Vec&) {}
 #endif
 
+// Weights that stay in registers while a plane passes by.
+template <int kCount>
+struct TapVectors {
+  Vec taps[kCount];
+
+  AEROGEL_INLINE explicit TapVectors(const float* weight) {
+#pragma GCC unroll 32
+    for (int t = 0; t < kCount; ++t) {
+      taps[t] = broadcast(weight[t]);
+      in_register(taps[t]);
+    }
+  }
+  AEROGEL_INLINE Vec operator[](int t) const { return taps[t]; }
+};
+
 // The maximum, or NaN if either is one.
 #if defined(AEROGEL_USE_AVX512)
 AEROGEL_INLINE Vec max_or_nan(Vec a, Vec b) {

@@ -173,6 +173,19 @@ def test_depthwise_convolution_of_any_width_equals_torch(
     assert_close(got, F.relu(F.conv2d(x, weight, bias, *geometry)))
 
 
+@pytest.mark.parametrize("height", [2, 3, 7, 8, 13, 14])
+@pytest.mark.parametrize("width", [1, 2, 5, 6, 7, 8, 12, 13, 14])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_of_narrow_planes_equals_torch(
+    height: int, width: int, stride: int
+) -> None:
+    x = seeded(2, 3, height, width)
+    x[0, 1, height - 1, 0], x[1, 2, 1, width - 1] = NAN, float("inf")
+    weight, bias = seeded(6, 1, 3, 3, seed=1), seeded(6, seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, stride, 1, 1, 3, "relu"))
+    assert_close(got, F.relu(F.conv2d(x, weight, bias, stride, 1, 1, 3)))
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "size", "kernel", "stride"),
     [(3, 32, 40, 3, 2), (300, 20, 9, 1, 1), (70, 33, 7, 3, 1), (1, 5, 30, 7, 2), (600, 9, 1, 1, 1)],
