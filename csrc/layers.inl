@@ -11,6 +11,8 @@
 #include "layers_pointwise.inl"
 #include "layers_conv.inl"
 #include "layers_direct.inl"
+#include "layers_depthwise_pairs.inl"
+#include "layers_depthwise_strips.inl"
 #include "layers_depthwise.inl"
 #include "layers_pool.inl"
 #include "layers_gemv.inl"

@@ -51,6 +51,7 @@ AEROGEL_INLINE void depthwise_tile(const DepthwiseBlock& b, const DepthwiseTile&
       }
       for (int t = 0; t < kTogether && kx + t < kKernel; ++t) {
         if (kMasked) x[t] = keep(x[t], mask[t]);
+        in_register(x[t]);
 #pragma GCC unroll 8
         for (int o = 0; o < kRowCount; ++o) {
           const int ky = r - o * kStride;
@@ -221,8 +222,10 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
 void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
+  const bool whole = first_row == 0 && last_row == layer.window.out_h;
   // Small planes are never cut into bands.
-  if (first_row == 0 && last_row == layer.window.out_h && depthwise_small(args, first, last)) return;
+  if (whole && (depthwise_small(args, first, last) || depthwise_pairs(args, first, last))) return;
+  if (depthwise_strips(args, first, last, first_row, last_row)) return;
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);
   const int64_t taps = layer.window.kernel_h * layer.window.kernel_w;

@@ -18,6 +18,24 @@ AEROGEL_INLINE Vec odd_of(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, pick, b);
 }
 AEROGEL_INLINE Vec split_order(Vec v) { return v; }
+// A mask in a register of its own costs a load nothing.
+using LaneMask = __mmask16;
+AEROGEL_INLINE LaneMask mask_of(Vec bits) {
+  return _mm512_test_epi32_mask(_mm512_castps_si512(bits), _mm512_castps_si512(bits));
+}
+AEROGEL_INLINE Vec kept(Vec v, LaneMask mask) { return _mm512_maskz_mov_ps(mask, v); }
+AEROGEL_INLINE Vec load_kept(const float* p, LaneMask mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+// v moved by one lane; the free lane comes from the neighbour.
+AEROGEL_INLINE Vec shift_up(Vec before, Vec v) {
+  return _mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(before), kLanes - 1));
+}
+AEROGEL_INLINE Vec shift_down(Vec v, Vec after) {
+  return _mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(after), _mm512_castps_si512(v), 1));
+}
 // The lanes whose bits are set in both a and b, zero in the others, for which nothing is read.
 AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>(a & b), p);
@@ -80,6 +98,32 @@ AEROGEL_INLINE Vec load_where(const float* p, uint32_t a, uint32_t b) {
   return load(lanes);
 }
 #endif
+
+// Keeps a value that is used several times from being loaded anew at every use.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE void in_register(Vec& v) { asm("" : "+v"(v)); }
+#elif defined(AEROGEL_USE_AVX2)
+AEROGEL_INLINE void in_register(Vec& v) { asm("" : "+x"(v)); }
+#elif defined(AEROGEL_USE_NEON)
+AEROGEL_INLINE void in_register(Vec& v) { asm("" : "+w"(v)); }
+#else
+AEROGEL_INLINE void in_register(Vec&) {}
+#endif
+
+// Weights that stay in registers while a plane passes by.
+template <int kCount>
+struct TapVectors {
+  Vec taps[kCount];
+
+  AEROGEL_INLINE explicit TapVectors(const float* weight) {
+#pragma GCC unroll 32
+    for (int t = 0; t < kCount; ++t) {
+      taps[t] = broadcast(weight[t]);
+      in_register(taps[t]);
+    }
+  }
+  AEROGEL_INLINE Vec operator[](int t) const { return taps[t]; }
+};
 
 // The maximum, or NaN if either is one.
 #if defined(AEROGEL_USE_AVX512)

@@ -135,7 +135,7 @@ def test_convolution_of_few_channels_equals_torch(case: dict, activation: str) -
     stride=st.sampled_from(((1, 1), (2, 2), (1, 2), (3, 3))),
     padding=st.integers(0, 3),
     dilation=st.sampled_from((1, 1, 1, 2)),
-    activation=st.sampled_from(("none", "relu6", "hardswish")),
+    activation=st.sampled_from(("none", "relu", "relu6", "hardswish")),
     batch=st.integers(1, 3),
 )
 def test_depthwise_convolution_equals_torch(
@@ -157,6 +157,33 @@ def test_depthwise_convolution_equals_torch(
     got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, *geometry, activation))
     expected = kernels.reference_activation(F.conv2d(x, weight, bias, *geometry), activation)
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("width", [15, 16, 17, 31, 33, 64, 65, 112, 150, 513, 700])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (1, 0), (1, 2), (2, 1), (2, 0)])
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_convolution_of_any_width_equals_torch(
+    width: int, stride: int, padding: int, multiplier: int
+) -> None:
+    x = seeded(2, 3, 31, width)
+    x[0, 1, 7, width - 1], x[1, 2, 30, 0] = NAN, float("inf")
+    weight, bias = seeded(3 * multiplier, 1, 3, 3, seed=1), seeded(3 * multiplier, seed=2)
+    geometry = (stride, padding, 1, 3)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, *geometry, "relu"))
+    assert_close(got, F.relu(F.conv2d(x, weight, bias, *geometry)))
+
+
+@pytest.mark.parametrize("height", [2, 3, 7, 8, 13, 14])
+@pytest.mark.parametrize("width", [1, 2, 5, 6, 7, 8, 12, 13, 14])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_of_narrow_planes_equals_torch(
+    height: int, width: int, stride: int
+) -> None:
+    x = seeded(2, 3, height, width)
+    x[0, 1, height - 1, 0], x[1, 2, 1, width - 1] = NAN, float("inf")
+    weight, bias = seeded(6, 1, 3, 3, seed=1), seeded(6, seed=2)
+    got = run_one(x, lambda b, v: b.conv2d(v, weight, bias, stride, 1, 1, 3, "relu"))
+    assert_close(got, F.relu(F.conv2d(x, weight, bias, stride, 1, 1, 3)))
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,9 @@ class CompiledModule(nn.Module):
         self._pattern = pattern
         self._plan = plan
         self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._latest: tuple[Any, Program] | None = None  # last in _programs
         self._first: Explanation | None = None
-        self._lock = threading.Lock()  # guards _programs, held for a look-up only
+        self._lock = threading.Lock()  # guards these three, held for a look-up only
         self._planning = threading.Lock()  # one plan at a time: they are measured
         self.training = False
 
@@ -118,8 +119,8 @@ class CompiledModule(nn.Module):
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any], tuple[Any, ...] | list[Any]]:
         """What the program depends on, and the inputs in the example's form and flat."""
         as_example = not kwargs and len(args) == self._pattern.positional_tensors
-        if as_example and all(type(each) is Tensor for each in args):
-            return tuple((each.shape, each.dtype) for each in args), args, kwargs, args
+        if as_example and all([type(each) is Tensor for each in args]):  # noqa: C419
+            return tuple([(each.shape, each.dtype) for each in args]), args, kwargs, args
         args, kwargs = self._pattern.canonical(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if len(leaves) == self._pattern.positional_tensors and spec == self._pattern.spec:
@@ -127,10 +128,15 @@ class CompiledModule(nn.Module):
         return (spec, *(leaf_key(each) for each in leaves)), args, kwargs, leaves
 
     def _lookup(self, key: Any) -> Program | None:
+        # After other work a call finds the caches cold: the usual one touches little.
+        latest = self._latest
+        if latest is not None and latest[0] == key:
+            return latest[1]
         with self._lock:
             program = self._programs.get(key)
             if program is not None:
                 self._programs.move_to_end(key)
+                self._latest = key, program
             return program
 
     def _replan(
@@ -152,6 +158,7 @@ class CompiledModule(nn.Module):
         with self._lock:
             self._first = self._first or program.explanation
             self._programs[key] = program
+            self._latest = key, program
             while len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
 
