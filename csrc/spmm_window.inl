@@ -11,22 +11,46 @@
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-// `count` floats, `stride` apart, to `to`, and zeros up to a whole vector: rows are written in
-// ascending order, and what stays zero is padding.
-AEROGEL_INLINE void copy_strided(const float* from, int64_t stride, float* to, int64_t count) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load_upto(from + i, count - i));
-  } else if (stride == 2) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int64_t left = 2 * (count - i) - 1;
-      const Vec low = load_upto(from + 2 * i, left);
-      const Vec high = left > kLanes ? load_upto(from + 2 * i + kLanes, left - kLanes) : zero();
-      store(to + i, split_order(even_of(low, high)));
+// One column phase of one row phase of a panel's input: for every channel the same rows of the image,
+// the same part of each, and the same place among the strips.
+struct PhaseRows {
+  int64_t from, from_step;  // floats from the beginning of a plane; from row to row
+  int64_t to, to_step;      // floats from the beginning of a channel's strips, likewise
+  int64_t rows, count;      // of this phase that lie in the image; floats of each
+  int64_t whole;            // of its rows, those that may be followed by zeros up to a whole vector
+};
+
+// The next kLanes of `left` floats, Stride apart.
+template <int Stride>
+AEROGEL_INLINE Vec load_strided(const float* from, int64_t left) {
+  static_assert(Stride == 1 || Stride == 2);
+  if (Stride == 1) return load_upto(from, left);
+  left = 2 * left - 1;
+  const Vec low = load_upto(from, left);
+  const Vec high = left > kLanes ? load_upto(from + kLanes, left - kLanes) : zero();
+  return split_order(even_of(low, high));
+}
+
+// A channel's rows, of which the first `whole` are written in whole vectors: in ascending order, and
+// what stays zero is padding. Vectors: how many a row takes, or 0 if more than two.
+template <int Stride, int Vectors>
+AEROGEL_INLINE void copy_rows(const PhaseRows& p, const float* from, float* to) {
+  int64_t r = 0;
+  for (; r < p.whole; ++r, from += p.from_step, to += p.to_step) {
+    if constexpr (Vectors > 0) {
+      constexpr int kLast = (Vectors - 1) * kLanes;
+      if (Vectors == 2) store(to, load_strided<Stride>(from, kLanes));
+      store(to + kLast, load_strided<Stride>(from + Stride * kLast, p.count - kLast));
+    } else {
+      for (int64_t i = 0; i < p.count; i += kLanes) {
+        store(to + i, load_strided<Stride>(from + Stride * i, p.count - i));
+      }
     }
-  } else {
-    int64_t i = 0;
-    for (; i < count; ++i) to[i] = from[i * stride];
-    for (; i % kLanes; ++i) to[i] = 0.0f;
+  }
+  for (; r < p.rows; ++r, from += p.from_step, to += p.to_step) {
+    for (int64_t i = 0; i < p.count; i += kLanes) {
+      store_upto(to + i, load_strided<Stride>(from + Stride * i, p.count - i), p.count - i);
+    }
   }
 }
 
@@ -41,22 +65,88 @@ AEROGEL_INLINE int64_t divide(int64_t x, int64_t by) {
   return by == 1 ? x : by == 2 ? x >> 1 : x / by;
 }
 
-AEROGEL_NOINLINE void copy_channel(const Window& w, const Strips& s, const StripPanel& p,
-                                   const float* plane, float* to) {
-  const int64_t top = p.oy * w.stride_h - w.pad_h, left = p.ox * w.stride_w - w.pad_w;
+PhaseRows phase_rows(const Window& w, const Strips& s, const StripPanel& p, int64_t i, int64_t j) {
+  const int64_t row = p.oy * w.stride_h - w.pad_h + s.row_phases[i];
+  const int64_t column = p.ox * w.stride_w - w.pad_w + s.column_phases[j];
+  // Element x of row r comes from (row + r * row_step, column + x * stride_w).
+  const int64_t top = row < 0 ? divide(s.row_step - 1 - row, s.row_step) : 0;
+  const int64_t left = column < 0 ? divide(w.stride_w - 1 - column, w.stride_w) : 0;
+  const int64_t down = w.in_h > row ? divide(w.in_h - row - 1, s.row_step) + 1 : 0;
+  const int64_t across = w.in_w > column ? divide(w.in_w - column - 1, w.stride_w) + 1 : 0;
+  PhaseRows rows;
+  rows.from = (row + top * s.row_step) * w.in_w + column + left * w.stride_w;
+  rows.from_step = s.row_step * w.in_w;
+  rows.to = (i * s.column_phase_count + j) * s.plane + top * s.pitch + left;
+  rows.to_step = s.pitch;
+  rows.rows = smaller(down, s.plane_rows) - top;
+  rows.count = smaller(across, s.pitch) - left;
+  if (rows.rows <= 0 || rows.count <= 0) rows.rows = rows.count = 0;
+  // Behind the last rows of a plane is the next one, or the next channel.
+  const int64_t room = s.plane - top * s.pitch - left - (rows.count + kLanes - 1) / kLanes * kLanes;
+  rows.whole = room < 0 ? 0 : smaller(rows.rows, room / s.pitch + 1);
+  return rows;
+}
+
+struct Channels {
+  const int32_t* numbers;
+  int64_t count;
+  const float* x;
+  int64_t ldx;
+  float* strips;
+  int64_t strip_floats;  // of a channel
+};
+
+// One phase of every channel.
+template <int Stride, int Vectors>
+AEROGEL_NOINLINE void copy_phase(const Channels& channels, const PhaseRows& phase) {
+  const Channels c = channels;  // copies that stores to the strips cannot alias
+  const PhaseRows rows = phase;
+  const float* const x = c.x + rows.from;
+  float* to = c.strips + rows.to;
+  for (int64_t i = 0; i < c.count; ++i, to += c.strip_floats) {
+    copy_rows<Stride, Vectors>(rows, x + c.numbers[i] * c.ldx, to);
+  }
+}
+
+AEROGEL_NOINLINE void copy_phase_strided(const Channels& c, const PhaseRows& p, int64_t stride) {
+  for (int64_t i = 0; i < c.count; ++i) {
+    const float* from = c.x + c.numbers[i] * c.ldx + p.from;
+    float* to = c.strips + i * c.strip_floats + p.to;
+    for (int64_t r = 0; r < p.rows; ++r, from += p.from_step, to += p.to_step) {
+      for (int64_t k = 0; k < p.count; ++k) to[k] = from[k * stride];
+    }
+  }
+}
+
+template <int Stride>
+AEROGEL_INLINE void copy_phase_by_width(const Channels& channels, const PhaseRows& rows) {
+  if (rows.count <= kLanes) {
+    copy_phase<Stride, 1>(channels, rows);
+  } else if (rows.count <= 2 * kLanes) {
+    copy_phase<Stride, 2>(channels, rows);
+  } else {
+    copy_phase<Stride, 0>(channels, rows);
+  }
+}
+
+// Channels [first, last) of a slab, phase by phase: what all channels have in common is worked out
+// once, and the image's rows, which several phases read, stay in the first cache.
+void copy_slab(const SpmmPanel& p, const StripPanel& panel, int64_t first, int64_t last) {
+  const SpmmWindow& window = *p.args->window;
+  const Window& w = *window.window;
+  const Strips& s = *window.strips;
+  const Channels channels = {window.channels + first, last - first, p.x, p.args->ldx,
+                             p.scratch,               s.channel};
   for (int64_t i = 0; i < s.row_phase_count; ++i) {
-    for (int64_t j = 0; j < s.column_phase_count; ++j, to += s.plane) {
-      // Element x of a row comes from column left + phase + x * stride.
-      const int64_t column = left + s.column_phases[j];
-      const int64_t first = column < 0 ? divide(w.stride_w - 1 - column, w.stride_w) : 0;
-      const int64_t room = w.in_w - column;
-      const int64_t inside = room > 0 ? divide(room - 1, w.stride_w) + 1 : 0;
-      const int64_t count = smaller(inside, s.pitch) - first;
-      if (count <= 0) continue;
-      const float* from = plane + column + first * w.stride_w;
-      for (int64_t r = 0, iy = top + s.row_phases[i]; r < s.plane_rows; ++r, iy += s.row_step) {
-        if (iy < 0 || iy >= w.in_h) continue;
-        copy_strided(from + iy * w.in_w, w.stride_w, to + r * s.pitch + first, count);
+    for (int64_t j = 0; j < s.column_phase_count; ++j) {
+      const PhaseRows rows = phase_rows(w, s, panel, i, j);
+      if (rows.rows == 0) continue;
+      if (w.stride_w == 1) {
+        copy_phase_by_width<1>(channels, rows);
+      } else if (w.stride_w == 2) {
+        copy_phase_by_width<2>(channels, rows);
+      } else {
+        copy_phase_strided(channels, rows, w.stride_w);
       }
     }
   }
@@ -167,10 +257,7 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   }
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     const int64_t first = window.slab_channels[slab], last = window.slab_channels[slab + 1];
-    for (int64_t i = first; i < last; ++i) {
-      copy_channel(*window.window, strips, panel, p.x + window.channels[i] * a.ldx,
-                   p.scratch + (i - first) * strips.channel);
-    }
+    copy_slab(p, panel, first, last);
     PanelPrefetch ahead = next_strips(p, slab);
     c.x = reinterpret_cast<const char*>(p.scratch - first * strips.channel);
     c.first = slab == 0;

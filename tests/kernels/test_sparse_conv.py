@@ -154,6 +154,19 @@ def test_non_finite_inputs_reach_exactly_the_outputs_that_store_them(
         assert torch.equal(~y.isfinite(), reached)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (5, 17), (7, 7), (9, 33), (14, 14)])
+def test_what_scratch_held_before_does_not_matter(size: tuple[int, int], stride: int) -> None:
+    weight = random_kernel(10, 7, 3, 3, 0.5)
+    packed = BlockRowWeight.pack(weight.flatten(1), 1)
+    x = torch.randn(3, 7, *size)
+    how = {"stride": stride, "padding": 1}
+    for variant in legal_variants(1):
+        call = {"kernel_size": 3, **how, "variant": variant, "threads": 1}
+        sparse_conv2d(torch.full((1, 7, 20, 36), NAN), packed, **call)
+        assert_close(sparse_conv2d(x, packed, **call), x, weight, **how)
+
+
 def test_nan_weights_spread_and_empty_rows_give_the_bias() -> None:
     weight = torch.zeros(4, 2, 3, 3)
     weight[1, 1, 1, 1] = NAN

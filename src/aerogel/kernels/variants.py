@@ -157,10 +157,11 @@ def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]
 
 # Register tiles worth trying for convolutions by lanes and block, as (groups, vectors, register
 # tiles in a panel), the likeliest first: a cover of exhaustive searches over ResNet-50's 3x3 layers
-# at 90 % zeros (Zen 4 with either width). Higher panels copy less input at their borders.
+# at 90 % zeros (Zen 4 with either width, Sapphire Rapids). Higher panels copy less input at their
+# borders.
 _CONV_TILES: dict[int, dict[int, tuple[tuple[int, int, int], ...]]] = {
     16: {
-        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (2, 4, 2), (2, 8, 1)),
+        1: ((_LOCKSTEP, 3, 6), (1, 10, 3), (1, 8, 1), (2, 8, 1), (2, 4, 2), (4, 4, 2)),
         2: ((2, 2, 8), (4, 2, 8)),
         4: ((1, 4, 8), (1, 5, 4)),
     },
@@ -196,7 +197,7 @@ def sparse_conv_variants(
         threads: that will share the work; default `torch.get_num_threads()`.
 
     Returns:
-        1 to 12 different variants; all of them pack.
+        1 to 18 different variants; all of them pack.
     """
     module = native()
     channels = weight.shape[1] // math.prod(geometry.kernel)
