@@ -14,7 +14,8 @@ namespace {
 // rows [column][padded dim].
 struct GradPanel {
   AttendPanel base;  // `sums` holds the gradient of the queries, `total` lse in base 2
-  float *grads, *query_rows, *grad_rows, *delta;
+  float *grads, *query_copy, *grad_copy, *delta;
+  FloatRows query_rows, grad_rows;
 };
 
 // Scratch of one step, [key][width] each; slopes only where scores are capped, kept only with dropout.
@@ -22,57 +23,92 @@ struct GradScratch {
   float *weights, *grads, *slopes, *kept;
 };
 
+// Gradients of scores are made with the scale of the logits in them, unless those of biases, which
+// have none, are wanted, too.
+AEROGEL_INLINE float grad_factor(const AttendArgs& a) { return a.grad_bias ? 1.0f : a.scale; }
+
+// A panel's rows of x, for products that read whole vectors of them.
+AEROGEL_INLINE FloatRows whole_rows(const AttendTask& t, const Columns& columns,
+                                    const AttendPanel& p, const AttendTensor& x, int64_t dim,
+                                    float* copy) {
+  const FloatRows rows = find_columns(t, columns, p, x, dim, copy);
+  if (rows.data == copy || dim == padded_dim(dim)) return rows;
+  const int64_t stride = padded_dim(dim);
+  for (int64_t c = 0; c < p.count; ++c) {
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      const int64_t left = dim - d;
+      store(copy + c * stride + d,
+            left > 0 ? load_upto(rows.data + c * rows.stride + d, left) : zero());
+    }
+  }
+  return {copy, stride};
+}
+
+// rowsum(g o), of kProducts columns at a time.
+AEROGEL_NOINLINE void sum_products(const FloatRows& x, const FloatRows& y, int64_t count,
+                                   int64_t dim, float* sums) {
+  for (int64_t c = 0; c < count; c += kProducts) {
+    Vec products[kProducts];
+    for (int i = 0; i < kProducts; ++i) {
+      const int64_t row = least(c + i, count - 1);
+      products[i] = zero();
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int64_t left = dim - d;
+        products[i] = fma(load_upto(x.data + row * x.stride + d, left),
+                          load_upto(y.data + row * y.stride + d, left), products[i]);
+      }
+    }
+    float own[kProducts];
+    sum_lanes(products, own);
+    for (int64_t i = 0; i < least(kProducts, count - c); ++i) sums[c + i] = own[i];
+  }
+}
+
 AEROGEL_INLINE void begin_grad_panel(const AttendTask& t, const Columns& columns, GradPanel& g,
                                      float* scratch) {
   const AttendArgs& a = *t.args;
   AttendPanel& p = g.base;
-  const int64_t width = p.width * kLanes, stride = padded_dim(a.value_dim);
-  take_columns(t, columns, p, a.q, a.dim, score_factor(a), p.queries, g.query_rows, scratch);
-  take_columns(t, columns, p, a.grad_o, a.value_dim, 1.0f, g.grads, g.grad_rows, scratch);
+  const int64_t width = p.width * kLanes;
+  g.query_rows = whole_rows(t, columns, p, a.q, a.dim, g.query_copy);
+  g.grad_rows = whole_rows(t, columns, p, a.grad_o, a.value_dim, g.grad_copy);
+  turn_columns(p, g.query_rows, a.dim, score_factor(a), p.queries);
+  turn_columns(p, g.grad_rows, a.value_dim, grad_factor(a), g.grads);
   set_limits(t, columns, p);
   if (a.drop_below) begin_hashes(t, columns, p);
   for (int64_t c = 0; c < width; ++c) {
     g.delta[c] = 0.0f;
     p.total[c] = kInfinity;
-    if (c >= p.count) continue;
-    const int64_t column = p.first + c, head = columns.head(t, column);
-    const int64_t query = columns.query(column);
-    const int64_t at = (t.batch * a.q_heads + head) * a.q_len + query;
-    const float grad_lse = a.grad_lse ? a.grad_lse[at] : 0.0f;
-    g.delta[c] = -grad_lse;
-    if (a.linear) continue;
-    const float lse = a.lse[at];
-    // A query without keys: every probability is 2^-inf = 0.
-    p.total[c] = lse == -kInfinity ? kInfinity : lse * kLog2e;
-    float* const out = scratch;
-    widen_row(a.type, row_of(a, a.o, t.batch, head, query), out, a.value_dim);
-    const float* const grad = g.grad_rows + c * stride;
-    Vec sum = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= a.value_dim; d += kLanes) sum = fma(load(out + d), load(grad + d), sum);
-    float lanes[kLanes], delta = 0.0f;
-    store(lanes, sum);
-    for (int i = 0; i < kLanes; ++i) delta += lanes[i];
-    for (; d < a.value_dim; ++d) delta += out[d] * grad[d];
-    g.delta[c] += delta;
   }
-  for (int64_t i = 0; i < a.dim * width; ++i) p.sums[i] = 0.0f;
-  for (int64_t i = 0; i < padded_dim(a.dim) * width; ++i) g.query_rows[i] *= a.scale;
+  if (!a.linear) {
+    const FloatRows out = find_columns(t, columns, p, a.o, a.value_dim, scratch);
+    sum_products(out, g.grad_rows, p.count, a.value_dim, g.delta);
+  }
+  for (int64_t c = 0; c < p.count; ++c) {
+    const int64_t column = p.first + c, head = columns.head(t, column);
+    const int64_t at = (t.batch * a.q_heads + head) * a.q_len + columns.query(column);
+    if (a.grad_lse) g.delta[c] -= a.grad_lse[at];
+    g.delta[c] *= grad_factor(a);
+    // A query without keys: every probability is 2^-inf = 0.
+    if (!a.linear && a.lse[at] != -kInfinity) p.total[c] = a.lse[at] * kLog2e;
+  }
+  p.fresh = true;
 }
 
 // Scores become probabilities.
 template <int W>
-AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, float* scores, int64_t count) {
+AEROGEL_NOINLINE void weigh_step(const AttendPanel& p, const Leads& leads, float* scores) {
   Vec lse[W];
 #pragma GCC unroll 4
   for (int v = 0; v < W; ++v) lse[v] = load(p.total + v * kLanes);
-  for (int64_t j = 0; j < count; ++j, scores += W * kLanes) {
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
 #pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) {
-      const Vec score = sub(load(scores + v * kLanes), lse[v]);
-      store(scores + v * kLanes, exp2_or_zero(min(broadcast(126.0f), score)));
+      for (int v = decltype(lead)::value; v < W; ++v) {
+        float* const at = scores + (j * W + v) * kLanes;
+        store(at, exp2_or_zero(min(broadcast(126.0f), sub(load(at), lse[v]))));
+      }
     }
-  }
+  });
 }
 
 // 1 where the rule allows a pair, 0 where it made its score -inf, for the first `ruled` scores.
@@ -131,8 +167,8 @@ AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* ro
 
 // to[key] += sum over columns of left[key][column] * rows[column], for keys [begin, end).
 AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, const float* left,
-                                   int64_t width, const float* rows, int64_t dim, int64_t columns,
-                                   float* to) {
+                                   int64_t width, const FloatRows& rows, int64_t dim,
+                                   int64_t columns, float* to) {
   const int64_t stride = padded_dim(dim);
   for_rows(end - begin, [&](auto size, int64_t first) {
     constexpr int R = decltype(size)::value;
@@ -141,12 +177,17 @@ AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, co
     const float* const own = left + (begin + first) * width;
     int64_t d = 0;
     for (; d + kWide * kLanes <= stride; d += kWide * kLanes) {
-      key_tile<R, kWide>(own, width, rows, stride, columns, targets, d);
+      key_tile<R, kWide>(own, width, rows.data, rows.stride, columns, targets, d);
     }
     for (; d < stride; d += kLanes) {
-      key_tile<R, 1>(own, width, rows, stride, columns, targets, d);
+      key_tile<R, 1>(own, width, rows.data, rows.stride, columns, targets, d);
     }
   });
+}
+
+AEROGEL_INLINE void scale_by(float* x, float factor, int64_t count) {
+  const Vec by = broadcast(factor);
+  for (int64_t i = 0; i < count; i += kLanes) store(x + i, mul(load(x + i), by));
 }
 
 AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const float* grads,
@@ -161,7 +202,7 @@ AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const flo
 }
 
 template <int W>
-AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const ScoreRule& rule,
+AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const ScoreRule& rule,
                                   const StepRows& rows, const Ahead& keys, const Ahead& values,
                                   const GradScratch& scratch) {
   const AttendArgs& a = *t.args;
@@ -174,11 +215,14 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
     mark_allowed(scratch.weights, scratch.slopes, rule.plain() ? 0 : count * width, count * width);
     weigh_linearly<W>(nullptr, scratch.weights, count);
   } else {
-    weigh_step<W>(g.base, scratch.weights, count);
+    weigh_step<W>(g.base, leads, scratch.weights);
   }
   if (a.drop_below) drop_factors(a, g.base, s, count, scratch.kept);
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     constexpr int64_t L = decltype(lead)::value * kLanes;
+    for (int64_t j = begin; L > 0 && j < end; ++j) {
+      for (int64_t c = 0; c < L; c += kLanes) store(scratch.grads + j * width + c, zero());
+    }
     for_rows(end - begin, [&](auto size, int64_t first) {
       constexpr int R = decltype(size)::value;
       values.fetch(begin + first, R, end);
@@ -187,9 +231,13 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
           {scratch.weights + L, scratch.grads + L, scratch.slopes + L, scratch.kept + L});
     });
   });
+  if (a.grad_bias) {
+    if (t.grad_q) sum_for_bias(t, s, scratch.grads, width, g.base.count);
+    scale_by(scratch.grads, a.scale, count * width);
+  }
   if (t.grad_q) {
-    sum_step<W>(g.base.sums, nullptr, rows.keys, leads, a.dim, {keys.rows, nullptr}, scratch.grads);
-    if (a.grad_bias) sum_for_bias(t, s, scratch.grads, width, g.base.count);
+    sum_step(g.base, nullptr, rows.keys, leads, a.dim, {keys.rows, nullptr}, scratch.grads);
+    g.base.fresh = false;
   }
   if (!t.grad_kv) return;
   if (a.drop_below) multiply_by(scratch.weights, scratch.kept, count * width);
@@ -197,10 +245,10 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, const GradPanel& g, const
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     const int64_t first = decltype(lead)::value * kLanes, columns = g.base.count - first;
     sum_for_keys(s, begin, end, scratch.weights + first, width,
-                 g.grad_rows + first * padded_dim(a.value_dim), a.value_dim, columns,
+                 g.grad_rows.from(first), a.value_dim, columns,
                  a.grad_v + at * padded_dim(a.value_dim));
     sum_for_keys(s, begin, end, scratch.grads + first, width,
-                 g.query_rows + first * padded_dim(a.dim), a.dim, columns,
+                 g.query_rows.from(first), a.dim, columns,
                  a.grad_k + at * padded_dim(a.dim));
   });
 }
@@ -232,10 +280,10 @@ void attend_tile_backward(const AttendTask& t) {
     cut_panel(columns.count, i, p);
     const int64_t width = p.width * kLanes;
     p.queries = carver.take(width * a.dim);
-    p.sums = carver.take(width * a.dim);
-    g.query_rows = carver.take(width * padded_dim(a.dim));
+    p.sums = carver.take(width * padded_dim(a.dim));
+    g.query_copy = carver.take(width * padded_dim(a.dim));
     g.grads = carver.take(width * a.value_dim);
-    g.grad_rows = carver.take(width * padded_dim(a.value_dim));
+    g.grad_copy = carver.take(width * padded_dim(a.value_dim));
     float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &g.delta, &p.hash};
     for (float** row : own) *row = carver.take(width);
     begin_grad_panel(t, columns, g, row_copy);
@@ -259,8 +307,8 @@ void attend_tile_backward(const AttendTask& t) {
   }
   for (int64_t i = 0; t.grad_q && i < panel_count; ++i) {
     AttendPanel& p = panels[i].base;
-    for (int64_t c = 0; c < p.width * kLanes; ++c) p.maximum[c] = a.scale;
-    put_columns(t, columns, p, p.sums, p.maximum, a.dim, a.grad_q, row_copy);
+    for (int64_t c = 0; c < p.width * kLanes; ++c) p.maximum[c] = 1.0f;
+    put_columns(t, columns, p, p.maximum, a.dim, a.grad_q);
   }
 }
 
