@@ -125,6 +125,10 @@ void run_forward(std::vector<AttendTask>& tasks, int threads) {
     thread_local Scratch scratch;
     AttendTask t = tasks[i];
     t.scratch = scratch.at_least(attend_scratch(*t.args, columns_of(t), false));
+    if (threads <= 1) {  // more do not know who comes next
+      t.fetched = i > 0;
+      t.next = i + 1 < static_cast<int64_t>(tasks.size()) ? &tasks[i + 1] : nullptr;
+    }
     kernels.forward(t);
   });
 }
@@ -202,6 +206,7 @@ void run_share(const AttendArgs& a, const HeadShare& share) {
   thread_local Scratch scratch;
   const AttendKernels& kernels = *active_table().attention;
   const int64_t group = group_of(a), together = heads_together(a);
+  std::vector<AttendTask> tasks;
   for (int64_t q = share.q_begin; q < share.q_end; ++q) {
     for (int64_t g = 0; g < group; g += together) {
       const int64_t heads = std::min(together, group - g);
@@ -211,9 +216,15 @@ void run_share(const AttendArgs& a, const HeadShare& share) {
       t.grad_q = share.grad_q;
       t.grad_kv = share.grad_kv;
       t.bias_copy = bias_copy(a, share.batch, share.kv_head);
-      t.scratch = scratch.at_least(attend_scratch(a, columns_of(t), true));
-      kernels.backward(t);
+      t.fetched = !tasks.empty();
+      tasks.push_back(t);
     }
+  }
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    AttendTask& t = tasks[i];
+    t.scratch = scratch.at_least(attend_scratch(a, columns_of(t), true));
+    t.next = i + 1 < tasks.size() ? &tasks[i + 1] : nullptr;
+    kernels.backward(t);
   }
 }
 

@@ -91,6 +91,8 @@ struct AttendTask {
   float* scratch;
   float* part;             // if the list is cut: this part's maxima, totals and sums of values
   int64_t part_columns;    // room in a part
+  const AttendTask* next;  // what the same thread runs afterwards, or null: its first rows are
+  bool fetched;            // fetched while this task ends, as this one's were
   bool grad_q, grad_kv;    // backward: which of them
   int64_t bias_copy;
 };

@@ -168,10 +168,11 @@ AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* ro
 // to[key] += sum over columns of left[key][column] * rows[column], for keys [begin, end).
 AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, const float* left,
                                    int64_t width, const FloatRows& rows, int64_t dim,
-                                   int64_t columns, float* to) {
+                                   int64_t columns, const Ahead& ahead, float* to) {
   const int64_t stride = padded_dim(dim);
   for_rows(end - begin, [&](auto size, int64_t first) {
     constexpr int R = decltype(size)::value;
+    ahead.fetch(begin + first, R, end);
     float* targets[R];
     for (int r = 0; r < R; ++r) targets[r] = to + s.keys[begin + first + r] * stride;
     const float* const own = left + (begin + first) * width;
@@ -201,15 +202,44 @@ AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const flo
   }
 }
 
+// What is fetched during a step: rows of keys and values, and of their gradients.
+struct GradWanted {
+  Ahead keys, values, grad_k, grad_v;
+};
+
+// `step` is the next of this task if there are `more`; else it becomes the first of the task that
+// follows, and its queries, gradients and outputs are fetched, too.
+AEROGEL_INLINE GradWanted grad_wanted(const AttendTask& t, bool more, Step& step,
+                                      const HeadRows& keys, const HeadRows& values) {
+  const AttendArgs& a = *t.args;
+  const int64_t dim = padded_dim(a.dim), value_dim = padded_dim(a.value_dim);
+  const int64_t at = (t.batch * a.kv_heads + t.head / group_of(a)) * a.k_len;
+  const bool any = more || (t.next && StepReader(*t.next).next(step));
+  const Step* const after = any ? &step : nullptr;
+  const auto row = [&](float* grads, int64_t width) {
+    return HeadRows(reinterpret_cast<const char*>(grads + at * width), 4 * width);
+  };
+  GradWanted wanted{{keys, after},
+                    {values, after},
+                    {row(a.grad_k, dim), t.grad_kv ? after : nullptr},
+                    {row(a.grad_v, value_dim), t.grad_kv ? after : nullptr}};
+  if (!more && t.grad_q) wanted.grad_v.queries = QueryRows(t, a.grad_q, a.dim);
+  if (more || !t.next) return wanted;
+  wanted.keys.queries = QueryRows(*t.next, a.q, a.dim);
+  wanted.values.queries = QueryRows(*t.next, a.grad_o, a.value_dim);
+  if (!a.linear) wanted.grad_k.queries = QueryRows(*t.next, a.o, a.value_dim);
+  return wanted;
+}
+
 template <int W>
 AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const ScoreRule& rule,
-                                  const StepRows& rows, const Ahead& keys, const Ahead& values,
+                                  const StepRows& rows, const GradWanted& wanted,
                                   const GradScratch& scratch) {
   const AttendArgs& a = *t.args;
   const Step& s = *rule.step;
   const Leads leads = leads_of(g.base, rule);
   const int64_t count = leads.live(W), width = W * kLanes;
-  score_step<W>(g.base, rows, leads, a.dim, keys, scratch.weights);
+  score_step<W>(g.base, rows, leads, a.dim, wanted.keys, scratch.weights);
   if (!rule.plain()) rule_step<W>(g.base, rule, count, scratch.weights, scratch.slopes);
   if (a.linear) {
     mark_allowed(scratch.weights, scratch.slopes, rule.plain() ? 0 : count * width, count * width);
@@ -225,7 +255,7 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const Score
     }
     for_rows(end - begin, [&](auto size, int64_t first) {
       constexpr int R = decltype(size)::value;
-      values.fetch(begin + first, R, end);
+      wanted.values.fetch(begin + first, R, end);
       grad_tile<R, W - decltype(lead)::value>(
           a, g.grads + L, g.delta + L, rows.values, begin + first, a.value_dim, width,
           {scratch.weights + L, scratch.grads + L, scratch.slopes + L, scratch.kept + L});
@@ -236,7 +266,7 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const Score
     scale_by(scratch.grads, a.scale, count * width);
   }
   if (t.grad_q) {
-    sum_step(g.base, nullptr, rows.keys, leads, a.dim, {keys.rows, nullptr}, scratch.grads);
+    sum_step(g.base, nullptr, rows.keys, leads, a.dim, wanted.grad_k, scratch.grads);
     g.base.fresh = false;
   }
   if (!t.grad_kv) return;
@@ -245,10 +275,10 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const Score
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     const int64_t first = decltype(lead)::value * kLanes, columns = g.base.count - first;
     sum_for_keys(s, begin, end, scratch.weights + first, width,
-                 g.grad_rows.from(first), a.value_dim, columns,
+                 g.grad_rows.from(first), a.value_dim, columns, wanted.grad_v,
                  a.grad_v + at * padded_dim(a.value_dim));
     sum_for_keys(s, begin, end, scratch.grads + first, width,
-                 g.query_rows.from(first), a.dim, columns,
+                 g.query_rows.from(first), a.dim, columns, {wanted.keys.rows, nullptr},
                  a.grad_k + at * padded_dim(a.dim));
   });
 }
@@ -262,8 +292,10 @@ void attend_tile_backward(const AttendTask& t) {
   const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
   const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
   bool more = reader.next(steps[0]);
-  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
-  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  if (more && !t.fetched) {  // while queries are laid out
+    Ahead{keys, &steps[0]}.fetch(0, 1, 1);
+    Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  }
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   GradScratch scratch{};
@@ -293,15 +325,15 @@ void attend_tile_backward(const AttendTask& t) {
   for (; more; now ^= 1) {
     const Step& step = steps[now];
     more = reader.next(steps[now ^ 1]);
-    const Step* const after = more ? &steps[now ^ 1] : nullptr;
+    const GradWanted wanted = grad_wanted(t, more, steps[now ^ 1], keys, values);
+    const GradWanted nothing{{keys, nullptr}, {values, nullptr}, {keys, nullptr}, {values, nullptr}};
     find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
     find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
     const ScoreRule rule(t, step, columns);
     for (int64_t i = 0; i < panel_count; ++i) {
-      const Step* const wanted = i == 0 ? after : nullptr;
       for_width(panels[i].base.width, [&](auto width) {
-        backward_step<decltype(width)::value>(t, panels[i], rule, rows, {keys, wanted},
-                                              {values, wanted}, scratch);
+        backward_step<decltype(width)::value>(t, panels[i], rule, rows, i == 0 ? wanted : nothing,
+                                              scratch);
       });
     }
   }

@@ -376,6 +376,29 @@ AEROGEL_INLINE void end_panel(const AttendTask& t, const Columns& columns, const
 
 constexpr int64_t kMostPanels = 64;  // of a task: attention.cpp gives no more columns
 
+// What is fetched during a step.
+struct Wanted {
+  Ahead keys, values;
+};
+
+// During the last: where results will go, and the first rows of the task that follows, if there is one.
+// Its first step comes to `step`.
+AEROGEL_INLINE Wanted wanted_last(const AttendTask& t, Step& step, const HeadRows& keys,
+                                  const HeadRows& values) {
+  const AttendArgs& a = *t.args;
+  Wanted wanted{{keys, nullptr}, {values, nullptr}};
+  if (!t.part) wanted.values.queries = QueryRows(t, a.o, a.value_dim);
+  if (!t.next) return wanted;
+  const AttendTask& next = *t.next;
+  const int64_t kv_head = next.head / group_of(a);
+  const bool any = StepReader(next).next(step);
+  wanted.keys = {HeadRows(a, a.k, next.batch, kv_head, a.dim), any ? &step : nullptr,
+                 QueryRows(next, a.q, a.dim)};
+  wanted.values.rows = HeadRows(a, a.v, next.batch, kv_head, a.value_dim);
+  wanted.values.step = wanted.keys.step;
+  return wanted;
+}
+
 void attend_tile(const AttendTask& t) {
   const AttendArgs& a = *t.args;
   const Columns columns(t);
@@ -385,8 +408,10 @@ void attend_tile(const AttendTask& t) {
   const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
   const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
   bool more = reader.next(steps[0]);
-  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
-  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  if (more && !t.fetched) {  // while queries are laid out
+    Ahead{keys, &steps[0]}.fetch(0, 1, 1);
+    Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  }
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest),
@@ -412,15 +437,15 @@ void attend_tile(const AttendTask& t) {
   for (; more; now ^= 1) {
     const Step& step = steps[now];
     more = reader.next(steps[now ^ 1]);
-    const Step* const after = more ? &steps[now ^ 1] : nullptr;
+    const Wanted wanted = more ? Wanted{{keys, &steps[now ^ 1]}, {values, &steps[now ^ 1]}}
+                               : wanted_last(t, steps[now ^ 1], keys, values);
     find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
     find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
     const ScoreRule rule(t, step, columns);
     for (int64_t i = 0; i < panel_count; ++i) {
-      const Step* const wanted = i == 0 ? after : nullptr;
+      const Wanted own = i == 0 ? wanted : Wanted{{keys, nullptr}, {values, nullptr}};
       for_width(panels[i].width, [&](auto width) {
-        attend_step<decltype(width)::value>(a, panels[i], rule, rows, {keys, wanted},
-                                            {values, wanted}, scratch);
+        attend_step<decltype(width)::value>(a, panels[i], rule, rows, own.keys, own.values, scratch);
       });
     }
   }
