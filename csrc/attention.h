@@ -63,7 +63,7 @@ struct AttendArgs {
   // Backward only.
   AttendTensor grad_o, grad_q;
   const float* grad_lse;     // [B][Hq][Lq] or null
-  float *grad_k, *grad_v;    // [B][Hkv][Lk][padded_dim(D)], zeros at first
+  float *grad_k, *grad_v;    // [B][Hkv][Lk][padded_dim(D)], whatever they hold at first
   float* grad_bias;          // [copies][tiles], zeros at first, or null
 };
 
@@ -94,6 +94,7 @@ struct AttendTask {
   const AttendTask* next;  // what the same thread runs afterwards, or null: its first rows are
   bool fetched;            // fetched while this task ends, as this one's were
   bool grad_q, grad_kv;    // backward: which of them
+  uint8_t* seen;           // per key of the head: whether its gradients have been begun
   int64_t bias_copy;
 };
 

@@ -151,37 +151,53 @@ AEROGEL_NOINLINE void grad_tile(const AttendArgs& a, const float* grads, const f
 }
 
 // Adds sum over columns of left[key][column] * rows[column] to W vectors of R keys' sums.
+// `fresh` ones are begun.
 template <int R, int W>
 AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* rows, int64_t stride,
-                               int64_t columns, float* const* to, int64_t first) {
+                               int64_t columns, bool fresh, float* const* to, int64_t first) {
   Vec sums[R][W];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < W; ++v) sums[r][v] = load(to[r] + first + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) sums[r][v] = fresh ? zero() : load(to[r] + first + v * kLanes);
   }
   multiply<R, W>(sums, [left, width](int64_t c, int r) { return left[r * width + c]; },
                  rows + first, stride, columns);
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < W; ++v) store(to[r] + first + v * kLanes, sums[r][v]);
   }
 }
 
-// to[key] += sum over columns of left[key][column] * rows[column], for keys [begin, end).
+// to[key] += sum over columns of left[key][column] * rows[column], for keys [begin, end); those not
+// seen before start at zero.
 AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, const float* left,
                                    int64_t width, const FloatRows& rows, int64_t dim,
-                                   int64_t columns, const Ahead& ahead, float* to) {
+                                   int64_t columns, const Ahead& ahead, const uint8_t* seen,
+                                   float* to) {
   const int64_t stride = padded_dim(dim);
   for_rows(end - begin, [&](auto size, int64_t first) {
     constexpr int R = decltype(size)::value;
     ahead.fetch(begin + first, R, end);
     float* targets[R];
-    for (int r = 0; r < R; ++r) targets[r] = to + s.keys[begin + first + r] * stride;
+    int begun = 0;
+    for (int r = 0; r < R; ++r) {
+      targets[r] = to + s.keys[begin + first + r] * stride;
+      begun += seen[s.keys[begin + first + r]];
+    }
+    for (int r = 0; begun > 0 && begun < R && r < R; ++r) {
+      if (seen[s.keys[begin + first + r]]) continue;
+      for (int64_t d = 0; d < stride; d += kLanes) store(targets[r] + d, zero());
+    }
     const float* const own = left + (begin + first) * width;
     int64_t d = 0;
     for (; d + kWide * kLanes <= stride; d += kWide * kLanes) {
-      key_tile<R, kWide>(own, width, rows.data, rows.stride, columns, targets, d);
+      key_tile<R, kWide>(own, width, rows.data, rows.stride, columns, begun == 0, targets,
+                         d);
     }
     for (; d < stride; d += kLanes) {
-      key_tile<R, 1>(own, width, rows.data, rows.stride, columns, targets, d);
+      key_tile<R, 1>(own, width, rows.data, rows.stride, columns, begun == 0, targets, d);
     }
   });
 }
@@ -275,12 +291,13 @@ AEROGEL_INLINE void backward_step(const AttendTask& t, GradPanel& g, const Score
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     const int64_t first = decltype(lead)::value * kLanes, columns = g.base.count - first;
     sum_for_keys(s, begin, end, scratch.weights + first, width,
-                 g.grad_rows.from(first), a.value_dim, columns, wanted.grad_v,
+                 g.grad_rows.from(first), a.value_dim, columns, wanted.grad_v, t.seen,
                  a.grad_v + at * padded_dim(a.value_dim));
     sum_for_keys(s, begin, end, scratch.grads + first, width,
-                 g.query_rows.from(first), a.dim, columns, {wanted.keys.rows, nullptr},
+                 g.query_rows.from(first), a.dim, columns, {wanted.keys.rows, nullptr}, t.seen,
                  a.grad_k + at * padded_dim(a.dim));
   });
+  for (int64_t j = 0; j < count; ++j) t.seen[s.keys[j]] = 1;
 }
 
 void attend_tile_backward(const AttendTask& t) {
