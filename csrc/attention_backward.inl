@@ -2,8 +2,8 @@
 // gradient of the outputs and delta = rowsum(g o) - grad_lse,
 //     dv += p^T g,  ds = p (g v^T - delta),  dq += scale ds k,  dk += scale ds^T q
 // (Dao et al., arXiv 2205.14135). Dropout multiplies p in dv and g v^T, not p in ds, by the factors it
-// had; linear weights have ds = g v^T + grad_lse. Sums for keys go to rows in memory, one query panel after the
-// other: whoever calls sees to it that no two tasks at once have keys in common.
+// had; linear weights have ds = g v^T + grad_lse. Sums for keys go to rows in memory, one query panel
+// after the other: whoever calls sees to it that no two tasks at once have keys in common.
 //
 // Reading order: probabilities -> gradients of scores -> sums for keys -> one task.
 
