@@ -174,7 +174,7 @@ AEROGEL_NOINLINE void key_tile(const float* left, int64_t width, const float* ro
 // seen before start at zero.
 AEROGEL_NOINLINE void sum_for_keys(const Step& s, int64_t begin, int64_t end, const float* left,
                                    int64_t width, const FloatRows& rows, int64_t dim,
-                                   int64_t columns, const Ahead& ahead, const uint8_t* seen,
+                                   int64_t columns, const PanelAhead& ahead, const uint8_t* seen,
                                    float* to) {
   const int64_t stride = padded_dim(dim);
   for_rows(end - begin, [&](auto size, int64_t first) {
@@ -220,7 +220,7 @@ AEROGEL_NOINLINE void sum_for_bias(const AttendTask& t, const Step& s, const flo
 
 // What is fetched during a step: rows of keys and values, and of their gradients.
 struct GradWanted {
-  Ahead keys, values, grad_k, grad_v;
+  PanelAhead keys, values, grad_k, grad_v;
 };
 
 // `step` is the next of this task if there are `more`; else it becomes the first of the task that

@@ -56,7 +56,7 @@ AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys,
 
 template <int W>
 AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, const Leads& leads,
-                                 int64_t dim, const Ahead& ahead, float* scores) {
+                                 int64_t dim, const PanelAhead& ahead, float* scores) {
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     constexpr int L = decltype(lead)::value;
     for_rows(end - begin, [&](auto size, int64_t first) {
@@ -241,7 +241,7 @@ AEROGEL_NOINLINE void sum_tile(float* sums, int64_t stride, const float* factor,
 // sums = sums * factor + weights^T rows for all columns of a panel. Dimensions are cut into tiles of
 // about equal width.
 AEROGEL_NOINLINE void sum_step(const AttendPanel& p, const float* factor, const float* const* rows,
-                               const Leads& leads, int64_t dim, const Ahead& ahead,
+                               const Leads& leads, int64_t dim, const PanelAhead& ahead,
                                const float* weights) {
   const int64_t stride = padded_dim(dim), width = p.width * kLanes;
   const int64_t vectors = (dim + kLanes - 1) / kLanes, tiles = (vectors + kWide - 1) / kWide;
@@ -295,7 +295,7 @@ AEROGEL_INLINE Leads leads_of(const AttendPanel& p, const ScoreRule& rule) {
 
 template <int W>
 AEROGEL_INLINE void attend_step(const AttendArgs& a, AttendPanel& p, const ScoreRule& rule,
-                                const StepRows& rows, const Ahead& keys, const Ahead& values,
+                                const StepRows& rows, const PanelAhead& keys, const PanelAhead& values,
                                 const StepScratch& scratch) {
   const Leads leads = leads_of(p, rule);
   const int64_t count = leads.live(W);
@@ -378,7 +378,7 @@ constexpr int64_t kMostPanels = 64;  // of a task: attention.cpp gives no more c
 
 // What is fetched during a step.
 struct Wanted {
-  Ahead keys, values;
+  PanelAhead keys, values;
 };
 
 // During the last: where results will go, and the first rows of the task that follows, if there is one.

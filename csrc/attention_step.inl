@@ -224,16 +224,24 @@ struct QueryRows {
 struct Ahead {
   HeadRows rows;
   const Step* step;  // null for nothing
-  QueryRows queries{};
 
   // Rows [at, at + count); whoever comes last, of `all`, fetches what is left.
   AEROGEL_INLINE void fetch(int64_t at, int64_t count, int64_t all) const {
-    const bool last = at + count >= all;
-    if (step) {
-      const int64_t end = last ? step->count : least(at + count, step->count);
-      for (int64_t j = at; j < end; ++j) prefetch_row(rows.row(step->keys[j]), rows.bytes);
-    }
-    const int64_t end = last ? queries.count : least(at + count, queries.count);
+    if (!step) return;
+    const int64_t end = at + count < all ? least(at + count, step->count) : step->count;
+    for (int64_t j = at; j < end; ++j) prefetch_row(rows.row(step->keys[j]), rows.bytes);
+  }
+};
+
+// The same, and rows of queries besides.
+struct PanelAhead {
+  HeadRows rows;
+  const Step* step;
+  QueryRows queries{};
+
+  AEROGEL_INLINE void fetch(int64_t at, int64_t count, int64_t all) const {
+    Ahead{rows, step}.fetch(at, count, all);
+    const int64_t end = at + count < all ? least(at + count, queries.count) : queries.count;
     for (int64_t i = at; i < end; ++i) {
       prefetch_row(queries.base + i * queries.stride, queries.bytes);
     }
