@@ -125,6 +125,10 @@ void run_forward(std::vector<AttendTask>& tasks, int threads) {
     thread_local Scratch scratch;
     AttendTask t = tasks[i];
     t.scratch = scratch.at_least(attend_scratch(*t.args, columns_of(t), false));
+    if (threads <= 1) {  // more do not know who comes next
+      t.fetched = i > 0;
+      t.next = i + 1 < static_cast<int64_t>(tasks.size()) ? &tasks[i + 1] : nullptr;
+    }
     kernels.forward(t);
   });
 }
@@ -191,6 +195,7 @@ void run_parts(const AttendArgs& a, std::vector<AttendTask>& tasks,
 struct HeadShare {
   int64_t batch, kv_head, key_begin, key_end, q_begin, q_end;
   bool grad_q, grad_kv;
+  uint8_t* seen;  // per key: its gradients have been begun, zeros at first
 };
 
 int64_t bias_copy(const AttendArgs& a, int64_t batch, int64_t kv_head) {
@@ -198,10 +203,22 @@ int64_t bias_copy(const AttendArgs& a, int64_t batch, int64_t kv_head) {
   return (a.plan_batches == 1 ? batch : 0) * heads + (a.plan_heads == 1 ? kv_head : 0);
 }
 
+// Keys that no query of the share reads have gradients of zero.
+void zero_unseen(const AttendArgs& a, const HeadShare& share) {
+  const int64_t dim = padded_dim(a.dim), value_dim = padded_dim(a.value_dim);
+  const int64_t at = (share.batch * a.kv_heads + share.kv_head) * a.k_len;
+  for (int64_t key = share.key_begin; key < share.key_end; ++key) {
+    if (share.seen[key]) continue;
+    std::fill_n(a.grad_k + (at + key) * dim, dim, 0.0f);
+    std::fill_n(a.grad_v + (at + key) * value_dim, value_dim, 0.0f);
+  }
+}
+
 void run_share(const AttendArgs& a, const HeadShare& share) {
   thread_local Scratch scratch;
   const AttendKernels& kernels = *active_table().attention;
   const int64_t group = group_of(a), together = heads_together(a);
+  std::vector<AttendTask> tasks;
   for (int64_t q = share.q_begin; q < share.q_end; ++q) {
     for (int64_t g = 0; g < group; g += together) {
       const int64_t heads = std::min(together, group - g);
@@ -211,10 +228,18 @@ void run_share(const AttendArgs& a, const HeadShare& share) {
       t.grad_q = share.grad_q;
       t.grad_kv = share.grad_kv;
       t.bias_copy = bias_copy(a, share.batch, share.kv_head);
-      t.scratch = scratch.at_least(attend_scratch(a, columns_of(t), true));
-      kernels.backward(t);
+      t.seen = share.seen;
+      t.fetched = !tasks.empty();
+      tasks.push_back(t);
     }
   }
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    AttendTask& t = tasks[i];
+    t.scratch = scratch.at_least(attend_scratch(a, columns_of(t), true));
+    t.next = i + 1 < tasks.size() ? &tasks[i + 1] : nullptr;
+    kernels.backward(t);
+  }
+  if (share.grad_kv) zero_unseen(a, share);
 }
 
 }  // namespace
@@ -242,24 +267,25 @@ int64_t attend_bias_copies(const AttendArgs& a) {
 // queries over keys: whether one task does both or two do one each changes no bit.
 void attend_backward(const AttendArgs& a, int threads) {
   check_tiles(a);
-  if (a.batches == 0 || a.q_len == 0) return;
   std::vector<HeadShare> shares;
   const int64_t heads = a.batches * a.kv_heads, tiles = query_tiles(a);
   const bool whole = threads == 1 || heads >= threads;
   const int64_t most = std::max<int64_t>(1, (a.k_len + kSegmentKeys - 1) / kSegmentKeys);
   const int64_t segments = std::min<int64_t>(most, kSegmentsPerThread * threads);
+  std::vector<uint8_t> seen(heads * a.k_len);
   for (int64_t b = 0; b < a.batches; ++b) {
     for (int64_t kv = 0; kv < a.kv_heads; ++kv) {
+      uint8_t* const own = seen.data() + (b * a.kv_heads + kv) * a.k_len;
       if (whole) {
-        shares.push_back({b, kv, 0, a.k_len, 0, tiles, true, true});
+        shares.push_back({b, kv, 0, a.k_len, 0, tiles, true, true, own});
         continue;
       }
       for (int64_t q = 0; q < tiles; ++q) {
-        shares.push_back({b, kv, 0, a.k_len, q, q + 1, true, false});
+        shares.push_back({b, kv, 0, a.k_len, q, q + 1, true, false, own});
       }
       for (int64_t s = 0; s < segments; ++s) {
         const int64_t begin = a.k_len * s / segments, end = a.k_len * (s + 1) / segments;
-        shares.push_back({b, kv, begin, end, 0, tiles, false, true});
+        shares.push_back({b, kv, begin, end, 0, tiles, false, true, own});
       }
     }
   }

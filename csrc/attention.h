@@ -1,10 +1,10 @@
 // Attention over lists of keys: every tile of queries names the keys it reads, in runs or one by
 // one, and all of them share one softmax. Nothing of size queries x keys is ever stored.
 //
-// Queries lie in the lanes of vectors. A score is then a broadcast element of a key times a vector
-// of queries, an output a broadcast element of a value times a vector of probabilities, and a
-// softmax runs lane by lane. Keys and values are read where they are, row by row, so that scattered keys
-// cost no packing and no transposes. The query heads of a group sit side by side in the lanes.
+// Queries lie in the lanes of vectors where scores are made: a broadcast element of a key times a
+// vector of queries, and a softmax runs lane by lane. Outputs lie row by row: a broadcast probability
+// times the row of a value. Keys and values are read where they are, so that scattered ones cost no
+// packing; queries alone are transposed. The query heads of a group sit side by side in the lanes.
 //
 // A stream of tiles is tile_ptr [Bp * Hp * query_tiles + 1] and, for each tile, its kind, its start
 // and its length (at most kStepKeys). Kernels take up to kStepKeys keys of consecutive tiles in one
@@ -63,7 +63,7 @@ struct AttendArgs {
   // Backward only.
   AttendTensor grad_o, grad_q;
   const float* grad_lse;     // [B][Hq][Lq] or null
-  float *grad_k, *grad_v;    // [B][Hkv][Lk][padded_dim(D)], zeros at first
+  float *grad_k, *grad_v;    // [B][Hkv][Lk][padded_dim(D)], whatever they hold at first
   float* grad_bias;          // [copies][tiles], zeros at first, or null
 };
 
@@ -91,7 +91,10 @@ struct AttendTask {
   float* scratch;
   float* part;             // if the list is cut: this part's maxima, totals and sums of values
   int64_t part_columns;    // room in a part
+  const AttendTask* next;  // what the same thread runs afterwards, or null: its first rows are
+  bool fetched;            // fetched while this task ends, as this one's were
   bool grad_q, grad_kv;    // backward: which of them
+  uint8_t* seen;           // per key of the head: whether its gradients have been begun
   int64_t bias_copy;
 };
 

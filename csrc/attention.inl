@@ -9,6 +9,7 @@
 
 #include "attention_simd.inl"
 #include "attention_step.inl"
+#include "attention_columns.inl"
 #include "attention_panel.inl"
 #include "attention_decode.inl"
 #include "attention_codes.inl"

@@ -6,115 +6,6 @@
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-// Rows of `width` vectors, one float per column. Queries are scaled so that scores are exponents
-// of 2.
-struct AttendPanel {
-  float *queries, *sums, *maximum, *total, *position, *lower, *hash;  // hash: uint32_t
-  int64_t first, count;  // columns
-  int width;
-  float reach[kWide];  // the last position in each vector and those before it
-};
-
-// Which vectors the causal rule leaves a key: the keys of a step before bounds[l] need those from
-// vector l on, and those from the last bound on none.
-struct Leads {
-  int64_t bounds[kWide];
-
-  AEROGEL_INLINE int64_t live(int width) const { return bounds[width - 1]; }
-};
-
-// Calls f(Size<l>, first, end) for the keys that need the vectors from l on.
-template <int W, int L = 0, class F>
-AEROGEL_INLINE void for_leads(const Leads& leads, const F& f, int64_t begin = 0) {
-  if constexpr (L < W) {
-    if (leads.bounds[L] > begin) f(Size<L>{}, begin, leads.bounds[L]);
-    for_leads<W, L + 1>(leads, f, leads.bounds[L] > begin ? leads.bounds[L] : begin);
-  }
-}
-
-// Cuts columns into panels; the last may be narrower.
-AEROGEL_INLINE int64_t panels_of(int64_t columns) {
-  return (columns + kWide * kLanes - 1) / (kWide * kLanes);
-}
-AEROGEL_INLINE void cut_panel(int64_t columns, int64_t index, AttendPanel& p) {
-  p.first = index * kWide * kLanes;
-  p.count = least(columns - p.first, kWide * kLanes);
-  p.width = static_cast<int>((p.count + kLanes - 1) / kLanes);
-}
-
-// Calls f(Size<width>) for the width of a panel.
-template <class F>
-AEROGEL_INLINE void for_width(int width, const F& f) {
-  if constexpr (kWide >= 4) {
-    if (width == 4) return f(Size<4>{});
-    if (width == 3) return f(Size<3>{});
-  }
-  if (width == 2) return f(Size<2>{});
-  return f(Size<1>{});
-}
-
-// Where a panel's columns lie in x, x.row floats apart, if they fill its lanes and are float32 rows of
-// one head; else null.
-AEROGEL_INLINE float* panel_rows(const AttendTask& t, const Columns& columns, const AttendPanel& p,
-                                 const AttendTensor& x) {
-  const AttendArgs& a = *t.args;
-  const int64_t last = p.first + p.count - 1;
-  const bool whole = p.count == p.width * kLanes && a.type == AttendType::kFloat32;
-  if (!whole || p.first / columns.rows != last / columns.rows) return nullptr;
-  return static_cast<float*>(
-      row_of(a, x, t.batch, columns.head(t, p.first), columns.query(p.first)));
-}
-
-// x [columns of the panel][dim] of a tensor with a row per query becomes to[dim][width], times
-// `factor`; columns beyond the last are zero. `rows` keeps them as they were, if it is not null.
-AEROGEL_NOINLINE void take_columns(const AttendTask& t, const Columns& columns,
-                                   const AttendPanel& p, const AttendTensor& x, int64_t dim,
-                                   float factor, float* to, float* rows, float* scratch) {
-  const AttendArgs& a = *t.args;
-  const int64_t width = p.width * kLanes, stride = padded_dim(dim);
-  float* const wide = rows ? rows : scratch;
-  const float* const straight = rows ? nullptr : panel_rows(t, columns, p, x);
-  for (int64_t c = 0; !straight && c < width; ++c) {
-    float* row = wide + c * stride;
-    int64_t filled = 0;
-    if (c < p.count) {
-      const int64_t column = p.first + c;
-      widen_row(a.type,
-                row_of(a, x, t.batch, columns.head(t, column), columns.query(column)), row, dim);
-      filled = dim;
-    }
-    for (int64_t d = filled; d < stride; ++d) row[d] = 0.0f;
-  }
-  transpose(straight ? straight : wide, straight ? x.row : stride, to, width, width, dim);
-  if (factor == 1.0f) return;
-  const Vec by = broadcast(factor);
-  for (int64_t i = 0; i < dim * width; i += kLanes) store(to + i, mul(load(to + i), by));
-}
-
-// The inverse: from[dim][width], times each column's factor, goes to the rows of x.
-AEROGEL_NOINLINE void put_columns(const AttendTask& t, const Columns& columns,
-                                  const AttendPanel& p, float* from, const float* factors,
-                                  int64_t dim, const AttendTensor& x, float* scratch) {
-  const AttendArgs& a = *t.args;
-  const int64_t width = p.width * kLanes;
-  for (int64_t d = 0; d < dim; ++d) {
-    float* row = from + d * width;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      store(row + c, mul(load(row + c), load(factors + c)));
-    }
-  }
-  if (float* const straight = panel_rows(t, columns, p, x)) {
-    return transpose(from, width, straight, x.row, dim, width);
-  }
-  const int64_t stride = padded_dim(dim);
-  transpose(from, width, scratch, stride, dim, width);
-  for (int64_t c = 0; c < p.count; ++c) {
-    const int64_t column = p.first + c;
-    narrow_row(a.type, scratch + c * stride,
-               row_of(a, x, t.batch, columns.head(t, column), columns.query(column)), dim);
-  }
-}
-
 // Of queries: exponents are of 2.
 AEROGEL_INLINE float score_factor(const AttendArgs& a) {
   return a.linear ? a.scale : a.scale * kLog2e;
@@ -165,7 +56,7 @@ AEROGEL_NOINLINE void score_tile(const float* queries, const float* const* keys,
 
 template <int W>
 AEROGEL_NOINLINE void score_step(const AttendPanel& p, const StepRows& rows, const Leads& leads,
-                                 int64_t dim, const Ahead& ahead, float* scores) {
+                                 int64_t dim, const PanelAhead& ahead, float* scores) {
   for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
     constexpr int L = decltype(lead)::value;
     for_rows(end - begin, [&](auto size, int64_t first) {
@@ -229,15 +120,19 @@ AEROGEL_NOINLINE void rule_step(const AttendPanel& p, const ScoreRule& rule, int
 // Scores become probabilities, not yet divided by their total; `factor` is what the new maxima make
 // of what was summed before.
 template <int W>
-AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, float* factor, float* scores,
-                                   int64_t count) {
+AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, const Leads& leads, float* factor,
+                                   float* scores) {
   Vec shift[W], total[W];
 #pragma GCC unroll 4
   for (int v = 0; v < W; ++v) shift[v] = load(p.maximum + v * kLanes);
-  for (int64_t j = 0; j < count; ++j) {
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
 #pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) shift[v] = max(load(scores + (j * W + v) * kLanes), shift[v]);
-  }
+      for (int v = decltype(lead)::value; v < W; ++v) {
+        shift[v] = max(load(scores + (j * W + v) * kLanes), shift[v]);
+      }
+    }
+  });
 #pragma GCC unroll 4
   for (int v = 0; v < W; ++v) {
     const Vec before = load(p.maximum + v * kLanes);
@@ -247,14 +142,20 @@ AEROGEL_NOINLINE void exponentiate(const AttendPanel& p, float* factor, float* s
     store(factor + v * kLanes, f);
     total[v] = mul(load(p.total + v * kLanes), f);
   }
-  for (int64_t j = 0; j < count; ++j, scores += W * kLanes) {
+  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
+    constexpr int L = decltype(lead)::value;
+    for (int64_t j = begin; j < end; ++j) {
+      float* const row = scores + j * W * kLanes;
 #pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) {
-      const Vec e = exp2_or_zero(sub(load(scores + v * kLanes), shift[v]));
-      total[v] = add(total[v], e);
-      store(scores + v * kLanes, e);
+      for (int v = 0; v < L; ++v) store(row + v * kLanes, zero());
+#pragma GCC unroll 4
+      for (int v = L; v < W; ++v) {
+        const Vec e = exp2_or_zero(sub(load(row + v * kLanes), shift[v]));
+        total[v] = add(total[v], e);
+        store(row + v * kLanes, e);
+      }
     }
-  }
+  });
 #pragma GCC unroll 4
   for (int v = 0; v < W; ++v) store(p.total + v * kLanes, total[v]);
 }
@@ -300,47 +201,71 @@ AEROGEL_INLINE void multiply_by(float* x, const float* factors, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(x + i, mul(load(x + i), load(factors + i)));
 }
 
-// sums[d] = sums[d] * factor + the sum over keys of rows[key][d] * right[key], for R dimensions.
-template <int R, int W>
-AEROGEL_NOINLINE void sum_tile(float* sums, const float* factor, const float* const* rows,
-                               int64_t first, const float* right, int64_t width, int64_t count) {
-  float* const kept = sums + first * width;
+// sums[r] = sums[r] * factor[r] + the sum over keys of weights[key][r] * rows[key], for R columns and
+// W vectors, of which the last may be cut; no factor counts as 1.
+template <int R, int W, bool kCut>
+AEROGEL_NOINLINE void sum_tile(float* sums, int64_t stride, const float* factor, bool fresh,
+                               const float* const* rows, int64_t first, int64_t dim,
+                               const float* weights, int64_t width, int64_t count) {
   Vec tile[R][W];
-  for (int v = 0; v < W; ++v) {
-    const Vec f = factor ? load(factor + v * kLanes) : broadcast(1.0f);
-    for (int r = 0; r < R; ++r) tile[r][v] = mul(f, load(kept + r * width + v * kLanes));
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const Vec f = broadcast(factor ? factor[r] : 1.0f);
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) {
+      tile[r][v] = fresh ? zero() : mul(f, load(sums + r * stride + first + v * kLanes));
+    }
   }
-  for (int64_t j = 0; j < count; ++j, right += width) {
+  const int64_t rest = dim - first - (W - 1) * kLanes;
+  for (int64_t j = 0; j < count; ++j, weights += width) {
     const float* const row = rows[j] + first;
     Vec x[W];
 #pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) x[v] = load(right + v * kLanes);
+    for (int v = 0; v < W; ++v) {
+      x[v] = kCut && v == W - 1 ? load_n(row + v * kLanes, rest) : load(row + v * kLanes);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const Vec w = broadcast(row[r]);
+      const Vec w = broadcast(weights[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < W; ++v) tile[r][v] = fma(w, x[v], tile[r][v]);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < W; ++v) store(kept + r * width + v * kLanes, tile[r][v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) store(sums + r * stride + first + v * kLanes, tile[r][v]);
   }
 }
 
-// sums = sums * factor + rows^T right, for all dimensions; vectors that no key needs stay.
-template <int W>
-AEROGEL_NOINLINE void sum_step(float* sums, const float* factor, const float* const* rows,
-                               const Leads& leads, int64_t dim, const Ahead& ahead,
-                               const float* right) {
-  for_leads<W>(leads, [&](auto lead, int64_t begin, int64_t end) {
-    constexpr int L = decltype(lead)::value;
-    for_rows(dim, [&](auto size, int64_t first) {
-      constexpr int R = decltype(size)::value;
-      if (end == leads.live(W)) ahead.fetch(first, R, dim);
-      sum_tile<R, W - L>(sums + L * kLanes, factor ? factor + L * kLanes : nullptr, rows + begin,
-                         first, right + begin * W * kLanes + L * kLanes, W * kLanes, end - begin);
-    });
-    factor = nullptr;  // the vectors that are left have had theirs
+// sums = sums * factor + weights^T rows for all columns of a panel. Dimensions are cut into tiles of
+// about equal width.
+AEROGEL_NOINLINE void sum_step(const AttendPanel& p, const float* factor, const float* const* rows,
+                               const Leads& leads, int64_t dim, const PanelAhead& ahead,
+                               const float* weights) {
+  const int64_t stride = padded_dim(dim), width = p.width * kLanes;
+  const int64_t vectors = (dim + kLanes - 1) / kLanes, tiles = (vectors + kWide - 1) / kWide;
+  for_rows(p.count, [&](auto size, int64_t column) {
+    constexpr int R = decltype(size)::value;
+    const int64_t count = leads.needed(p.position, column, column + R);
+    ahead.fetch(column, R, p.count);
+    float* const sums = p.sums + column * stride;
+    const float* const own = factor ? factor + column : nullptr;
+    int64_t first = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int wide = static_cast<int>((vectors + tile) / tiles);
+      for_width(wide, [&](auto vectors_wide) {
+        constexpr int W = decltype(vectors_wide)::value;
+        if (first + W * kLanes <= dim) {
+          sum_tile<R, W, false>(sums, stride, own, p.fresh, rows, first, dim, weights + column, width,
+                                count);
+        } else {
+          sum_tile<R, W, true>(sums, stride, own, p.fresh, rows, first, dim, weights + column, width,
+                               count);
+        }
+      });
+      first += wide * kLanes;
+    }
   });
 }
 
@@ -361,12 +286,16 @@ AEROGEL_INLINE Leads leads_of(const AttendPanel& p, const ScoreRule& rule) {
     while (end < s.count && static_cast<float>(s.keys[end] - rule.base) <= p.reach[v]) ++end;
     leads.bounds[v] = end;
   }
+  if (s.count > 0) {
+    leads.run = cut && s.keys[s.count - 1] - s.keys[0] == s.count - 1;
+    leads.first_key = static_cast<float>(s.keys[0] - rule.base);
+  }
   return leads;
 }
 
 template <int W>
-AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const ScoreRule& rule,
-                                const StepRows& rows, const Ahead& keys, const Ahead& values,
+AEROGEL_INLINE void attend_step(const AttendArgs& a, AttendPanel& p, const ScoreRule& rule,
+                                const StepRows& rows, const PanelAhead& keys, const PanelAhead& values,
                                 const StepScratch& scratch) {
   const Leads leads = leads_of(p, rule);
   const int64_t count = leads.live(W);
@@ -375,20 +304,29 @@ AEROGEL_INLINE void attend_step(const AttendArgs& a, const AttendPanel& p, const
   if (a.linear) {
     weigh_linearly<W>(p.total, scratch.scores, count);
   } else {
-    exponentiate<W>(p, scratch.factor, scratch.scores, count);
+    exponentiate<W>(p, leads, scratch.factor, scratch.scores);
   }
   if (a.drop_below) {
     drop_factors(a, p, *rule.step, count, scratch.kept);
     multiply_by(scratch.scores, scratch.kept, count * W * kLanes);
   }
-  sum_step<W>(p.sums, a.linear ? nullptr : scratch.factor, rows.values, leads, a.value_dim, values, scratch.scores);
+  sum_step(p, a.linear ? nullptr : scratch.factor, rows.values, leads, a.value_dim, values,
+           scratch.scores);
+  p.fresh = false;
 }
 
 AEROGEL_INLINE void set_limits(const AttendTask& t, const Columns& columns, AttendPanel& p) {
+  const bool plain = t.heads == 1 && !t.args->window;  // positions count up
   float last = 0.0f;
   for (int v = 0; v < p.width; ++v) {
     for (int64_t c = v * kLanes; c < (v + 1) * kLanes; ++c) {
-      columns.limits(t, p.first + least(c, p.count - 1), p.position + c, p.lower + c);
+      const int64_t column = p.first + least(c, p.count - 1);
+      if (plain) {
+        p.position[c] = static_cast<float>(column);
+        p.lower[c] = -kInfinity;
+      } else {
+        columns.limits(t, column, p.position + c, p.lower + c);
+      }
       last = p.position[c] > last ? p.position[c] : last;
     }
     p.reach[v] = last;
@@ -402,29 +340,28 @@ AEROGEL_INLINE void begin_panel(const AttendTask& t, const Columns& columns, Att
     p.maximum[c] = -kInfinity;
     p.total[c] = 0.0f;
   }
-  for (int64_t i = 0; i < t.args->value_dim * width; ++i) p.sums[i] = 0.0f;
+  p.fresh = true;
   if (t.args->drop_below) begin_hashes(t, columns, p);
 }
 
 // What one part of a list leaves: maxima, totals and sums of this panel's columns.
-AEROGEL_NOINLINE void put_part(const AttendTask& t, const AttendPanel& p, float* scratch) {
-  const int64_t dim = t.args->value_dim, width = p.width * kLanes, stride = padded_dim(dim);
-  transpose(p.sums, width, scratch, stride, dim, width);
+AEROGEL_NOINLINE void put_part(const AttendTask& t, const AttendPanel& p) {
+  const int64_t stride = padded_dim(t.args->value_dim);
   for (int64_t c = 0; c < p.count; ++c) {
     t.part[p.first + c] = p.maximum[c];
     t.part[t.part_columns + p.first + c] = p.total[c];
-    float* const sums = t.part + 2 * t.part_columns + (p.first + c) * stride;
-    for (int64_t d = 0; d < dim; ++d) sums[d] = scratch[c * stride + d];
+  }
+  float* const sums = t.part + 2 * t.part_columns + p.first * stride;
+  for (int64_t i = 0; i < p.count * stride; i += kLanes) {
+    store(sums + i, p.fresh ? zero() : load(p.sums + i));
   }
 }
 
 AEROGEL_INLINE void end_panel(const AttendTask& t, const Columns& columns, const AttendPanel& p,
-                              float* factor, float* scratch) {
+                              float* factor) {
   const AttendArgs& a = *t.args;
-  if (t.part) return put_part(t, p, scratch);
-  for (int64_t c = 0; c < p.width * kLanes; ++c) {
-    factor[c] = 0.0f;
-    if (c >= p.count) continue;
+  if (t.part) return put_part(t, p);
+  for (int64_t c = 0; c < p.count; ++c) {
     const int64_t head = columns.head(t, p.first + c);
     float* const lse = lse_of(a, t.batch, head, columns.query(p.first + c));
     if (a.linear) {
@@ -434,10 +371,33 @@ AEROGEL_INLINE void end_panel(const AttendTask& t, const Columns& columns, const
       factor[c] = finish_total(a, head, p.maximum[c], p.total[c], lse);
     }
   }
-  put_columns(t, columns, p, p.sums, factor, a.value_dim, a.o, scratch);
+  put_columns(t, columns, p, factor, a.value_dim, a.o);
 }
 
 constexpr int64_t kMostPanels = 64;  // of a task: attention.cpp gives no more columns
+
+// What is fetched during a step.
+struct Wanted {
+  PanelAhead keys, values;
+};
+
+// During the last: where results will go, and the first rows of the task that follows, if there is one.
+// Its first step comes to `step`.
+AEROGEL_INLINE Wanted wanted_last(const AttendTask& t, Step& step, const HeadRows& keys,
+                                  const HeadRows& values) {
+  const AttendArgs& a = *t.args;
+  Wanted wanted{{keys, nullptr}, {values, nullptr}};
+  if (!t.part) wanted.values.queries = QueryRows(t, a.o, a.value_dim);
+  if (!t.next) return wanted;
+  const AttendTask& next = *t.next;
+  const int64_t kv_head = next.head / group_of(a);
+  const bool any = StepReader(next).next(step);
+  wanted.keys = {HeadRows(a, a.k, next.batch, kv_head, a.dim), any ? &step : nullptr,
+                 QueryRows(next, a.q, a.dim)};
+  wanted.values.rows = HeadRows(a, a.v, next.batch, kv_head, a.value_dim);
+  wanted.values.step = wanted.keys.step;
+  return wanted;
+}
 
 void attend_tile(const AttendTask& t) {
   const AttendArgs& a = *t.args;
@@ -448,8 +408,10 @@ void attend_tile(const AttendTask& t) {
   const HeadRows keys(a, a.k, t.batch, kv_head, a.dim);
   const HeadRows values(a, a.v, t.batch, kv_head, a.value_dim);
   bool more = reader.next(steps[0]);
-  if (more) Ahead{keys, &steps[0]}.fetch(0, 1, 1);  // while queries are laid out
-  if (more) Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  if (more && !t.fetched) {  // while queries are laid out
+    Ahead{keys, &steps[0]}.fetch(0, 1, 1);
+    Ahead{values, &steps[0]}.fetch(0, 1, 1);
+  }
   Carver carver{t.scratch};
   const int64_t widest = kWide * kLanes;
   const StepScratch scratch{carver.take(kStepKeys * widest), carver.take(widest),
@@ -463,10 +425,11 @@ void attend_tile(const AttendTask& t) {
     AttendPanel& p = panels[i];
     cut_panel(columns.count, i, p);
     p.queries = carver.take(p.width * kLanes * a.dim);
-    p.sums = carver.take(p.width * kLanes * a.value_dim);
+    p.sums = carver.take(p.width * kLanes * padded_dim(a.value_dim));
     float** const own[] = {&p.maximum, &p.total, &p.position, &p.lower, &p.hash};
     for (float** row : own) *row = carver.take(p.width * kLanes);
-    take_columns(t, columns, p, a.q, a.dim, score_factor(a), p.queries, nullptr, row_copy);
+    const FloatRows queries = find_columns(t, columns, p, a.q, a.dim, row_copy);
+    turn_columns(p, queries, a.dim, score_factor(a), p.queries);
     begin_panel(t, columns, p);
   }
   StepRows rows;
@@ -474,20 +437,20 @@ void attend_tile(const AttendTask& t) {
   for (; more; now ^= 1) {
     const Step& step = steps[now];
     more = reader.next(steps[now ^ 1]);
-    const Step* const after = more ? &steps[now ^ 1] : nullptr;
+    const Wanted wanted = more ? Wanted{{keys, &steps[now ^ 1]}, {values, &steps[now ^ 1]}}
+                               : wanted_last(t, steps[now ^ 1], keys, values);
     find_rows(a.type, a.k, t.batch, kv_head, a.dim, step, key_copy, rows.keys);
     find_rows(a.type, a.v, t.batch, kv_head, a.value_dim, step, value_copy, rows.values);
     const ScoreRule rule(t, step, columns);
     for (int64_t i = 0; i < panel_count; ++i) {
-      const Step* const wanted = i == 0 ? after : nullptr;
+      const Wanted own = i == 0 ? wanted : Wanted{{keys, nullptr}, {values, nullptr}};
       for_width(panels[i].width, [&](auto width) {
-        attend_step<decltype(width)::value>(a, panels[i], rule, rows, {keys, wanted},
-                                            {values, wanted}, scratch);
+        attend_step<decltype(width)::value>(a, panels[i], rule, rows, own.keys, own.values, scratch);
       });
     }
   }
   for (int64_t i = 0; i < panel_count; ++i) {
-    end_panel(t, columns, panels[i], scratch.factor, row_copy);
+    end_panel(t, columns, panels[i], scratch.factor);
   }
 }
 

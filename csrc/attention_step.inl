@@ -200,7 +200,24 @@ struct HeadRows {
       : base(static_cast<const char*>(row_of(a, x, batch, head, 0))),
         stride(x.row * bytes_of(a.type)),
         bytes(dim * bytes_of(a.type)) {}
+  AEROGEL_INLINE HeadRows(const char* first, int64_t row_bytes)
+      : base(first), stride(row_bytes), bytes(row_bytes) {}
   AEROGEL_INLINE const char* row(int32_t key) const { return base + key * stride; }
+};
+
+// The rows of a task's queries in a tensor, of its first head; none by default.
+struct QueryRows {
+  const char* base = nullptr;
+  int64_t stride = 0, bytes = 0, count = 0;
+
+  QueryRows() = default;
+  AEROGEL_INLINE QueryRows(const AttendTask& t, const AttendTensor& x, int64_t dim) {
+    const Columns columns(t);
+    base = static_cast<const char*>(row_of(*t.args, x, t.batch, t.head, columns.first_query));
+    stride = x.row * bytes_of(t.args->type);
+    bytes = dim * bytes_of(t.args->type);
+    count = columns.rows;
+  }
 };
 
 // The rows that are wanted next, fetched a few at a time while a product runs.
@@ -213,6 +230,21 @@ struct Ahead {
     if (!step) return;
     const int64_t end = at + count < all ? least(at + count, step->count) : step->count;
     for (int64_t j = at; j < end; ++j) prefetch_row(rows.row(step->keys[j]), rows.bytes);
+  }
+};
+
+// The same, and rows of queries besides.
+struct PanelAhead {
+  HeadRows rows;
+  const Step* step;
+  QueryRows queries{};
+
+  AEROGEL_INLINE void fetch(int64_t at, int64_t count, int64_t all) const {
+    Ahead{rows, step}.fetch(at, count, all);
+    const int64_t end = at + count < all ? least(at + count, queries.count) : queries.count;
+    for (int64_t i = at; i < end; ++i) {
+      prefetch_row(queries.base + i * queries.stride, queries.bytes);
+    }
   }
 };
 

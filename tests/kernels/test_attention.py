@@ -44,6 +44,25 @@ def test_forward_matches_a_dense_mask(case: Case, dtype: torch.dtype, threads: i
 
 @needs_native
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("rows", [9, 15, 16, 17, 29, 61, 64, 83])
+@pytest.mark.parametrize("dim", [1, 3, 4, 7, 15, 17, 24, 31, 64, 72, 80, 112])
+def test_blocks_of_any_height_and_width_are_turned(rows: int, dim: int) -> None:
+    """What is left beside whole squares of registers, of queries and of channels."""
+    for layout in ("plain", "inside", "sliced"):
+        case = random_case(
+            q_len=2 * rows - 3,
+            k_len=2 * rows,
+            dim=dim,
+            value_dim=113 - dim,
+            block_q=rows,
+            density=1.0,
+            layout=layout,
+        )
+        assert_forward_right(case)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("q_len", [1, 4, 40])
 @pytest.mark.parametrize("plan_heads", ["one", "q"])
 def test_threads_change_no_bit_of_long_lists(q_len: int, plan_heads: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +47,51 @@ def assert_gradients_right(case: Case, threads: int = 1) -> None:
         torch.testing.assert_close(
             x.double(), y, rtol=tolerance, atol=tolerance * (1 + size), msg=lambda m, n=name: n + m
         )
+
+
+@pytest.fixture
+def memory_full_of_nan() -> Iterator[None]:
+    """New tensors hold NaN until they are written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set", "memory_full_of_nan")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_keys_that_nobody_reads_have_gradients_of_zero(density: float, threads: int) -> None:
+    assert_gradients_right(random_case(q_len=90, k_len=300, density=density), threads)
+    assert_gradients_right(random_case(q_len=0, k_len=30, density=density), threads)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_know_the_scale(scale: float, bias: bool) -> None:
+    case = random_case(bias=bias, dim=24)
+    case.options["scale"] = scale
+    assert_gradients_right(case)
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("rows", [9, 16, 17, 61, 64])
+@pytest.mark.parametrize("dim", [1, 7, 17, 24, 64, 80])
+def test_gradients_of_blocks_of_any_height_and_width(rows: int, dim: int) -> None:
+    for layout in ("plain", "inside", "sliced"):
+        case = random_case(
+            q_len=2 * rows - 3,
+            k_len=2 * rows,
+            dim=dim,
+            value_dim=113 - dim,
+            block_q=rows,
+            density=1.0,
+            layout=layout,
+        )
+        assert_gradients_right(case)
 
 
 @needs_native

@@ -344,7 +344,7 @@ def _like_rows(q: Tensor, dim: int) -> Tensor:
 
 def _key_gradient(x: Tensor) -> Tensor:
     padded = -(-x.shape[-1] // _PAD) * _PAD
-    return torch.zeros(*x.shape[:3], padded, dtype=torch.float32)
+    return torch.empty(*x.shape[:3], padded, dtype=torch.float32)
 
 
 def _arguments(call: AttentionCall) -> Any:
