@@ -29,27 +29,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aerogel
 import harness
 import networks
-from aerogel import bench, compress, models
-from aerogel.pruning import (
-    METHODS,
-    Goal,
-    OneShotMethod,
-    RewritingMethod,
-    SearchMethod,
-    TrainingMethod,
-)
+from aerogel import bench, compress, models, pruning
+from aerogel.pruning import METHODS, RewritingMethod
 from aerogel.pruning.selection import pruned_parameters
-from aerogel.sparsity import MaskSet, StaticSparseTrainer
 from harness import Column, Figure, Findings, Setup
 from networks import OURS
 
@@ -173,43 +165,6 @@ def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=0.9)
 
 
-def train(case: Case, network: nn.Module, optimizer: torch.optim.Optimizer, stepper: Any) -> None:
-    """A dozen steps."""
-    network.train()
-    for images, labels in batches(case):
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        stepper.step()
-    network.eval()
-
-
-class Loop:
-    """`aerogel.pruning.method.Trainings` of a case."""
-
-    def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.folder = case, folder
-
-    def fresh(self, seed: int) -> nn.Module:
-        return fresh(self.case, seed)
-
-    def trained(self) -> nn.Module:
-        return start(self.case)
-
-    def train(self, model: nn.Module, masks: MaskSet | None, name: str, seed: int) -> float:
-        optimizer = optimizer_of(model)
-        stepper = None if masks is None else StaticSparseTrainer(model, optimizer, masks)
-        train(self.case, model, optimizer, stepper or optimizer)
-        if stepper is not None:
-            stepper.finalize()
-        return float(seed)  # copies differ by nothing that a score of noise could tell
-
-    def score(self, model: nn.Module) -> float:
-        return 0.0
-
-    def inputs(self) -> Iterator[Any]:
-        return ((images,) for images, _ in batches(self.case))
-
-
 def targets(case: Case, network: nn.Module) -> tuple[str, ...]:
     """Names of the weights that the method prunes."""
     method = METHODS[case.method]
@@ -218,25 +173,22 @@ def targets(case: Case, network: nn.Module) -> tuple[str, ...]:
     return pruned_parameters(network, case.pattern, proposed=method.proposes(network))
 
 
-def prune(case: Case, folder: Path) -> nn.Module:
+def prune(case: Case) -> nn.Module:
     """The network as the method leaves it, in evaluation mode."""
-    method = METHODS[case.method]
-    network = rewritten(case, start(case))
-    goal = Goal(targets(case, network), case.sparsity, case.pattern, STEPS, updates=UPDATES)
-    if method.prepare is not None:
-        example = torch.randn(1, 3, PIXELS, PIXELS)
-        method.prepare(network.eval(), copy.deepcopy(network), example, goal)
-    if isinstance(method, OneShotMethod):
-        method.prune(network.eval(), [(x,) for x, _ in batches(case)], goal, lambda *_: None)
-    elif isinstance(method, SearchMethod):
-        network = method.search(Loop(case, folder), goal)
-    else:
-        assert isinstance(method, TrainingMethod)
-        optimizer = optimizer_of(network)
-        pruner = method.build(network, optimizer, goal)
-        train(case, network, optimizer, pruner)
-        pruner.finalize()
-    return network.eval().requires_grad_(False)
+    method, network = METHODS[case.method], start(case)
+    sparse = pruning.prune(
+        network,
+        case.method,
+        case.sparsity,
+        pattern=case.pattern,
+        include=method.proposes(network) if case.rewrites else (),
+        data=list(batches(case)),
+        optimizer=optimizer_of,
+        fresh=partial(fresh, case),
+        score=lambda network: 0.0,  # of noise
+        updates=UPDATES,
+    )
+    return sparse.requires_grad_(False)
 
 
 def pruned(case: Case, folder: Path) -> nn.Module:
@@ -245,9 +197,9 @@ def pruned(case: Case, folder: Path) -> nn.Module:
     if file.exists():
         network = rewritten(case, fresh(case)).eval().requires_grad_(False)
         return aerogel.load(file, network)
-    with warnings.catch_warnings(), torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of methods on how few steps they have
-        network = prune(case, Path(scratch))
+        network = prune(case)
     aerogel.save(network, file)
     return network
 

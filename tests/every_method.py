@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.models import VisionTransformer
-from aerogel.pruning import (
-    METHODS,
-    Goal,
-    OneShotMethod,
-    RewritingMethod,
-    SearchMethod,
-    TrainingMethod,
-)
+from aerogel.pruning import METHODS, RewritingMethod, SearchMethod, prune
 from aerogel.pruning.callbacks import PrunerFactory, pruner_factory
-from aerogel.pruning.selection import pruned_parameters
-from aerogel.sparsity import MaskSet, StaticSparseTrainer
 
 STEPS, HALF, BATCH = 12, 6, 4
 OPTIONS: dict[str, Any] = {"updates": 4, "seed": 3}
@@ -97,55 +87,19 @@ def factory(method: str) -> PrunerFactory:
     return pruner_factory(method, sparsity, STEPS, pattern=pattern, exclude=exclude, **OPTIONS)
 
 
-def pruned(method: str, folder: Path) -> tuple[nn.Module, str]:
+def pruned(method: str) -> tuple[nn.Module, str]:
     """The network, pruned by any method at its natural pattern, and that pattern."""
-    found, model = METHODS[method], network(method)
+    found, model = METHODS[method], Net()
+    if isinstance(found, SearchMethod):
+        optimizer = sgd(model)
+        step_by(model, optimizer, optimizer.step)
     pattern, sparsity = natural(method)
-    names = (
-        ()
-        if isinstance(found, RewritingMethod)
-        else pruned_parameters(model, pattern, (), ("*stem*",))
-    )
-    goal = Goal(names, sparsity, pattern, STEPS, **OPTIONS)
-    if isinstance(found, OneShotMethod):
-        found.prune(model, [(x,) for x, _ in batches()], goal, lambda *_: None)
-    elif isinstance(found, SearchMethod):
-        model = found.search(Loop(folder), goal)  # type: ignore[assignment]
-    else:
-        assert isinstance(found, TrainingMethod)
-        optimizer = sgd(model)
-        pruner = factory(method)(model, optimizer)
-        step_by(model, optimizer, pruner.step)
-        pruner.finalize()
-    return model, pattern
-
-
-class Loop:
-    """`aerogel.pruning.method.Trainings` by the plain loop."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fresh(self, seed: int) -> nn.Module:
-        return Net(seed)
-
-    def trained(self) -> nn.Module:
-        model = Net()
-        self.train(model, None, "dense", 0)
-        return model
-
-    def train(self, model: nn.Module, masks: MaskSet | None, name: str, seed: int) -> float:
-        optimizer = sgd(model)
-        trainer = None if masks is None else StaticSparseTrainer(model, optimizer, masks)
-        step_by(model, optimizer, (trainer or optimizer).step)
-        if trainer is not None:
-            trainer.finalize()
-        return self.score(model)
-
-    def score(self, model: nn.Module) -> float:
-        x, y = samples()
-        with torch.no_grad():
-            return float((model(x).argmax(1) == y).float().mean())
-
-    def inputs(self) -> Iterator[Any]:
-        return ((x,) for x, _ in batches())
+    own = found.pattern or isinstance(found, RewritingMethod)
+    exclude = () if own else ("*stem*",)
+    settings: dict[str, Any] = {
+        "pattern": pattern,
+        "exclude": exclude,
+        "optimizer": sgd,
+        "fresh": Net,
+    }
+    return prune(model, method, sparsity, data=batches(), **settings, **OPTIONS), pattern

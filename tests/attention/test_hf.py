@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_models import FAMILIES, prompts, tiny
 from aerogel.attention import attach, detach, load_selector, register, save_selector
 from aerogel.attention.cache import AerogelCache
 from aerogel.attention.hf import attached_layers, padding_mask
+from aerogel.attention.when_imported import when_imported
 
 transformers = pytest.importorskip("transformers")
 
@@ -236,3 +239,40 @@ def test_models_train_through_sparse_attention():
 def test_without_transformers_there_is_nothing_to_register(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert register() is False
+
+
+@pytest.mark.parametrize(
+    "first", ["import aerogel.attention, transformers", "import transformers, aerogel.attention"]
+)
+def test_names_are_known_whichever_is_imported_first(first):
+    check = (
+        "from transformers import AttentionInterface; "
+        "assert 'aerogel:minference' in AttentionInterface._global_mapping; import sys; "
+        "assert not any(type(f).__name__ == '_Waiting' for f in sys.meta_path)"
+    )
+    subprocess.run([sys.executable, "-c", f"{first}; {check}"], check=True)
+
+
+def test_transformers_is_not_imported_before_it_is_needed():
+    rooms = "aerogel.attention, aerogel.models, aerogel.compress, aerogel.train, aerogel.arena"
+    check = "import sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"import {rooms}; {check}"], check=True)
+
+
+def test_a_call_waits_for_its_module_and_comes_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = []
+    for name in ("waited_for", "never_there"):
+        when_imported(name, lambda name=name: calls.append(sys.modules[name].value))
+    assert importlib.util.find_spec("never_there") is None
+    (tmp_path / "waited_for.py").write_text("value = 3")
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("waited_for") is not None  # looked at, not imported
+    assert calls == []
+    importlib.import_module("waited_for")
+    assert calls == [3]
+    del sys.modules["waited_for"]
+    importlib.import_module("waited_for")
+    when_imported("json", lambda: calls.append(4))
+    assert calls == [3, 4]
+    sys.meta_path[:] = [each for each in sys.meta_path if type(each).__name__ != "_Waiting"]

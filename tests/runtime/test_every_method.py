@@ -24,12 +24,10 @@ WITH_ZEROS = [slug for slug in METHODS if slug != "a-priori-compression"]
 
 
 @pytest.fixture(scope="module", params=list(METHODS))
-def network(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[nn.Module, str]:
+def network(request: pytest.FixtureRequest) -> tuple[nn.Module, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # methods on layers as tiny as these
-        model, pattern = pruned(request.param, tmp_path_factory.mktemp("search"))
+        model, pattern = pruned(request.param)
     return model.eval(), pattern
 
 

@@ -15,7 +15,7 @@ from aerogel.attention.combiner_layer import CombinerAttention
 from aerogel.attention.double_sparsity import DoubleSparsitySelector
 from aerogel.attention.engine import Attended, attend, sparse_attention
 from aerogel.attention.group_plan import GroupPlan
-from aerogel.attention.hf import attach, detach, register
+from aerogel.attention.hf import attach, detach, register, register_once_there
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.layer import SparseSelfAttention
 from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
@@ -69,7 +69,7 @@ from aerogel.attention.topk import share_over_group, stable_topk, topk_mass
 from aerogel.attention.zipvl import ZipVLHandle, ZipVLSelector, apply_zipvl
 
 # Names of attention that transformers knows from here on: "aerogel:<slug>".
-register()
+register_once_there()
 
 __all__ = [
     "CALIBRATIONS",

@@ -41,6 +41,7 @@ from aerogel.attention.selector import (
 )
 from aerogel.attention.selector_file import load_selector
 from aerogel.attention.shape import AttentionShape
+from aerogel.attention.when_imported import when_imported
 
 PREFIX = "aerogel:"
 _READ = ("sliding_window", "softcap", "s_aux", "position_ids", "is_causal")
@@ -67,7 +68,7 @@ _warned: set[str] = set()
 def register() -> bool:
     """Makes ``aerogel:<slug>`` known to transformers for every selector; False without it.
 
-    Needs transformers 4.53 or later; `aerogel.attention` calls it when imported.
+    Needs transformers 4.53 or later.
     """
     try:
         from transformers import AttentionInterface
@@ -79,6 +80,11 @@ def register() -> bool:
         AttentionInterface.register(PREFIX + name, _function(slug))
         AttentionMaskInterface.register(PREFIX + name, padding_mask)
     return True
+
+
+def register_once_there() -> None:
+    """The same as soon as somebody imports transformers' models; `aerogel.attention` calls it."""
+    when_imported("transformers.modeling_utils", register)
 
 
 def padding_mask(

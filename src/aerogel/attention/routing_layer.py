@@ -6,13 +6,12 @@ Reference: Roy et al., arXiv 2003.05997.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.attention.block_plan import BlockPlan
-from aerogel.attention.cache import SelectorCacheLayer
 from aerogel.attention.engine import attend
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.plan import Plan
@@ -20,6 +19,9 @@ from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
+
+if TYPE_CHECKING:
+    from aerogel.attention.cache import SelectorCacheLayer
 
 REL_POS = ("rope", "rope_values", "cluster", "none")
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.attention.cache import SelectorCacheLayer
 from aerogel.attention.routing_layer import RoutingAttention
 from aerogel.models.decoder_block import DecoderBlock
+
+if TYPE_CHECKING:
+    from aerogel.attention.cache import SelectorCacheLayer
 
 
 class RoutingTransformerLM(nn.Module):
@@ -94,6 +96,8 @@ class RoutingTransformerLM(nn.Module):
 
     def make_cache(self) -> list[SelectorCacheLayer]:
         """An empty cache, one layer for each block."""
+        from aerogel.attention.cache import SelectorCacheLayer  # needs transformers
+
         return [SelectorCacheLayer() for _ in self.blocks]
 
     def auxiliary_loss(self) -> Tensor:

@@ -51,6 +51,7 @@ from aerogel.pruning.progressive_gradient_flow import (
     track_gradient_noise,
 )
 from aerogel.pruning.random_pruning import layerwise_report, random_prune
+from aerogel.pruning.run import prune
 from aerogel.pruning.shared_methods import SHARED_METHODS
 from aerogel.pruning.sparse_ift import METHOD as _SPARSE_IFT  # the module is hidden by its function
 from aerogel.pruning.sparse_ift import (
@@ -144,6 +145,7 @@ __all__ = [
     "joint_weight_decay",
     "layerwise_report",
     "magnitude_",
+    "prune",
     "random_prune",
     "rearrange_network",
     "refine_mask",

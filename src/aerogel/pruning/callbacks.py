@@ -24,7 +24,7 @@ from torch import nn
 
 from aerogel.nested import load_state, save_state
 from aerogel.pruning.method import Goal, Pruner, RewritingMethod, TrainingMethod, method_slug
-from aerogel.pruning.selection import pruned_parameters
+from aerogel.pruning.selection import parameters_for
 from aerogel.sparsity.plain_state import PlainState, restore_weights, stored_weights
 from aerogel.sparsity.select import unknown_name
 
@@ -74,9 +74,7 @@ def pruner_factory(
     def names_in(model: nn.Module) -> tuple[str, ...]:
         if isinstance(chosen, RewritingMethod):
             return chosen.masked(model)
-        if (reason := chosen.unfit(model)) is not None:
-            raise ValueError(f"method = {slug!r} cannot prune this network: {reason}")
-        return pruned_parameters(model, by, include, exclude, chosen.proposes(model))
+        return parameters_for(chosen, model, by, include, exclude)
 
     def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Pruner:
         return chosen.build(model, optimizer, Goal(names_in(model), sparsity, by, steps, **options))

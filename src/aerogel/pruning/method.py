@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from aerogel.sparsity.blocks import to_device
 from aerogel.sparsity.masks import MaskSet
 
 
@@ -214,11 +215,13 @@ class OneShotMethod(Method):
     """A method that needs no training.
 
     Attributes:
-        prune: Prunes a trained model in place, given batches of inputs (tuples, as the model takes
+        prune: Prunes a trained model in place, given batches of inputs (as `call_with_inputs` takes
             them) and a callback for progress, `(layers done, layers in all, name)`.
+        needs_data: Whether it looks at the batches.
     """
 
     prune: Callable[[nn.Module, Iterable[Any], Goal, Callable[[int, int, str], None]], MaskSet]
+    needs_data: bool = True
 
     @property
     def one_shot(self) -> bool:
@@ -237,9 +240,12 @@ class SearchMethod(Method):
     search: Callable[[Trainings, Goal], nn.Module]
 
 
-def call_with_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """`model(*inputs)`: how a one-shot method runs the batches it is given."""
-    return model(*inputs)
+def call_with_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Any:
+    """How a method runs the batches it is given: `model(*inputs)`, or `model(**inputs)`."""
+    place = next((p.device for p in model.parameters()), None)
+    if isinstance(inputs, Mapping):
+        return model(**{name: to_device(value, place) for name, value in inputs.items()})
+    return model(*(to_device(value, place) for value in inputs))
 
 
 def method_slug(method: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from aerogel.pruning.method import Method
 from aerogel.sparsity import parse_pattern, select_parameters
 
 
@@ -38,6 +39,23 @@ def pruned_parameters(
         example = f", for example {next(iter(unfit.values()))}" if unfit else ""
         raise ValueError(f"nothing to prune: no weight fits pattern {pattern!r}{example}")
     return fit
+
+
+def parameters_for(
+    method: Method,
+    model: nn.Module,
+    pattern: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """The same for a method, with what it proposes.
+
+    Raises:
+        ValueError: As `pruned_parameters`, or the method is not for this network.
+    """
+    if (reason := method.unfit(model)) is not None:
+        raise ValueError(f"method = {method.slug!r} cannot prune this network: {reason}")
+    return pruned_parameters(model, pattern, include, exclude, method.proposes(model))
 
 
 def unfit_parameters(

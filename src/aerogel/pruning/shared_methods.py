@@ -73,7 +73,7 @@ def _calibrated(
 SHARED_METHODS = (
     TrainingMethod(slug="rigl", build=dynamic(RigL), patterns=("unstructured",), starts="fresh"),
     TrainingMethod(slug="set", build=dynamic(SET), patterns=("unstructured",), starts="fresh"),
-    OneShotMethod(slug="magnitude", prune=_magnitude),
+    OneShotMethod(slug="magnitude", prune=_magnitude, needs_data=False),
     OneShotMethod(slug="wanda", prune=_calibrated(wanda_)),
     OneShotMethod(
         slug="sparsegpt", prune=_calibrated(sparsegpt_), patterns=("unstructured", "n:m")
