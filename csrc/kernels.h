@@ -11,6 +11,7 @@ struct SddmmKernels;     // sddmm.h: the gradients of sparse weights
 struct GemvKernels;      // gemv.h: sparse weights x one to a few vectors
 struct NmKernels;        // nm.h: the same for N:M weights
 struct NmMaskKernels;    // nm_mask.h: which weights N:M training keeps
+struct NmPackKernels;    // nm_pack.h: the same, and their packed form
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
@@ -31,6 +32,7 @@ struct KernelTable {
   const GemvKernels* gemv;
   const NmKernels* nm;
   const NmMaskKernels* nm_mask;
+  const NmPackKernels* nm_pack;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;

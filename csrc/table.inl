@@ -11,6 +11,7 @@ extern const LayerKernels kLayerKernels;
 extern const GemvKernels kGemvKernels;
 extern const NmKernels kNmKernels;
 extern const NmMaskKernels kNmMaskKernels;
+extern const NmPackKernels kNmPackKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
@@ -18,10 +19,10 @@ extern const SelectKernels kSelectKernels;
 extern const FftConvKernels kFftConvKernels;
 
 extern const KernelTable kTable;
-const KernelTable kTable = {AEROGEL_ISA_NAME,    kLanes,        &kSpmmKernels,
-                            &kSddmmKernels,      &kRooflineKernels, &kLayerKernels,
-                            &kGemvKernels,       &kNmKernels,       &kNmMaskKernels,
-                            &kSparseInputKernels, &kTokenKernels,   &kAttendKernels,
-                            &kSelectKernels,     &kFftConvKernels};
+const KernelTable kTable = {AEROGEL_ISA_NAME,     kLanes,           &kSpmmKernels,
+                            &kSddmmKernels,       &kRooflineKernels, &kLayerKernels,
+                            &kGemvKernels,        &kNmKernels,       &kNmMaskKernels,
+                            &kNmPackKernels,      &kSparseInputKernels, &kTokenKernels,
+                            &kAttendKernels,      &kSelectKernels,   &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -160,7 +160,8 @@ class MaskedParameters:
                 weight.masked_fill_(new[name] & ~mask, 0.0)
             if name in self._in_place:
                 self.parameters[name].copy_(weight)
-            mask.copy_(new[name])
+            if new[name] is not mask:
+                mask.copy_(new[name])
             self.coupling.masks_changed(self.selection[name], weight)
         self._held.clear()
         self._keeps = None
