@@ -2,7 +2,7 @@
 // because a DLPack exchange costs more than many of the layers.
 #include "bindings.h"
 #include "kernels.h"
-#include "nm_refill.h"
+#include "nm_pack.h"
 #include "spmm.h"
 
 namespace nb = nanobind;
@@ -20,12 +20,25 @@ void update(SpmmWeight& weight, uintptr_t values) {
   weight.update(pointer<const float>(values));
 }
 
-bool refill(SpmmWeight& weight, uintptr_t values, uintptr_t mask, int64_t row_step,
-            int64_t column_step, int64_t n, int64_t m, int threads) {
-  const NmSource source{pointer<const float>(values), pointer<const uint8_t>(mask), row_step,
-                        column_step, n, m};
+SpmmWeight* nm_structure(int64_t rows, int64_t cols, int64_t n, int64_t m,
+                         const SpmmVariant& variant) {
   nb::gil_scoped_release release;
-  return nm_refill(weight, source, threads);
+  return nm_packed(rows, cols, n, m, variant).release();
+}
+
+bool pack_nm(uintptr_t weight, int64_t rows, int64_t cols, int64_t n, int64_t m,
+             SpmmWeight* forward, uintptr_t forward_mask, SpmmWeight* backward,
+             uintptr_t backward_mask, bool given, int threads) {
+  const NmPackArgs args{pointer<const float>(weight), rows, cols, n, m,
+                        {forward, pointer<uint8_t>(forward_mask)},
+                        {backward, pointer<uint8_t>(backward_mask)}, given};
+  nb::gil_scoped_release release;
+  return nm_pack(args, threads);
+}
+
+bool holds_nm(const SpmmWeight& packed, uintptr_t weight, int64_t row_step, int64_t column_step,
+              int64_t output) {
+  return nm_holds(packed, pointer<const float>(weight), row_step, column_step, output);
 }
 
 // order: the number of every value, int32, or 0 for 0, 1, 2, ...
@@ -97,10 +110,14 @@ void bind_spmm(nb::module_& m) {
            nb::arg("pack"), nb::arg("column_tiles") = 1);
   nb::class_<SpmmWeight>(m, "SpmmWeight")
       .def_prop_ro("nbytes", &SpmmWeight::nbytes)
-      .def("update", &update)
-      .def("nm_refill", &refill);
+      .def("update", &update);
   m.def("spmm_pack", &pack, nb::rv_policy::take_ownership);
   m.def("spmm_pack_updatable", &pack_updatable, nb::rv_policy::take_ownership);
+  m.def("nm_packed", &nm_structure, nb::rv_policy::take_ownership);
+  m.def("nm_pack_ways", &pack_nm, nb::arg("weight"), nb::arg("rows"), nb::arg("cols"), nb::arg("n"),
+        nb::arg("m"), nb::arg("forward").none(), nb::arg("forward_mask"), nb::arg("backward").none(),
+        nb::arg("backward_mask"), nb::arg("given"), nb::arg("threads"));
+  m.def("nm_holds", &holds_nm);
   nb::class_<SpmmCall>(m, "SpmmCall")
       .def("__init__", &prepare, nb::keep_alive<1, 2>())
       .def("__call__", &SpmmCall::operator());

@@ -14,6 +14,7 @@ struct NmMaskKernels;    // nm_mask.h: which weights N:M training keeps
 struct LargestKernels;   // largest.h: which scores are the k largest
 struct ZeroPrunedKernels;  // zero_pruned.h: masks on weights and gradients
 struct GatherRowsKernels;  // gather_rows.h: lookups in tables of nonzeros
+struct NmPackKernels;    // nm_pack.h: the same, and their packed form
 struct SparseInputKernels;  // sparse_input.h: weights x activations with zeros
 struct FftConvKernels;   // fft_conv.h: long convolutions
 struct LayerKernels;     // layers.h: the dense layers between them
@@ -37,6 +38,7 @@ struct KernelTable {
   const LargestKernels* largest;
   const ZeroPrunedKernels* zero_pruned;
   const GatherRowsKernels* gather_rows;
+  const NmPackKernels* nm_pack;
   const SparseInputKernels* sparse_input;
   const TokenKernels* tokens;
   const AttendKernels* attention;

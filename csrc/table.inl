@@ -14,6 +14,7 @@ extern const NmMaskKernels kNmMaskKernels;
 extern const LargestKernels kLargestKernels;
 extern const ZeroPrunedKernels kZeroPrunedKernels;
 extern const GatherRowsKernels kGatherRowsKernels;
+extern const NmPackKernels kNmPackKernels;
 extern const SparseInputKernels kSparseInputKernels;
 extern const TokenKernels kTokenKernels;
 extern const AttendKernels kAttendKernels;
@@ -27,8 +28,8 @@ const KernelTable kTable = {AEROGEL_ISA_NAME,     kLanes,
                             &kGemvKernels,        &kNmKernels,
                             &kNmMaskKernels,      &kLargestKernels,
                             &kZeroPrunedKernels,  &kGatherRowsKernels,
-                            &kSparseInputKernels, &kTokenKernels,
-                            &kAttendKernels,      &kSelectKernels,
-                            &kFftConvKernels};
+                            &kNmPackKernels,      &kSparseInputKernels,
+                            &kTokenKernels,       &kAttendKernels,
+                            &kSelectKernels,      &kFftConvKernels};
 
 }  // namespace aerogel::AEROGEL_ISA

@@ -58,26 +58,25 @@ class _Choice:
 
 
 class Direction:
-    """W or W^T: one pattern, its streams, and the variants chosen for it."""
+    """One product of a weight: its streams, and the variants chosen for it.
 
-    def __init__(self, pattern: BlockRowWeight, order: Tensor | None) -> None:
-        self.pattern = pattern
-        self.order = order  # int32, the number of every value; None: 0, 1, 2, ...
+    Args:
+        size: (outputs, inputs) of the product.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
         self.choices: dict[tuple[object, ...], _Choice] = {}
         self._streams: dict[tuple[object, ...], Any] = {}
         self._lock = threading.Lock()
 
-    def multiply(self, x: Tensor, values: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-        rows, cols = self.pattern.shape
-        y = x.new_empty(output_shape(x, rows, cols, layout))
-        if y.numel() == 0:
-            return y
-        batch = 1 if layout == "tokens" else x.shape[0]
-        shape = ProductShape(
-            y.numel() // (batch * rows), batch, layout, torch.get_num_threads(), native().isa()
-        )
-        self._run(x, y, bias, shape, lambda stream: stream.update(values.data_ptr()))
-        return y
+    def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
+        """Variants worth timing."""
+        raise NotImplementedError
+
+    def _pack(self, variant: SpmmVariant, columns: int) -> Any:
+        """A stream, whose values are nobody's yet."""
+        raise NotImplementedError
 
     def _run(
         self,
@@ -108,9 +107,6 @@ class Direction:
             choice = self.choices[key] = _Choice(self._candidates(shape))
         return choice
 
-    def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
-        return spmm_variants(self.pattern, shape.columns, shape.layout, shape.threads)
-
     def _stream(self, variant: SpmmVariant, shape: ProductShape) -> Any:
         pack = variant.pack or shape.layout == "tokens"
         key = (variant, pack, 0 if pack else shape.columns, shape.isa)
@@ -122,6 +118,46 @@ class Direction:
         self._streams[key] = stream  # last: the least recently used goes first
         return stream
 
+    def _call(self, stream: Any, shape: ProductShape) -> Any:
+        rows, cols = self.size
+        columns, batch, layout, threads, _ = shape
+        if layout == "tokens":
+            strides = (cols, 0, rows, 0, rows, 0)
+        else:
+            strides = (columns, cols * columns, columns, rows * columns, columns, rows * columns)
+        return native().SpmmCall(
+            stream, *strides, columns, batch, 0, layout == "tokens", max(threads, 1)
+        )
+
+
+class PatternDirection(Direction):
+    """W or W^T of a pattern that stays while values change.
+
+    Args:
+        pattern: its packed form.
+        order: int32, the number of every value; None: 0, 1, 2, ...
+    """
+
+    def __init__(self, pattern: BlockRowWeight, order: Tensor | None) -> None:
+        super().__init__(pattern.shape)
+        self.pattern = pattern
+        self.order = order
+
+    def multiply(self, x: Tensor, values: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+        rows, cols = self.size
+        y = x.new_empty(output_shape(x, rows, cols, layout))
+        if y.numel() == 0:
+            return y
+        batch = 1 if layout == "tokens" else x.shape[0]
+        shape = ProductShape(
+            y.numel() // (batch * rows), batch, layout, torch.get_num_threads(), native().isa()
+        )
+        self._run(x, y, bias, shape, lambda stream: stream.update(values.data_ptr()))
+        return y
+
+    def _candidates(self, shape: ProductShape) -> list[SpmmVariant]:
+        return spmm_variants(self.pattern, shape.columns, shape.layout, shape.threads)
+
     def _pack(self, variant: SpmmVariant, columns: int) -> Any:
         return native().spmm_pack_updatable(
             self.pattern.values.data_ptr(),
@@ -132,17 +168,6 @@ class Direction:
             self.pattern.block,
             native().SpmmVariant(*variant),
             columns,
-        )
-
-    def _call(self, stream: Any, shape: ProductShape) -> Any:
-        rows, cols = self.pattern.shape
-        columns, batch, layout, threads, _ = shape
-        if layout == "tokens":
-            strides = (cols, 0, rows, 0, rows, 0)
-        else:
-            strides = (columns, cols * columns, columns, rows * columns, columns, rows * columns)
-        return native().SpmmCall(
-            stream, *strides, columns, batch, 0, layout == "tokens", max(threads, 1)
         )
 
 
@@ -181,8 +206,8 @@ class TrainedPattern:
         pattern.check()
         self.pattern = pattern
         self.shape = shape
-        self._forward = Direction(pattern, None)
-        self._backward = Direction(*_transposed(pattern))
+        self._forward = PatternDirection(pattern, None)
+        self._backward = PatternDirection(*_transposed(pattern))
         if like is not None and like.shape == shape and like.pattern.block == block:
             self._forward.choices = like._forward.choices
             self._backward.choices = like._backward.choices

@@ -37,6 +37,27 @@ class SpmmVariant(NamedTuple):
     column_tiles: int = 1
 
 
+class StoredSize(NamedTuple):
+    """What of a packed weight decides which variants are worth timing.
+
+    Attributes:
+        shape: (out, in).
+        block: outputs that share a stored column.
+        columns: stored, of all block rows.
+        values: stored.
+    """
+
+    shape: tuple[int, int]
+    block: int
+    columns: int
+    values: int
+
+    @property
+    def density(self) -> float:
+        """Share of values that are stored."""
+        return self.values / max(math.prod(self.shape), 1)
+
+
 def default_variant(weight: BlockRowWeight, columns: int, layout: str = "channels") -> SpmmVariant:
     """A good variant without timing: the first of `spmm_variants`, remembered."""
     key = (columns, layout, native().isa())
@@ -84,12 +105,15 @@ _TILE_ROWS = 64
 
 
 def spmm_variants(
-    weight: BlockRowWeight, columns: int, layout: str = "channels", threads: int | None = None
+    weight: BlockRowWeight | StoredSize,
+    columns: int,
+    layout: str = "channels",
+    threads: int | None = None,
 ) -> list[SpmmVariant]:
     """The variants worth timing for a weight and a number of columns, the likeliest first.
 
     Args:
-        weight: packed weight.
+        weight: packed weight, or the size of one.
         columns: pixels of one image, or tokens.
         layout: "channels" (packing and direct variants) or "tokens" (packing ones only).
         threads: that will share the work. One needs no tiles of outputs, each of which has ends of
@@ -100,17 +124,21 @@ def spmm_variants(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    rows = max(weight.shape[0], 1)
-    pack_first = weight.values.numel() / max(weight.shape[1], 1) >= _REUSE_TO_PACK
+    if isinstance(weight, BlockRowWeight):
+        size = StoredSize(weight.shape, weight.block, len(weight.columns), weight.values.numel())
+    else:
+        size = weight
+    rows = max(size.shape[0], 1)
+    pack_first = size.values / max(size.shape[1], 1) >= _REUSE_TO_PACK
     packs = (pack_first, not pack_first) if layout == "channels" else (True,)
     tasks = 1 if threads == 1 else _TASKS
     found: dict[SpmmVariant, None] = {}
     for pack in packs:
-        for vectors, groups in _register_tiles(weight.block, columns, pack):
-            side = 1 if pack else _column_tiles(weight, vectors, columns)
+        for vectors, groups in _register_tiles(size.block, columns, pack):
+            side = 1 if pack else _column_tiles(size, vectors, columns)
             panels = -(-columns // (side * vectors * native().lanes()))
             tiles = min(-(-tasks // max(panels, 1)), max(rows // _TILE_ROWS, 1))
-            for k_blocks in _slab_counts(weight, vectors, groups):
+            for k_blocks in _slab_counts(size, vectors, groups):
                 found[SpmmVariant(vectors, groups, k_blocks, tiles, pack, side)] = None
     return list(found)
 
@@ -133,22 +161,22 @@ def _register_tiles(block: int, columns: int, pack: bool) -> list[tuple[int, int
     return list(found)
 
 
-def _column_tiles(weight: BlockRowWeight, vectors: int, columns: int) -> int:
+def _column_tiles(size: StoredSize, vectors: int, columns: int) -> int:
     """Register tiles in a panel that is read in place."""
     tile = vectors * native().lanes()
-    fitting = _PANEL_BYTES[weight.block] // max(4 * weight.shape[1] * tile, 1)
+    fitting = _PANEL_BYTES[size.block] // max(4 * size.shape[1] * tile, 1)
     return max(1, min(fitting, -(-columns // tile)))
 
 
-def _slab_counts(weight: BlockRowWeight, vectors: int, groups: int) -> list[int]:
+def _slab_counts(size: StoredSize, vectors: int, groups: int) -> list[int]:
     """Numbers of slabs worth trying: by the rule above, and half of that."""
-    if weight.block > 1:  # more multiply-adds than loads: the cache is not the limit
+    if size.block > 1:  # more multiply-adds than loads: the cache is not the limit
         return [1]
-    if groups > 4 and weight.density >= _DENSE_LOCKSTEP:
+    if groups > 4 and size.density >= _DENSE_LOCKSTEP:
         return [1]
-    steps = weight.columns.shape[0] / max(len(weight.row_ptr) - 1, 1)
+    steps = size.columns / max(size.shape[0] / size.block, 1)
     least = _SLAB_STEPS[native().lanes()]
-    slab_bytes = weight.shape[1] * vectors * native().lanes() * 4
+    slab_bytes = size.shape[1] * vectors * native().lanes() * 4
     wanted = 1
     while steps / (2 * wanted) >= least and slab_bytes / wanted > _SLAB_BYTES:
         wanted *= 2

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
-from aerogel.pruning.nm_training import NMTrainer, select_masks
+from aerogel.pruning.nm_training import NMTrainer
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.cost import inference_flops, nm_training_flops
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, SRSTE, Bidirectional, Coupling
@@ -115,10 +115,14 @@ class BidirectionalNM(NMTrainer):
         """Choose the masks anew from the weights as they are, if something else changed them."""
         controller = self.controller
         weights = controller.stored_weights()
-        chosen = select_masks(weights, self._pattern_at, self.t)
         for name, mask in controller.masks.items():
-            mask.copy_(chosen[name])
-            controller.coupling.masks_changed(controller.selection[name], weights[name])
+            ref, weight = controller.selection[name], weights[name]
+            pattern = self._pattern_at(name, self.t)
+            if pattern is None:
+                mask.fill_(True)
+            else:
+                mask.copy_(controller.coupling.select_largest(ref, weight, pattern))
+            controller.coupling.masks_changed(ref, weight)
 
     @property
     def backward_masks(self) -> MaskSet:

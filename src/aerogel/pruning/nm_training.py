@@ -38,25 +38,43 @@ class Reselect(UpdateRule):
 
     Args:
         pattern_at: see `PatternAt`.
+        coupling: how the masks act; it may write them where they act, and prepare products.
     """
 
-    def __init__(self, pattern_at: PatternAt) -> None:
+    def __init__(self, pattern_at: PatternAt, coupling: Coupling) -> None:
         self.pattern_at = pattern_at
+        self.coupling = coupling
 
     def update(self, ctx: UpdateContext) -> MaskSet:
         """Masks for the forward pass of step ``ctx.t + 1``."""
-        return select_masks(ctx.weights, self.pattern_at, ctx.t + 1)
+
+        def select(name: str, weight: torch.Tensor, pattern: NM) -> torch.Tensor:
+            return self.coupling.select_largest(ctx.selection[name], weight, pattern)
+
+        return select_masks(ctx.weights, self.pattern_at, ctx.t + 1, select)
 
 
-def select_masks(weights: Mapping[str, torch.Tensor], pattern_at: PatternAt, step: int) -> MaskSet:
-    """The n largest magnitudes of every group of m, all ones where there is no pattern yet."""
+def select_masks(
+    weights: Mapping[str, torch.Tensor],
+    pattern_at: PatternAt,
+    step: int,
+    select: Callable[[str, torch.Tensor, NM], torch.Tensor] = lambda _, w, p: p.select_largest(w),
+) -> MaskSet:
+    """The n largest magnitudes of every group of m, all ones where there is no pattern yet.
+
+    Args:
+        weights: by name.
+        pattern_at: see `PatternAt`.
+        step: whose forward pass the masks are for.
+        select: the mask of a named weight and a pattern.
+    """
     masks = {}
     for name, weight in weights.items():
         pattern = pattern_at(name, step)
         masks[name] = (
             torch.ones_like(weight, dtype=torch.bool)
             if pattern is None
-            else pattern.select_largest(weight)
+            else select(name, weight, pattern)
         )
     return MaskSet(masks)
 
@@ -96,7 +114,7 @@ class NMTrainer(ControlledTrainer):
             coupling,
             "uniform",
             Constant(0.0),  # due at every step; the rule knows the patterns
-            Reselect(pattern_at),
+            Reselect(pattern_at, coupling),
             masks=select_masks(weights, pattern_at, 0),
         )
         super().__init__(controller)

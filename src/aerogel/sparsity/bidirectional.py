@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel.kernels.nm_trained import NMProduct
+from aerogel.kernels.nm_trained import LONGEST_GROUP, NMProduct, choose_masks
 from aerogel.sparsity.group_patterns import NM, GroupPattern
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.select import ParamRef
@@ -35,6 +35,7 @@ class SparseProducts:
     def __init__(self, shape: tuple[int, int], n: int, m: int) -> None:
         self.forward = NMProduct(shape, n, m, axis=1)
         self.backward = NMProduct(shape, n, m, axis=0)
+        self._chosen: tuple[int, ...] = ()
 
     def product(
         self, product: NMProduct, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
@@ -44,6 +45,41 @@ class SparseProducts:
         if rows < LEAST_ROWS or torch.is_grad_enabled():
             return None
         return product.masked(x, weight, mask, bias) if product.fits(x, weight, bias) else None
+
+    def is_forward(self, pattern: GroupPattern) -> bool:
+        """Whether a pattern is the forward product's."""
+        own = (self.forward.n, self.forward.m, 1)
+        return isinstance(pattern, NM) and (pattern.n, pattern.m, pattern.axis) == own
+
+    def choose(self, weight: Tensor, forward: Tensor | None, backward: Tensor) -> bool:
+        """Masks by magnitude, with the products packed on the way; see `choose_masks`.
+
+        Args:
+            weight: (out, in).
+            forward: mask to write, (out, in) bool; None leaves the forward product alone.
+            backward: mask to write.
+
+        Returns:
+            Whether the kernels could; nothing was done if not.
+        """
+        masks = [mask for mask in (forward, backward) if mask is not None]
+        tensors = [weight, *masks]
+        if not all(t.is_contiguous() and t.is_cpu for t in tensors) or not self.forward.fits(
+            weight
+        ):
+            return False
+        choose_masks(weight, self.forward, self.backward, forward, backward)
+        self._chosen = _versions(weight, backward)
+        return True
+
+    def has_chosen(self, weight: Tensor, backward: Tensor) -> bool:
+        """Whether `choose` has just written this backward mask from this weight; true but once."""
+        chosen, self._chosen = self._chosen, ()
+        return chosen == _versions(weight, backward)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(number for t in tensors for number in (t.data_ptr(), t._version))
 
 
 class _Linear(torch.autograd.Function):
@@ -349,7 +385,12 @@ def attach_bidirectional(
     module.gradient_pattern = gradient  # type: ignore[assignment]
     if kind is BidirectionalLinear:
         products = None
-        if isinstance(pattern, NM) and pattern.n <= MOST_KEPT * pattern.m:
+        if (
+            isinstance(pattern, NM)
+            and pattern.axis == 0
+            and pattern.n <= MOST_KEPT * pattern.m
+            and pattern.m <= LONGEST_GROUP
+        ):
             products = SparseProducts((ref.shape[0], ref.shape[1]), pattern.n, pattern.m)
         module.products = products  # type: ignore[assignment]
     module.__class__ = kind

@@ -97,6 +97,13 @@ class Coupling:
         own = find_parametrization(ref.module, ref.attribute)
         return None if own is None else (own, "mask")
 
+    def select_largest(self, ref: ParamRef, weight: Tensor, pattern: GroupPattern) -> Tensor:
+        """The mask that keeps the largest magnitudes of a pattern; may be the one in force.
+
+        A coupling that needs more of the same weights may see to it at once.
+        """
+        return pattern.select_largest(weight)
+
     def masks_changed(self, ref: ParamRef, weight: Tensor) -> None:
         """Called after the mask of a parameter was decided anew."""
 
@@ -297,10 +304,24 @@ class Bidirectional(Coupling):
             ref.parameter.masked_fill_(~mask, 0.0)
         detach_bidirectional(ref)
 
+    def select_largest(self, ref: ParamRef, weight: Tensor, pattern: GroupPattern) -> Tensor:
+        """With the backward mask and what both products read, from one reading of the weight."""
+        products = getattr(ref.module, "products", None)
+        if products is not None and products.is_forward(pattern):
+            forward = ref.module.get_buffer("mask_forward")
+            if products.choose(weight, forward, ref.module.get_buffer("mask_backward")):
+                return forward
+        return super().select_largest(ref, weight, pattern)
+
     def masks_changed(self, ref: ParamRef, weight: Tensor) -> None:
-        if self.backward is not None:
-            buffer = ref.module.get_buffer("mask_backward")
-            buffer.copy_(self.backward.select_largest(weight))
+        if self.backward is None:
+            return
+        products = getattr(ref.module, "products", None)
+        mask = ref.module.get_buffer("mask_backward")
+        if products is None or not (
+            products.has_chosen(weight, mask) or products.choose(weight, None, mask)
+        ):
+            mask.copy_(self.backward.select_largest(weight))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {

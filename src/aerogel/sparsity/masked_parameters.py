@@ -170,7 +170,8 @@ class MaskedParameters:
                 zero_pruned_(weight, mask | ~new[name])
             if name in self._in_place:
                 self.parameters[name].copy_(weight)
-            mask.copy_(new[name])
+            if new[name] is not mask:
+                mask.copy_(new[name])
             self.coupling.masks_changed(self.selection[name], weight)
         self._held.clear()
         self._keeps = None
