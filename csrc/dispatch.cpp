@@ -7,31 +7,46 @@
 
 namespace aerogel {
 
-#if defined(__x86_64__) || defined(_M_X64)
+// AEROGEL_HAS_<isa>: its kernels are part of this build.
+#ifdef AEROGEL_HAS_avx512
 namespace avx512 { extern const KernelTable kTable; }
+#endif
+#ifdef AEROGEL_HAS_avx2
 namespace avx2 { extern const KernelTable kTable; }
-#elif defined(__aarch64__)
+#endif
+#ifdef AEROGEL_HAS_neon
 namespace neon { extern const KernelTable kTable; }
 #endif
+#ifdef AEROGEL_HAS_generic
 namespace generic { extern const KernelTable kTable; }
+#endif
 
 namespace {
 
-// Best first; generic is last and always there.
+// Best first; generic is last, and there unless a build left it out.
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512) tables.push_back(&avx512::kTable);
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef AEROGEL_HAS_avx512
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    tables.push_back(&avx512::kTable);
+  }
+#endif
+#ifdef AEROGEL_HAS_avx2
   if (has_avx2) tables.push_back(&avx2::kTable);
-#elif defined(__aarch64__)
+#endif
+#ifdef AEROGEL_HAS_neon
   tables.push_back(&neon::kTable);
 #endif
+#ifdef AEROGEL_HAS_generic
   tables.push_back(&generic::kTable);
+#endif
+  if (tables.empty()) throw std::runtime_error("this build has no kernels for this machine");
   return tables;
 }
 
