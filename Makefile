@@ -10,7 +10,7 @@ BENCHMARKS ?= spmm conv gemv nm group_kernels attention attention_selectors atte
   attention_quality attention_memory fftconv oneway networks transformer_networks peers \
   fast_sparse_convnets pruning_methods sparse_training tables scaling
 
-.PHONY: help setup demo minilm test lint unit browser sanitize dist reproduce bench docs clean \
+.PHONY: help setup demo minilm test lint style types unit browser sanitize dist reproduce bench docs clean \
         test-sanitize test-threads fuzz
 
 help:
@@ -45,17 +45,21 @@ demo: setup
 minilm: setup
 	$(BIN)/aerogel compress minilm --data wordnet-glosses --out runs/minilm
 
-# The unit tests run on all cores; what waits for compilers runs beside them.
-test: lint browser
+# The unit tests run on all cores; what runs on one, such as compilers, runs beside them.
+test: style browser
 	@mkdir -p build
-	@$(MAKE) test-sanitize test-threads dist >build/checks.log 2>&1 & checks=$$!; \
+	@$(MAKE) types test-sanitize test-threads dist >build/checks.log 2>&1 & checks=$$!; \
 	$(MAKE) unit; status=$$?; \
 	wait $$checks || status=$$?; cat build/checks.log; exit $$status
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+
+types: setup
 	$(BIN)/mypy
 
 unit: setup browser

@@ -384,6 +384,17 @@ def test_a_layer_that_would_vanish_keeps_one_weight_and_warns():
     assert int(pruner.masks["1.weight"].sum()) == 1
 
 
+def test_rows_that_would_vanish_keep_one_weight_each_and_warn():
+    model = nn.Linear(4, 8)
+    with pytest.warns(UserWarning, match=r"each row of 'weight' has 4 units.*it keeps 1"):
+        pruner = GradualPruner(model, sgd(model), 0.95, scope="row", **WINDOW)
+    for _ in range(16):
+        pruner.zero_grad()
+        model(torch.randn(3, 4)).sum().backward()
+        pruner.step()
+    assert pruner.masks["weight"].sum(1).tolist() == [1] * 8
+
+
 def test_a_pruner_that_never_stepped_says_so():
     model = net()
     pruner = GradualPruner(model, sgd(model), 0.8, **WINDOW)

@@ -15,7 +15,7 @@ from networks import sparsify_
 
 transformers = pytest.importorskip("transformers")
 
-IMAGE, TOKENS, VOCABULARY = 32, 9, 60
+IMAGE, TOKENS, VOCABULARY = 32, 11, 60
 Config = dict[str, Any]
 # Vision transformers and encoders share these words; each network takes those it knows.
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -92,10 +92,11 @@ def images(batch: int) -> dict[str, Tensor]:
 
 
 def texts(batch: int) -> dict[str, Tensor]:
-    """Random tokens; of the last text some are masked."""
-    mask = torch.ones(batch, TOKENS, dtype=torch.long)
-    mask[-1, TOKENS - 3 :] = 0
-    return {"input_ids": torch.randint(3, VOCABULARY, (batch, TOKENS)), "attention_mask": mask}
+    """Random tokens, of another number for every batch; of the last text some are masked."""
+    tokens = TOKENS - batch
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[-1, tokens - 3 :] = 0
+    return {"input_ids": torch.randint(3, VOCABULARY, (batch, tokens)), "attention_mask": mask}
 
 
 CASES = [(name, config, images) for name, config in IMAGES.items()]
@@ -110,7 +111,7 @@ def test_compiled_outputs_are_right(
     model = network(name, config)
     # The timers prefer whatever is native: it runs, whether it would win or not.
     compiled = build_with(model, **inputs(2))
-    for batch in (2, 1):
+    for batch in (2, 1):  # the second is planned anew: another batch, and another length of text
         given = inputs(batch)
         with torch.no_grad():
             expected = model(**given)

@@ -118,7 +118,7 @@ class GradualPruner(ScheduledPruner):
             self.pattern, initial_sparsity, final_sparsity, begin_step, end_step, frequency, power
         )
         self.selection = select_parameters(model, types, include, exclude)
-        _check_weights(self.selection, self.pattern, final_sparsity)
+        _check_weights(self.selection, self.pattern, final_sparsity, scope)
         rule = Rebuild(
             pattern=self.pattern,
             scope=scope,
@@ -236,16 +236,17 @@ def _schedule(
     return Cubic(initial, final, begin, prunings, frequency, power)
 
 
-def _check_weights(selection: ParamSelection, pattern: Pattern, final: float) -> None:
+def _check_weights(selection: ParamSelection, pattern: Pattern, final: float, scope: Scope) -> None:
     for name, ref in selection.items():
         pattern.validate(ref.shape, name)
         if not isinstance(pattern, UnitPattern):
             continue
         rows, columns = pattern.unit_grid(ref.shape)
-        units = rows * columns
+        units, of = (columns, "each row of ") if scope == "row" else (rows * columns, "")
         if pruned_count(units, final, rounding=_ROUNDING, min_keep=0) == units:
             warnings.warn(
-                f"{name!r} has {units} units, of which sparsity {final} would keep none; it keeps 1"
+                f"{of}{name!r} has {units} units, of which sparsity {final} would keep none; "
+                "it keeps 1"
             )
 
 
