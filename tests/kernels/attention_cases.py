@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,20 @@ def random_case(
         random_stream(rows, k_len, density, bias, g),
         options,
     )
+
+
+def ragged_cases(rows: int, dim: int) -> Iterator[Case]:
+    """Query tiles of so many rows, of which the last is short, in every layout of unit stride."""
+    for layout in ("plain", "inside", "sliced"):
+        yield random_case(
+            q_len=2 * rows - 3,
+            k_len=2 * rows,
+            dim=dim,
+            value_dim=113 - dim,
+            block_q=rows,
+            density=1.0,
+            layout=layout,
+        )
 
 
 @st.composite

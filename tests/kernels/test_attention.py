@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Case, cases, random_case
+from attention_cases import Case, cases, ragged_cases, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import needs_native
@@ -48,16 +48,7 @@ def test_forward_matches_a_dense_mask(case: Case, dtype: torch.dtype, threads: i
 @pytest.mark.parametrize("dim", [1, 3, 4, 7, 15, 17, 24, 31, 64, 72, 80, 112])
 def test_blocks_of_any_height_and_width_are_turned(rows: int, dim: int) -> None:
     """What is left beside whole squares of registers, of queries and of channels."""
-    for layout in ("plain", "inside", "sliced"):
-        case = random_case(
-            q_len=2 * rows - 3,
-            k_len=2 * rows,
-            dim=dim,
-            value_dim=113 - dim,
-            block_q=rows,
-            density=1.0,
-            layout=layout,
-        )
+    for case in ragged_cases(rows, dim):
         assert_forward_right(case)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, cases, random_case
+from attention_cases import Case, cases, ragged_cases, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import needs_native
@@ -81,16 +81,7 @@ def test_gradients_know_the_scale(scale: float, bias: bool) -> None:
 @pytest.mark.parametrize("rows", [9, 16, 17, 61, 64])
 @pytest.mark.parametrize("dim", [1, 7, 17, 24, 64, 80])
 def test_gradients_of_blocks_of_any_height_and_width(rows: int, dim: int) -> None:
-    for layout in ("plain", "inside", "sliced"):
-        case = random_case(
-            q_len=2 * rows - 3,
-            k_len=2 * rows,
-            dim=dim,
-            value_dim=113 - dim,
-            block_q=rows,
-            density=1.0,
-            layout=layout,
-        )
+    for case in ragged_cases(rows, dim):
         assert_gradients_right(case)
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aerogel.kernels._library import native, native_available, native_in_use, reference_mode
+from aerogel.kernels._library import native_in_use
 
 _ROOM = 4096  # for entries that are found; more are looked for twice
-
-
 _VALUES = {torch.float32: False, torch.float16: True}  # whether half
 _COLUMNS = {torch.int32: False, torch.uint8: True}  # whether narrow
 _IDS = {torch.int32: False, torch.int64: True}  # whether wide
@@ -111,14 +109,15 @@ def entries_above(matrix: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tenso
         Row, column and value of each, (found,), in the order of rows.
     """
     native_takes = matrix.is_cpu and matrix.dtype is torch.float32 and limits.dtype is torch.float32
-    if not native_takes or not native_available() or reference_mode():
+    native = native_in_use() if native_takes else None
+    if native is None:
         return entries_above_reference(matrix, limits)
     matrix, limits = matrix.contiguous(), limits.contiguous()
     room = max(_ROOM, len(limits))
     while True:
         places, found = torch.empty(2, room, dtype=torch.int64), torch.empty(room)
         at_row, at_column = places
-        count = native().entries_above(
+        count = native.entries_above(
             matrix.data_ptr(),
             *matrix.shape,
             limits.data_ptr(),

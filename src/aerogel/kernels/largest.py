@@ -31,7 +31,7 @@ def largest_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """
     if among is not None and (among.shape != score.shape or among.dtype is not torch.bool):
         raise ValueError(f"among must be bool {tuple(score.shape)}, got {tuple(among.shape)}")
-    native = native_in_use() if selects_largest(score) else None
+    native = native_in_use() if _fits(score) else None
     if native is None:
         return largest_mask_reference(score, k, among)
     values = score.detach().float().contiguous()
@@ -48,7 +48,11 @@ def largest_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
 
 
 def selects_largest(score: Tensor) -> bool:
-    """Whether these scores are taken natively, if anything is."""
+    """Whether `largest_mask` takes these scores natively."""
+    return _fits(score) and native_in_use() is not None
+
+
+def _fits(score: Tensor) -> bool:
     narrow = score.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return score.is_cpu and narrow and score.numel() <= _MOST and not torch.compiler.is_compiling()
 

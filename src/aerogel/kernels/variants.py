@@ -174,7 +174,7 @@ def _slab_counts(size: StoredSize, vectors: int, groups: int) -> list[int]:
         return [1]
     if groups > 4 and size.density >= _DENSE_LOCKSTEP:
         return [1]
-    steps = size.columns / max(size.shape[0] / size.block, 1)
+    steps = size.columns / max(size.shape[0], 1)
     least = _SLAB_STEPS[native().lanes()]
     slab_bytes = size.shape[1] * vectors * native().lanes() * 4
     wanted = 1

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aerogel.kernels._library import native_in_use
 from aerogel.kernels.largest import largest_mask, selects_largest
 from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
 
@@ -133,7 +132,7 @@ def topk_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     if k == competing:
         everything = torch.ones(score.shape, dtype=torch.bool, device=score.device)
         return everything if among is None else everything & among
-    if selects_largest(score) and native_in_use() is not None:
+    if selects_largest(score):
         return largest_mask(score, k, among)
     if among is not None:
         places = among.flatten().nonzero().flatten()
