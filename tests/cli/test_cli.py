@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner, Result
 
 from aerogel import manifest
 from aerogel.cli import terminal
 from aerogel.cli.app import app
-
-# `aerogel --help` is typed often; loading torch alone takes longer than this.
 
 RECIPE = """
 model: {name: digits_mlp, options: {hidden: [32]}}
@@ -272,6 +271,26 @@ def test_failed_claim_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.exit_code == code
         assert word in done.stdout
         assert json.loads(aerogel("reproduce", "gradual-pruning", "--json").stdout)
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(typer.Exit) as left, terminal.guarded("All is kept."):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+        assert left.value.exit_code == 130
+        assert "All is kept." in capsys.readouterr().err
+        with pytest.raises(typer.Exit) as left, terminal.guarded():
+            raise ValueError("threads must be at least 1, got 0")
+        assert left.value.exit_code == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_exits_with_130_and_the_run_goes_on_later(

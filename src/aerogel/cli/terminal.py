@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import typer
@@ -53,21 +56,47 @@ def guarded(after_interrupt: str = "Nothing half written was left behind.") -> I
     Args:
         after_interrupt: What to tell a person who pressed Ctrl-C.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        stderr().print(f"\n[yellow]Interrupted.[/] {escape(after_interrupt)}")
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        raise
-    except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
-        if not _is_clean(error):
+    with _interrupts() as interrupted:
+        try:
+            yield
+        except BrokenPipeError:
             raise
-        if os.environ.get("AEROGEL_TRACEBACK"):
-            traceback.print_exc()
-        if int(os.environ.get("RANK", "0")) == 0:
-            stderr().print(f"[red]error:[/] {escape(_sentence(error))}", soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupted():
+                stderr().print(f"\n[yellow]Interrupted.[/] {escape(after_interrupt)}")
+                raise typer.Exit(INTERRUPTED) from None
+            if not _is_clean(error):
+                raise
+            if os.environ.get("AEROGEL_TRACEBACK"):
+                traceback.print_exc()
+            if int(os.environ.get("RANK", "0")) == 0:
+                stderr().print(f"[red]error:[/] {escape(_sentence(error))}", soft_wrap=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed meanwhile.
+
+    C code that Python's handler interrupts may lose the `KeyboardInterrupt` and raise an error of
+    its own: `torch.asarray` says that an object has no shape.
+    """
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before is not signal.default_int_handler:
+        yield pressed.is_set
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_clean(error: Exception) -> bool:
