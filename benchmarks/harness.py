@@ -316,6 +316,10 @@ def _plain(row: Any) -> dict[str, Any]:
     return dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
 
 
+# Options with a value that say where, not what; threads are told by themselves.
+_ELSEWHERE = ("--save", "--threads", "--networks")
+
+
 def _command(threads: int) -> str:
     """What a reader types to repeat this; the same for the same work, so that it is kept once."""
     chosen = os.environ.get("AEROGEL_ISA")
@@ -324,8 +328,9 @@ def _command(threads: int) -> str:
         if skip and not argument.startswith("-"):
             skip = False
             continue
-        skip = argument in ("--save", "--threads")
-        if not skip and not argument.startswith(("--save=", "--threads=", "--json", "--check")):
+        skip = argument in _ELSEWHERE
+        named = argument.partition("=")[0]
+        if not skip and named not in (*_ELSEWHERE, "--json", "--check"):
             arguments.append(argument)
     if threads != 1:
         arguments += ["--threads", str(threads)]
