@@ -17,7 +17,9 @@
 namespace aerogel {
 namespace {
 
-constexpr int64_t kMostOutputs = std::max(kNmPackRows, kNmPackCols);  // of a tile
+// A tile, which stays in the second cache while both ways read it.
+constexpr int64_t kTileRows = 128, kTileCols = 512;
+static_assert(kTileRows <= kNmPackInputs);
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -67,13 +69,18 @@ int64_t slab_of(const SpmmStream& s, int64_t input) {
   return std::upper_bound(s.slab_cols, s.slab_cols + s.slabs, input) - s.slab_cols - 1;
 }
 
+// The tile that holds an output.
+int64_t tile_of(const SpmmStream& s, int64_t output) {
+  return std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, output) - s.tile_rows - 1;
+}
+
 // Where outputs [begin, end) have their entries of a slab, piece by piece of `most` at most.
 void find_lanes(const SpmmStream& s, int64_t slab, int64_t begin, int64_t end, int64_t most,
                 NmPackLanes* to) {
   // The stream's memory belongs to a weight that the caller lets us change.
   const auto weights = const_cast<float*>(s.weights);
   const auto offsets = const_cast<int32_t*>(s.offsets);
-  int64_t tile = std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, begin) - s.tile_rows - 1;
+  int64_t tile = tile_of(s, begin);
   for (; begin < end; ++tile) {
     SpmmSegment at = s.segments[tile * s.slabs + slab];
     int64_t output = s.tile_rows[tile];  // the first of a run
@@ -101,9 +108,10 @@ struct Tile {
   int64_t row, rows, col, cols;
 };
 
-// Slab by slab, and a shorter last group by itself.
-bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile, const NmPackKernels& kernels) {
-  NmPackLanes lanes[kMostOutputs];
+// A part of a tile that is small enough, slab by slab, and a shorter last group by itself.
+bool pack_part(const NmPackArgs& a, const Way& way, const Tile& tile,
+               const NmPackKernels& kernels) {
+  NmPackLanes lanes[kNmPackOutputs];
   const int64_t output = way.neighbours ? tile.col : tile.row;
   const int64_t outputs = way.neighbours ? tile.cols : tile.rows;
   int64_t input = way.neighbours ? tile.row : tile.col;
@@ -144,6 +152,20 @@ bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile, const NmPa
   return true;
 }
 
+bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile,
+               const NmPackKernels& kernels) {
+  const int64_t tall = way.neighbours ? tile.rows : kNmPackTransposed;
+  const int64_t wide = way.neighbours ? kNmPackOutputs : kNmPackInputs / a.m * a.m;
+  for (int64_t row = 0; row < tile.rows; row += tall) {
+    for (int64_t col = 0; col < tile.cols; col += wide) {
+      const Tile part{tile.row + row, std::min(tall, tile.rows - row), tile.col + col,
+                      std::min(wide, tile.cols - col)};
+      if (!pack_part(a, way, part, kernels)) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 std::unique_ptr<SpmmWeight> nm_packed(int64_t rows, int64_t cols, int64_t n, int64_t m,
@@ -175,15 +197,15 @@ bool nm_pack(const NmPackArgs& a, int threads) {
     const int64_t outputs = way.neighbours ? a.cols : a.rows;
     check_packed(*way.packed, outputs, a.rows + a.cols - outputs, a.n, a.m);
   }
-  const int64_t tall = kNmPackRows / a.m * a.m, wide = kNmPackCols / a.m * a.m;
+  const int64_t tall = kTileRows / a.m * a.m, wide = kTileCols / a.m * a.m;
+  const int64_t across = (a.cols + wide - 1) / wide;
   std::atomic<bool> fits{true};
-  parallel_tasks((a.rows + tall - 1) / tall, threads, [&](int64_t strip) {
-    Tile tile{strip * tall, std::min(tall, a.rows - strip * tall), 0, 0};
-    for (; tile.col < a.cols && fits.load(std::memory_order_relaxed); tile.col += wide) {
-      tile.cols = std::min(wide, a.cols - tile.col);
-      for (const Way& way : ways) {
-        if (way.wanted() && !pack_tile(a, way, tile, kernels)) fits = false;
-      }
+  parallel_tasks((a.rows + tall - 1) / tall * across, threads, [&](int64_t t) {
+    if (!fits.load(std::memory_order_relaxed)) return;
+    const int64_t row = t / across * tall, col = t % across * wide;
+    const Tile tile{row, std::min(tall, a.rows - row), col, std::min(wide, a.cols - col)};
+    for (const Way& way : ways) {
+      if (way.wanted() && !pack_tile(a, way, tile, kernels)) fits = false;
     }
   });
   return fits;
@@ -197,10 +219,11 @@ bool nm_holds(const SpmmWeight& packed, const float* weight, int64_t row_step, i
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     NmPackLanes at;
     find_lanes(s, slab, output, output + 1, 1, &at);
-    const int64_t tile = std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, output) - s.tile_rows - 1;
-    for (int32_t i = s.runs[s.segments[tile * s.slabs + slab].run].steps; i > 0; --i) {
+    const int64_t segment = tile_of(s, output) * s.slabs + slab;
+    for (int32_t i = s.runs[s.segments[segment].run].steps; i > 0; --i) {
       const int64_t input = *at.offsets / row_bytes;
-      if (std::memcmp(at.weights, weight + output * row_step + input * column_step, 4)) return false;
+      const float* dense = weight + output * row_step + input * column_step;
+      if (std::memcmp(at.weights, dense, sizeof(float)) != 0) return false;
       at.weights += at.stride;
       at.offsets += at.stride;
     }
