@@ -7,10 +7,11 @@ the weight and its fastest variant competes; for one vector `gemv` streams it wi
 bits, in float32, bfloat16 and int8. The peer is dense float32 `F.linear`; see harness.py.
 
 A training step of BDWP (arXiv 2309.13015) is forward, both gradients and the choice of both masks
-of one layer: sparse products against the same products of the masked dense weight. "choose and
-pack" is what the sparse step spends beside its products: both masks and both packed forms, from one
-reading of the weight, against the three dense products of the layer. Its limit is that reading from
-memory and nothing else.
+of one layer: sparse products against the same products of the masked dense weight. "select + pack"
+is what the sparse step spends beside its products: both masks and both packed forms, against one
+dense product of the layer and against the three that a dense step has. Its limit is that of bytes:
+the weight read once, masks and packed forms written once. At most a tenth is asked wherever that
+limit is below a tenth.
 
 The vector meets weights that come from memory: each call takes the next of several copies,
 together far larger than the last cache. The limit beside a ratio is that of multiply-adds for many
@@ -47,10 +48,11 @@ QUICK_MATRICES = MATRICES[:2]
 VECTOR = (4096, 11008)
 COPIES_BYTES = 192 << 20  # what all copies of a weight take together, at least
 # (outputs, inputs, tokens) of training steps.
-STEPS = ((768, 3072, 128), (768, 3072, 256), (768, 3072, 1024), (1024, 1024, 128),
-         (1024, 1024, 256), (1024, 1024, 1024))  # fmt: skip
-MOST_CHOICE = 0.1  # of the three products that a step computes densely
-QUICK_STEPS = (STEPS[1], STEPS[4])
+STEPS = (*itertools.product((768,), (3072,), (128, 512, 2048)),
+         *itertools.product((3072,), (768,), (128, 512, 2048)),
+         *itertools.product((1024,), (1024,), (128, 256, 1024)))  # fmt: skip
+QUICK_STEPS = (STEPS[0], STEPS[-2])
+MOST_BESIDE = 0.1  # of dense products: select + pack
 STEP_PATTERNS: tuple[Pattern, ...] = ((2, 8), (1, 8))
 WARM_UP = 30  # steps: more than variants times tries
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -187,6 +189,7 @@ class Step:
 
     def __init__(self, rows: int, cols: int, tokens: int, pattern: Pattern) -> None:
         self.shape, self.tokens, self.pattern = (rows, cols), tokens, pattern
+        self._layer = f"{cols} -> {rows} x {tokens} tokens"
         self.x = torch.randn(tokens, cols, requires_grad=True)
         self.gradient = torch.randn(tokens, rows)
         self.dense = nn.Linear(cols, rows)
@@ -197,10 +200,11 @@ class Step:
             self.coupling.attach(ref, NM(*pattern).select_largest(layer.weight))
         self.masked.products = None
         self.contest = Contest({
+            "linear": lambda: F.linear(self.x, self.dense.weight, self.dense.bias),
             "products": lambda: self._products(self.dense),
             "masked": lambda: self._step(self.masked),
             harness.OURS: lambda: self._step(self.sparse),
-            "choose": lambda: self._choose(self.sparse),
+            "select + pack": lambda: self._select(self.sparse),
         })  # fmt: skip
         for _ in range(WARM_UP):
             self._step(self.sparse)
@@ -211,21 +215,38 @@ class Step:
 
     def _step(self, layer: nn.Module) -> None:
         self._products(layer)
-        self._choose(layer)
+        self._select(layer)
 
-    def _choose(self, layer: nn.Module) -> None:
-        weight = layer.weight.detach()
-        products = layer.products
-        if products and products.choose(weight, layer.mask_forward, layer.mask_backward):
-            return
-        for axis, name in ((1, "mask_forward"), (0, "mask_backward")):
-            chosen = NM(*self.pattern, axis=axis).select_largest(weight)
-            layer.get_buffer(name).copy_(chosen)
+    def _select(self, layer: nn.Module) -> None:
+        """What a step's end does, as the trainers do it; packs where there are products."""
+        ref, weight = select_parameters(layer)["weight"], layer.weight.detach()
+        chosen, mask = (
+            self.coupling.select_largest(ref, weight, NM(*self.pattern)),
+            layer.mask_forward,
+        )
+        if chosen is not mask:
+            mask.copy_(chosen)
+        self.coupling.masks_changed(ref, weight)
+
+    def _beside(self, roof: kernels.Roofline) -> list[Figure]:
+        """Shares of dense products that select + pack takes, each with its limit."""
+        n, m = self.pattern
+        weights = math.prod(self.shape)
+        # Float32 weights are read; of both ways a byte of mask each, and 8 of each that is kept.
+        nbytes = weights * (4 + 2 * (1 + 8 * n / m))
+        name = f"{name_of(self.pattern)} select + pack, both ways, {self._layer}"
+        found = []
+        for peer, unit in (("linear", "of one dense product"), ("products", "of the three")):
+            share = 1 / harness.ratio(self.contest.times[peer], self.contest.times["select + pack"])
+            limit = 1e-9 * nbytes / roof.load_gbps_dram / self.contest.seconds(peer)
+            most = MOST_BESIDE if limit < MOST_BESIDE and peer == "products" else None
+            found.append(Figure(name, share, unit, most=most, limit=limit))
+        return found
 
     def found(self, roof: kernels.Roofline) -> tuple[Row, list[Figure]]:
         contest, (n, m) = self.contest, self.pattern
         operations = 2 * self.tokens * math.prod(self.shape) * (1 + 2 * n / m)
-        name = f"{self.shape[1]} -> {self.shape[0]} x {self.tokens} tokens"
+        name = self._layer
         masked = contest.seconds("masked")
         row = Row(
             layer=f"{name}, training step",
@@ -243,18 +264,7 @@ class Step:
             Figure(label, row.times_dense, "x the same step on masked dense weights"),
             Figure(label, contest.times_faster("products"), "x the three dense products"),
         ]
-        share = 1 / harness.ratio(contest.times["products"], contest.times["choose"])
-        reading = 4e-9 * math.prod(self.shape) / roof.load_gbps_dram / contest.seconds("products")
-        figures.append(
-            Figure(
-                f"{label}: choose and pack, both ways",
-                share,
-                "of the three dense products",
-                most=MOST_CHOICE,
-                limit=reading,
-            )
-        )
-        return row, figures
+        return row, figures + self._beside(roof)
 
 
 def figures(cases: list[Case], rows: list[Row]) -> list[Figure]:

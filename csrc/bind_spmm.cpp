@@ -115,8 +115,9 @@ void bind_spmm(nb::module_& m) {
   m.def("spmm_pack_updatable", &pack_updatable, nb::rv_policy::take_ownership);
   m.def("nm_packed", &nm_structure, nb::rv_policy::take_ownership);
   m.def("nm_pack_ways", &pack_nm, nb::arg("weight"), nb::arg("rows"), nb::arg("cols"), nb::arg("n"),
-        nb::arg("m"), nb::arg("forward").none(), nb::arg("forward_mask"), nb::arg("backward").none(),
-        nb::arg("backward_mask"), nb::arg("given"), nb::arg("threads"));
+        nb::arg("m"), nb::arg("forward").none(), nb::arg("forward_mask"),
+        nb::arg("backward").none(), nb::arg("backward_mask"), nb::arg("given"),
+        nb::arg("threads"));
   m.def("nm_holds", &holds_nm);
   nb::class_<SpmmCall>(m, "SpmmCall")
       .def("__init__", &prepare, nb::keep_alive<1, 2>())

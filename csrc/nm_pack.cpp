@@ -17,7 +17,9 @@
 namespace aerogel {
 namespace {
 
-constexpr int64_t kMostOutputs = std::max(kNmPackRows, kNmPackCols);  // of a tile
+// A tile, which stays in the second cache while both ways read it.
+constexpr int64_t kTileRows = 128, kTileCols = 512;
+static_assert(kTileRows <= kNmPackInputs);
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -67,13 +69,18 @@ int64_t slab_of(const SpmmStream& s, int64_t input) {
   return std::upper_bound(s.slab_cols, s.slab_cols + s.slabs, input) - s.slab_cols - 1;
 }
 
+// The tile that holds an output.
+int64_t tile_of(const SpmmStream& s, int64_t output) {
+  return std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, output) - s.tile_rows - 1;
+}
+
 // Where outputs [begin, end) have their entries of a slab, piece by piece of `most` at most.
 void find_lanes(const SpmmStream& s, int64_t slab, int64_t begin, int64_t end, int64_t most,
                 NmPackLanes* to) {
   // The stream's memory belongs to a weight that the caller lets us change.
   const auto weights = const_cast<float*>(s.weights);
   const auto offsets = const_cast<int32_t*>(s.offsets);
-  int64_t tile = std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, begin) - s.tile_rows - 1;
+  int64_t tile = tile_of(s, begin);
   for (; begin < end; ++tile) {
     SpmmSegment at = s.segments[tile * s.slabs + slab];
     int64_t output = s.tile_rows[tile];  // the first of a run
@@ -101,9 +108,26 @@ struct Tile {
   int64_t row, rows, col, cols;
 };
 
-// Slab by slab, and a shorter last group by itself.
-bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile, const NmPackKernels& kernels) {
-  NmPackLanes lanes[kMostOutputs];
+// Pieces of a tile are so short, and their rows so far apart, that no hardware prefetcher sees them
+// coming: what is read or written next is asked for here.
+void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+  }
+}
+
+template <typename T>
+void fetch(const T* matrix, int64_t ld, const Tile& part) {
+  if (!matrix) return;
+  for (int64_t r = part.row; r < part.row + part.rows; ++r) {
+    fetch(matrix + r * ld + part.col, part.cols * static_cast<int64_t>(sizeof(T)));
+  }
+}
+
+// A part of a tile that is small enough, slab by slab, and a shorter last group by itself.
+bool pack_part(const NmPackArgs& a, const Way& way, const Tile& tile,
+               const NmPackKernels& kernels) {
+  NmPackLanes lanes[kNmPackOutputs];
   const int64_t output = way.neighbours ? tile.col : tile.row;
   const int64_t outputs = way.neighbours ? tile.cols : tile.rows;
   int64_t input = way.neighbours ? tile.row : tile.col;
@@ -121,6 +145,9 @@ bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile, const NmPa
       for (int64_t i = 0, l = 0; l < outputs; l += lanes[i++].count) {
         lanes[i].weights += step * lanes[i].stride;
         lanes[i].offsets += step * lanes[i].stride;
+        const int64_t bytes = left / a.m * a.n * lanes[i].stride * 4;
+        fetch(lanes[i].weights, bytes);
+        fetch(lanes[i].offsets, bytes);
       }
     }
     const int64_t inputs = left < a.m ? left : left / a.m * a.m;
@@ -140,6 +167,29 @@ bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile, const NmPa
                           way.packed ? lanes : nullptr};
     if (!kernels.pack(task)) return false;
     input += inputs;
+  }
+  return true;
+}
+
+bool pack_tile(const NmPackArgs& a, const Way& way, const Tile& tile,
+               const NmPackKernels& kernels) {
+  const int64_t tall = way.neighbours ? tile.rows : kNmPackTransposed;
+  const int64_t wide = way.neighbours ? kNmPackOutputs : kNmPackInputs / a.m * a.m;
+  const auto part = [&](int64_t row, int64_t col) {
+    return Tile{tile.row + row, std::min(tall, tile.rows - row), tile.col + col,
+                std::min(wide, tile.cols - col)};
+  };
+  for (int64_t row = 0; row < tile.rows; row += tall) {
+    for (int64_t col = 0; col < tile.cols; col += wide) {
+      fetch(way.mask, a.cols, part(row, col));
+      // The way that comes first brings the tile into the second cache.
+      if (!way.neighbours && col + wide < tile.cols) {
+        fetch(a.weight, a.cols, part(row, col + wide));
+      } else if (!way.neighbours && row + tall < tile.rows) {
+        fetch(a.weight, a.cols, part(row + tall, 0));
+      }
+      if (!pack_part(a, way, part(row, col), kernels)) return false;
+    }
   }
   return true;
 }
@@ -175,15 +225,15 @@ bool nm_pack(const NmPackArgs& a, int threads) {
     const int64_t outputs = way.neighbours ? a.cols : a.rows;
     check_packed(*way.packed, outputs, a.rows + a.cols - outputs, a.n, a.m);
   }
-  const int64_t tall = kNmPackRows / a.m * a.m, wide = kNmPackCols / a.m * a.m;
+  const int64_t tall = kTileRows / a.m * a.m, wide = kTileCols / a.m * a.m;
+  const int64_t across = (a.cols + wide - 1) / wide;
   std::atomic<bool> fits{true};
-  parallel_tasks((a.rows + tall - 1) / tall, threads, [&](int64_t strip) {
-    Tile tile{strip * tall, std::min(tall, a.rows - strip * tall), 0, 0};
-    for (; tile.col < a.cols && fits.load(std::memory_order_relaxed); tile.col += wide) {
-      tile.cols = std::min(wide, a.cols - tile.col);
-      for (const Way& way : ways) {
-        if (way.wanted() && !pack_tile(a, way, tile, kernels)) fits = false;
-      }
+  parallel_tasks((a.rows + tall - 1) / tall * across, threads, [&](int64_t t) {
+    if (!fits.load(std::memory_order_relaxed)) return;
+    const int64_t row = t / across * tall, col = t % across * wide;
+    const Tile tile{row, std::min(tall, a.rows - row), col, std::min(wide, a.cols - col)};
+    for (const Way& way : ways) {
+      if (way.wanted() && !pack_tile(a, way, tile, kernels)) fits = false;
     }
   });
   return fits;
@@ -197,10 +247,11 @@ bool nm_holds(const SpmmWeight& packed, const float* weight, int64_t row_step, i
   for (int64_t slab = 0; slab < s.slabs; ++slab) {
     NmPackLanes at;
     find_lanes(s, slab, output, output + 1, 1, &at);
-    const int64_t tile = std::upper_bound(s.tile_rows, s.tile_rows + s.tiles, output) - s.tile_rows - 1;
-    for (int32_t i = s.runs[s.segments[tile * s.slabs + slab].run].steps; i > 0; --i) {
+    const int64_t segment = tile_of(s, output) * s.slabs + slab;
+    for (int32_t i = s.runs[s.segments[segment].run].steps; i > 0; --i) {
       const int64_t input = *at.offsets / row_bytes;
-      if (std::memcmp(at.weights, weight + output * row_step + input * column_step, 4)) return false;
+      const float* dense = weight + output * row_step + input * column_step;
+      if (std::memcmp(at.weights, dense, sizeof(float)) != 0) return false;
       at.weights += at.stride;
       at.offsets += at.stride;
     }

@@ -1,11 +1,11 @@
-// N:M training: which weights both products of a step keep, and the packed forms they read, from one
-// reading of the dense weight.
+// N:M training: which weights both products of a step keep, and the packed forms they read, from
+// one reading of the dense weight.
 //
-// A way of a weight is a product that reads it: forward sums over the inputs of an output and keeps n
-// of every m of them; backward sums over the outputs and keeps n of every m of those. Of equals the
-// first are kept, as by nm_mask; a shorter last group keeps n too, or all it has. Every group keeps as
-// many entries at any time, so that a packed weight keeps its runs, rows and sizes, and only weights
-// and offsets are written.
+// A way of a weight is a product that reads it: forward sums over the inputs of an output and keeps
+// n of every m of them; backward sums over the outputs and keeps n of every m of those. Of equals
+// the first are kept, as by nm_mask; a shorter last group keeps n too, or all it has. Every group
+// keeps as many entries at any time, so that a packed weight keeps its runs, rows and sizes, and
+// only weights and offsets are written.
 //
 // Plain data and function pointers only in the second half: the files compiled once per instruction
 // set include this one.
@@ -39,13 +39,13 @@ struct NmPackArgs {
 std::unique_ptr<SpmmWeight> nm_packed(int64_t rows, int64_t cols, int64_t n, int64_t m,
                                       const SpmmVariant& variant);
 
-// Nobody may be multiplying meanwhile. Returns false if some group of a given mask does not keep just
-// so many; what was packed then holds nothing of use until the next call. Throws
+// Nobody may be multiplying meanwhile. Returns false if some group of a given mask does not keep
+// just so many; what was packed then holds nothing of use until the next call. Throws
 // std::invalid_argument for impossible patterns and packed weights of another structure.
 bool nm_pack(const NmPackArgs& args, int threads);
 
-// Whether the packed weights of one output are those of a dense weight at their places; that of output
-// r and input k is number r * row_step + k * column_step.
+// Whether the packed weights of one output are those of a dense weight at their places; that of
+// output r and input k is number r * row_step + k * column_step.
 bool nm_holds(const SpmmWeight& packed, const float* weight, int64_t row_step, int64_t column_step,
               int64_t output);
 
@@ -70,7 +70,8 @@ struct NmPackTask {
   const NmPackLanes* lanes;  // of all outputs in turn, or null: not packed
 };
 
-constexpr int64_t kNmPackRows = 32, kNmPackCols = 128;  // of a tile at most
+constexpr int64_t kNmPackOutputs = 128, kNmPackInputs = 128;  // of a task at most
+constexpr int64_t kNmPackTransposed = 32;                      // outputs that are no neighbours
 
 struct NmPackKernels {
   int64_t lanes;

@@ -1,15 +1,15 @@
-// Choosing and packing one way of a tile. The lanes of a vector are outputs; where these lie one below
-// the other, the tile is transposed first. An entry is its magnitude as an integer, which orders as
-// the float does, and a tag: its place in the group, and its sign.
+// Choosing and packing one way of a tile. The lanes of a vector are outputs; where these lie one
+// below the other, the tile is transposed first. An entry is its magnitude as an integer, which
+// orders as the float does, and a tag: its place in the group, and its sign.
 //
-// The n largest of a group are found in one walk that keeps them in order of their places, as they are
-// stored: of the n so far and the next one, the smallest leaves and all behind it move up.
+// The n largest of a group are found in one walk that keeps them in order of their places, as they
+// are stored: of the n so far and the next one, the smallest leaves and all behind it move up.
 //
 // A given mask makes magnitudes of what it keeps larger by one, and all others 0: the n largest are
 // then what it keeps, if it keeps n.
 //
-// Reading order: one group of one vector of outputs -> its mask -> all groups of these outputs -> the
-// tile.
+// Reading order: one group of one vector of outputs -> its mask -> all groups of these outputs ->
+// the tile.
 #include "nm_pack.h"
 
 #include <string.h>
@@ -22,17 +22,20 @@ namespace aerogel::AEROGEL_ISA {
 namespace {
 
 using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
 constexpr int32_t kMagnitude = INT32_MAX;
-constexpr int64_t kTileStep = kNmPackRows + kLanes;  // of a transposed tile: whole vectors load
+// Of a transposed tile: whole vectors load.
+constexpr int64_t kTileStep = kNmPackTransposed + kLanes;
+constexpr int64_t kMarkedStep = kNmPackOutputs > kNmPackInputs ? kNmPackOutputs : kNmPackInputs;
 
 struct PackScratch {
-  alignas(64) float tile[kNmPackCols * kTileStep];
-  alignas(64) float marked[kNmPackRows * kNmPackCols + kLanes];
+  alignas(64) float tile[kNmPackInputs * kTileStep];
+  alignas(64) float marked[kMarkedStep * kMarkedStep + kLanes];
   // What a vector of outputs keeps: [step][lane].
-  alignas(64) int32_t weights[kNmPackCols * kLanes];
-  alignas(64) int32_t offsets[kNmPackCols * kLanes];
+  alignas(64) int32_t weights[kNmPackInputs * kLanes];
+  alignas(64) int32_t offsets[kNmPackInputs * kLanes];
 };
 
 // The eight entries of a mask that a byte of bits stands for.
@@ -52,7 +55,9 @@ struct Kept {
   Ints magnitude[kN], tag[kN];
 };
 
-AEROGEL_INLINE void load_entries(const float* from, Ints& bits) { memcpy(&bits, from, sizeof bits); }
+AEROGEL_INLINE void load_entries(const float* from, Ints& bits) {
+  memcpy(&bits, from, sizeof bits);
+}
 
 // kM is the length of the group where the compiler shall know it, else 0.
 template <int kN, int kM>
@@ -65,8 +70,7 @@ AEROGEL_INLINE void choose(const float* from, int64_t step, int64_t longest, Kep
     kept.magnitude[j] = bits & kMagnitude;
     kept.tag[j] = (bits & ~kMagnitude) | j;
   }
-#pragma GCC unroll 32
-  for (int32_t j = kN; j < m; ++j) {
+  const auto see = [&](int32_t j) {
     Ints bits;
     load_entries(from + j * step, bits);
     const Ints next = bits & kMagnitude, tag = (bits & ~kMagnitude) | j;
@@ -83,17 +87,22 @@ AEROGEL_INLINE void choose(const float* from, int64_t step, int64_t longest, Kep
                                 : kept.magnitude[i];
       kept.tag[i] = moves ? (i + 1 < kN ? kept.tag[i + 1 < kN ? i + 1 : 0] : tag) : kept.tag[i];
     }
+  };
+  if constexpr (kM > 0) {
+#pragma GCC unroll 16
+    for (int32_t j = kN; j < kM; ++j) see(j);
+  } else {
+    for (int32_t j = kN; j < m; ++j) see(j);
   }
 }
 
-// The mask of one group: `bits` of each output.
+// The mask of one group of a vector of outputs.
 template <int kM>
 AEROGEL_INLINE void write_mask(const NmPackTask& t, int64_t output, int64_t input, int64_t lanes,
                                const Ints& bits) {
   const int64_t m = kM > 0 ? kM : t.m;
   if (t.neighbours) {
     uint8_t* to = t.mask + input * t.ld + output;
-#pragma GCC unroll 32
     for (int32_t j = 0; j < m; ++j, to += t.ld) {
       const Bytes bytes = __builtin_convertvector(bits >> j & 1, Bytes);
       if (lanes == kLanes) {
@@ -108,13 +117,12 @@ AEROGEL_INLINE void write_mask(const NmPackTask& t, int64_t output, int64_t inpu
   memcpy(all, &bits, sizeof all);
   uint8_t* to = t.mask + output * t.ld + input;
   for (int64_t l = 0; l < lanes; ++l, to += t.ld) {
-#pragma GCC unroll 4
     for (int64_t j = 0; j < m; j += 8) {
-      const uint64_t word = kBitsToBytes.word[all[l] >> j & 255];
+      const uint64_t* word = &kBitsToBytes.word[all[l] >> j & 255];
       if (m - j >= 8) {
-        memcpy(to + j, &word, 8);
+        memcpy(to + j, word, 8);
       } else {
-        memcpy(to + j, &word, static_cast<size_t>(m - j));
+        memcpy(to + j, word, static_cast<size_t>(m - j));
       }
     }
   }
@@ -229,9 +237,14 @@ template <int kCount>
 AEROGEL_INLINE void put_steps(const NmPackLanes& to, const PackScratch& from, int64_t lane,
                               int64_t steps) {
   const auto size = static_cast<size_t>(kCount > 0 ? kCount : to.count) * 4;
-  for (int64_t s = 0; s < steps; ++s) {
-    memcpy(to.weights + s * to.stride, from.weights + s * kLanes + lane, size);
-    memcpy(to.offsets + s * to.stride, from.offsets + s * kLanes + lane, size);
+  const int64_t stride = to.stride;
+  float* weights = to.weights;
+  for (int64_t s = 0; s < steps; ++s, weights += stride) {
+    memcpy(weights, from.weights + s * kLanes + lane, size);
+  }
+  int32_t* offsets = to.offsets;
+  for (int64_t s = 0; s < steps; ++s, offsets += stride) {
+    memcpy(offsets, from.offsets + s * kLanes + lane, size);
   }
 }
 
@@ -246,25 +259,34 @@ AEROGEL_INLINE void put(const NmPackLanes& to, const PackScratch& from, int64_t 
   put_steps<0>(to, from, lane, steps);
 }
 
-// A copy of the tile in which what a mask keeps is larger by one; false if it keeps too many or few.
+// A copy of the tile where what a mask keeps is larger by one; false if it keeps too many or few.
 AEROGEL_NOINLINE bool mark_given(const NmPackTask& t, float* to) {
   const int64_t rows = t.neighbours ? t.inputs : t.outputs;
   const int64_t cols = t.neighbours ? t.outputs : t.inputs;
-  int64_t count = 0;
+  Ints count{};
   for (int64_t r = 0; r < rows; ++r) {
-    int32_t in_row = 0;
-    for (int64_t c = 0; c < cols; ++c) {
-      int32_t bits;
-      memcpy(&bits, t.weight + r * t.ld + c, sizeof bits);
-      const int32_t keep = t.mask[r * t.ld + c];
-      in_row += keep;
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const int64_t at = r * t.ld + c, left = cols - c;
+      Ints bits{};
+      Bytes keep{};
+      if (left >= kLanes) {
+        memcpy(&bits, t.weight + at, sizeof bits);
+        memcpy(&keep, t.mask + at, sizeof keep);
+      } else {
+        memcpy(&bits, t.weight + at, static_cast<size_t>(left) * 4);
+        memcpy(&keep, t.mask + at, static_cast<size_t>(left));
+      }
+      const Ints kept = __builtin_convertvector(keep, Ints);
+      count += kept;
       // Unsigned: a NaN of all ones overflows to an entry that is not kept.
-      bits = static_cast<int32_t>(static_cast<uint32_t>(bits) + 1u) & -keep;
-      memcpy(to + r * kNmPackCols + c, &bits, sizeof bits);
+      const Words larger = __builtin_convertvector(bits, Words) + 1u;
+      bits = __builtin_convertvector(larger, Ints) & -kept;
+      memcpy(to + r * kMarkedStep + c, &bits, sizeof bits);
     }
-    count += in_row;
   }
-  return count == t.outputs * (t.inputs / t.m) * t.n;
+  int64_t sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += count[l];
+  return sum == t.outputs * (t.inputs / t.m) * t.n;
 }
 
 bool pack(const NmPackTask& t) {
@@ -274,8 +296,8 @@ bool pack(const NmPackTask& t) {
   if (t.given) {
     if (!mark_given(t, scratch.marked)) return false;
     from = scratch.marked;
-    ld = kNmPackCols;
-    readable = kNmPackCols + kLanes;
+    ld = kMarkedStep;
+    readable = kMarkedStep + kLanes;
   }
   if (!t.neighbours) {
     transpose(from, ld, scratch.tile, kTileStep, t.outputs, t.inputs);

@@ -13,11 +13,11 @@ training step are to be sparse. The recipe of the dense network stays as it is.
 
 Costs and buys: with n:m the multiplications of a step fall from 3f to (1 + 2n/m)f: by 1.5 at 2:4
 and by 2 at 2:8. Linear layers in float32 on a CPU skip the zeros where groups keep a quarter at
-most and a batch has at least 64 rows; everything else is computed densely with zeros. Choosing and
-packing the weights anew takes as long as a few hundred rows of a product, so that against training
-the dense network only larger batches gain (``benchmarks/nm.py`` measures it). The analytical model
-of the paper's accelerator, `aerogel.insight.SATModel`, says what hardware made for it would gain.
-The trained network is a strict N:M network, which packed kernels run.
+most and a batch has at least 64 rows; everything else is computed densely with zeros. Both masks
+and both packed forms of a step come from one reading of the weights, right after the update; what
+that takes beside the products, and the limit of memory under it, ``benchmarks/nm.py`` measures. The
+analytical model of the paper's accelerator, `aerogel.insight.SATModel`, says what hardware made for
+it would gain. The trained network is a strict N:M network, which packed kernels run.
 
 The claim this repository measures (``aerogel reproduce bdwp``): 2:8 training loses at most a point
 against dense training and beats pruning a dense network to 2:8 at once; by its cycle model the
