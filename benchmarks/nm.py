@@ -195,8 +195,9 @@ class Step:
         self.dense = nn.Linear(cols, rows)
         self.sparse, self.masked = (copy.deepcopy(self.dense) for _ in range(2))
         self.coupling = Bidirectional(NM(*pattern, axis=0))
+        self.refs = {}
         for layer in (self.sparse, self.masked):
-            ref = select_parameters(layer)["weight"]
+            self.refs[layer] = ref = select_parameters(layer)["weight"]
             self.coupling.attach(ref, NM(*pattern).select_largest(layer.weight))
         self.masked.products = None
         self.contest = Contest({
@@ -219,13 +220,10 @@ class Step:
 
     def _select(self, layer: nn.Module) -> None:
         """What a step's end does, as the trainers do it; packs where there are products."""
-        ref, weight = select_parameters(layer)["weight"], layer.weight.detach()
-        chosen, mask = (
-            self.coupling.select_largest(ref, weight, NM(*self.pattern)),
-            layer.mask_forward,
-        )
-        if chosen is not mask:
-            mask.copy_(chosen)
+        ref, weight = self.refs[layer], layer.weight.detach()
+        chosen = self.coupling.select_largest(ref, weight, NM(*self.pattern))
+        if chosen is not layer.mask_forward:
+            layer.mask_forward.copy_(chosen)
         self.coupling.masks_changed(ref, weight)
 
     def _beside(self, roof: kernels.Roofline) -> list[Figure]:
