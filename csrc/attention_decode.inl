@@ -123,7 +123,7 @@ class StretchReader {
     while (stretches_ > 1 && list_.count < stretches_ * kStretchKeys) stretches_ /= 2;
     return true;
   }
-  // Entry p of the order is entry p / streams of stretch p % streams; the first are the longer ones.
+  // Entry p of the order is entry p / stretches of stretch p % stretches; the first are longer.
   AEROGEL_INLINE void deal(const int32_t* from, int64_t count, int32_t* to) const {
     const int64_t each = list_.count / stretches_, longer = list_.count % stretches_;
     from += at_ / stretches_;

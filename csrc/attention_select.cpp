@@ -147,6 +147,15 @@ void choose_by_labels(const LabelArgs& a, const ChooseRule& rule, int32_t* keys,
                  [&](int64_t i) { choose_task(tasks[i], rule, keys, found); });
 }
 
+void tile_lengths(const int64_t* found, int64_t rows, int64_t most, int64_t tile,
+                  int16_t* lengths) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t begin = 0; begin < most; begin += tile) {
+      *lengths++ = static_cast<int16_t>(std::clamp<int64_t>(found[row] - begin, 0, tile));
+    }
+  }
+}
+
 void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64_t* keys,
                   int threads) {
   const SelectKernels& kernels = *active_table().select;

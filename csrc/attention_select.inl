@@ -165,8 +165,9 @@ void score_task(const LabelTask& t) {
     const float* const from =
         a.query + ((t.batch * a.q_heads + head) * a.q_len + (t.column + c) % a.q_len) * width;
     sums[c] = 0.0f;
-    for (int64_t d = 0; d < padded; ++d) queries[c * padded + d] = d < width ? from[d] : 0.0f;
-    for (int64_t d = 0; d < width; ++d) sums[c] += from[d];
+    float* const query = queries + c * padded;
+    for (int64_t d = 0; d < padded; ++d) query[d] = d < width ? from[d] * a.scale : 0.0f;
+    for (int64_t d = 0; d < width; ++d) sums[c] += query[d];
   }
   const char* const base = static_cast<const char*>(a.labels) + t.batch * a.label_batch +
                            t.label_head * a.label_head;
