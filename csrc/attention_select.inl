@@ -247,24 +247,56 @@ AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
 }
 #endif
 
-constexpr int64_t kFewRanks = 256;  // for which clearing the bins would take longest
+// Entries of sixteen whose bits are set move to `to`, and so do the numbers of their places from `at`
+// on; there is room for sixteen. Without branches where registers can be compressed: whether an entry
+// is among the largest is beyond any prediction.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE void pack_marked(const int32_t* from, uint32_t bits, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits),
+                                                      _mm512_loadu_si512(from)));
+}
+AEROGEL_INLINE void pack_places(int64_t at, uint32_t bits, int32_t* to) {
+  const __m512i sixteen = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(at)), sixteen);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), places));
+}
+#else
+AEROGEL_INLINE void pack_marked(const int32_t* from, uint32_t bits, int32_t* to) {
+  for (; bits; bits &= bits - 1) *to++ = from[__builtin_ctz(bits)];
+}
+AEROGEL_INLINE void pack_places(int64_t at, uint32_t bits, int32_t* to) {
+  for (; bits; bits &= bits - 1) *to++ = static_cast<int32_t>(at + __builtin_ctz(bits));
+}
+#endif
 
-// The k-th largest of n ranks bit by bit; ranks[n .. n + 16) become kNever.
-AEROGEL_NOINLINE int32_t kth_of_few(int32_t* ranks, int64_t n, int64_t k) {
-  for (int64_t i = n; i < n + 16; ++i) ranks[i] = kNever;
+// For which bit by bit is faster than bins, whose clearing and searching does not depend on n.
+constexpr int64_t kFewRanks = 1024;
+
+AEROGEL_INLINE int32_t least_from(const int32_t* ranks, int64_t n, int32_t bound) {
+  int32_t least = INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t rank = ranks[i] >= bound ? ranks[i] : INT32_MAX;
+    least = rank < least ? rank : least;
+  }
+  return least;
+}
+
+// The k-th largest of n ranks bit by bit.
+AEROGEL_NOINLINE int32_t kth_of_few(const int32_t* ranks, int64_t n, int64_t k) {
   uint32_t found = 0;
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t more = found | 1u << bit;
     const int32_t bound = static_cast<int32_t>(more ^ 0x80000000u);
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(at_least(ranks + i, bound));
-    if (count >= k) found = more;
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += ranks[i] >= bound;
+    if (count == k) return least_from(ranks, n, bound);
+    if (count > k) found = more;
   }
   return static_cast<int32_t>(found ^ 0x80000000u);
 }
 
 // The k-th largest of n ranks, 1 <= k <= n, by 11, 11 and 10 bits; those that share the leading bits
-// move into `left`. There is room for 16 more ranks.
+// move into `left`.
 AEROGEL_NOINLINE int32_t kth_largest(int32_t* ranks, int64_t n, int64_t k, int32_t* left) {
   if (n <= kFewRanks) return kth_of_few(ranks, n, k);
   constexpr int kShifts[] = {21, 10, 0}, kBins[] = {2048, 2048, 1024};
@@ -308,9 +340,9 @@ AEROGEL_NOINLINE void group_maxima(const int32_t* ranks, int64_t groups, int64_t
 
 // Places of the k largest of n ranks, 1 <= k <= n, ascending; ranks[n .. n + kRankPad) become kNever.
 // The k-th largest of the maxima of groups bounds the k-th largest entry from below, so that few
-// entries need a closer look.
-AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32_t* scratch,
-                                     int32_t* places) {
+// entries need a closer look. There is room for kRankPad more places. Returns the k-th largest.
+AEROGEL_NOINLINE int32_t largest_places(int32_t* ranks, int64_t n, int64_t k, int32_t* scratch,
+                                        int32_t* places) {
   for (int64_t i = 0; i < kRankPad; ++i) ranks[n + i] = kNever;
   const int64_t size = n >= 32 * k ? 16 : n >= 8 * k ? 4 : 1, groups = (n + size - 1) / size;
   int32_t* const maxima = scratch;
@@ -325,22 +357,34 @@ AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32
   const int32_t bound = kth_largest(best, groups, k, left);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 16) {
-    for (uint32_t bits = at_least(ranks + i, bound); bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      found[count] = ranks[at];
-      place[count++] = static_cast<int32_t>(at);
-    }
+    const uint32_t bits = at_least(ranks + i, bound);
+    pack_marked(ranks + i, bits, found + count);
+    pack_places(i, bits, place + count);
+    count += __builtin_popcount(bits);
   }
   const int32_t least = size > 1 ? kth_largest(found, count, k, left) : bound;
-  int64_t tied = k;
-  for (int64_t i = 0; i < count; ++i) tied -= found[i] > least;
+  for (int64_t i = 0; i < 16; ++i) found[count + i] = kNever;
+  int32_t enough = 0, above = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    enough += found[i] >= least;
+    above += found[i] > least;
+  }
   int64_t taken = 0;
-  for (int64_t i = 0; i < count && taken < k; ++i) {
+  if (enough == k && least > kNever) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const uint32_t bits = at_least(found + i, least);
+      pack_marked(place + i, bits, places + taken);
+      taken += __builtin_popcount(bits);
+    }
+    return least;
+  }
+  for (int64_t i = 0, tied = k - above; i < count && taken < k; ++i) {
     const bool tie = found[i] == least && tied > 0;
     places[taken] = place[i];
     taken += found[i] > least || tie;
     tied -= tie;
   }
+  return least;
 }
 
 int64_t largest_task(const RankTask& t) {
@@ -358,7 +402,11 @@ int64_t largest_task(const RankTask& t) {
   }
   if (t.run == 1) {
     int32_t* const places = t.scratch + rank_scratch(t.n);
-    largest_places(ranks, t.n, t.count, t.scratch, places);
+    const int32_t least = largest_places(ranks, t.n, t.count, t.scratch, places);
+    if (least > floor) {  // so are all of them
+      for (int64_t i = 0; i < t.count; ++i) t.keys[i] = t.first + places[i];
+      return t.count;
+    }
     for (int64_t i = 0; i < t.count; ++i) count = keep(places[i], count);
     return count;
   }
