@@ -394,7 +394,8 @@ def _label_args(
     labels = _dense_rows(labels)
     _, label_heads, k_len, _ = labels.shape
     label_batch, label_head, _, _ = labels.stride()
-    kind, size, spans = _TYPES.get(labels.dtype), labels.element_size(), (0, 0, 0)
+    kind, size = _TYPES.get(labels.dtype), labels.element_size()
+    spans: tuple[int, ...] = (0, 0, 0)
     if span is not None:
         span = _dense_rows(span.to(torch.float32))
         kind, spans = _CODES[bits], (span.data_ptr(), *span.stride()[:2])
