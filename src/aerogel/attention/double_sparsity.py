@@ -35,8 +35,9 @@ from aerogel.kernels import KeyRule
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
 # What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how
-# much slower it reads keys that lie apart. Measured at about 10 GB/s.
-_STEP_BYTES = 4 << 20
+# much slower it reads keys that lie apart. Measured at about 15 GB/s: on one thread and on two, a
+# step breaks even between none and half of it.
+_STEP_BYTES = 1 << 20
 _SCATTERED = 2.5
 
 
