@@ -83,7 +83,7 @@ struct RankTask {
   int64_t n;
   int64_t count, run;
   bool finite;       // entries of -inf are never taken
-  int32_t* scratch;  // rank_scratch entries and n more
+  int32_t* scratch;  // rank_scratch entries, n more and kRankPad
   int32_t* keys;     // count * run entries, ascending
   int32_t first;     // what the first entry is called
 };
