@@ -16,8 +16,7 @@ namespace {
 
 constexpr int64_t kTaskColumns = 256;  // queries of one task, unless one head's tile has more
 constexpr int64_t kMostColumns = 512;  // whose panels fit in a task's table on every machine
-constexpr int64_t kPartKeys = 1024;    // keys in one part of a decoded list
-constexpr int64_t kPanelPartKeys = 2048;  // the same where queries fill panels,
+constexpr int64_t kPanelPartKeys = 2048;  // keys in one part where queries fill panels,
 constexpr size_t kFewTasks = 8;           // and so few lists are there that threads would idle
 constexpr int64_t kSegmentsPerThread = 2;  // of the keys, where heads do not give work enough
 constexpr int64_t kSegmentKeys = 64;       // at least so many keys in one

@@ -21,6 +21,7 @@ enum class AttendType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t kStepKeys = 64;
 constexpr int64_t kDecodeColumns = 8;  // up to so many queries, keys lie in the lanes instead
+constexpr int64_t kPartKeys = 1024;    // keys of a part of such a list, but for its last tile
 
 // Bits of a tile's kind.
 constexpr uint8_t kTileEdge = 1;      // compare the position of every key with every query's

@@ -201,6 +201,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Whether so many pointers begin at 0, never fall and end at `last`.
+bool rises(const int64_t* ptr, int64_t count, int64_t last) {
+  return ptr[0] == 0 && ptr[count - 1] == last && std::is_sorted(ptr, ptr + count);
+}
 
 LowerShape shape_of(int64_t batches, int64_t heads, int64_t block_q, int64_t q_len, int64_t k_len,
                     int64_t q_offset, bool causal, uintptr_t window, int64_t window_block) {
@@ -220,6 +224,9 @@ void bind_attention_lowering(nb::module_& m) {
         self.copy(pointer<int64_t>(tile_ptr), pointer<uint8_t>(kind), pointer<int32_t>(start),
                   pointer<int16_t>(length), pointer<int32_t>(gather), pointer<int32_t>(source));
       });
+  m.def("rises", [](uintptr_t ptr, int64_t count, int64_t last) {
+    return rises(pointer<const int64_t>(ptr), count, last);
+  });
   m.def(
       "lower_ranges",
       [](const LowerShape& shape, uintptr_t ptr, uintptr_t start, uintptr_t length, int64_t unit,

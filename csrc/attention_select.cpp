@@ -89,7 +89,7 @@ void choose_task(LabelTask t, const ChooseRule& rule, int32_t* keys, int64_t* fo
   const int64_t most = rule.count * rule.run;
   for (int64_t c = 0; c < t.columns; ++c) {
     RankTask rank = ranked(t, rule, c, t.scores + c * t.stride);
-    rank.scratch = reinterpret_cast<int32_t*>(ranks.at_least(rank_scratch(n) + n));
+    rank.scratch = reinterpret_cast<int32_t*>(ranks.at_least(rank_scratch(n) + n + kRankPad));
     // A task may write one entry more than it takes.
     std::vector<int32_t> own(static_cast<size_t>(std::min(most, rank.n) + rule.run + 1));
     rank.keys = own.data();
@@ -147,6 +147,15 @@ void choose_by_labels(const LabelArgs& a, const ChooseRule& rule, int32_t* keys,
                  [&](int64_t i) { choose_task(tasks[i], rule, keys, found); });
 }
 
+void tile_lengths(const int64_t* found, int64_t rows, int64_t most, int64_t tile,
+                  int16_t* lengths) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t begin = 0; begin < most; begin += tile) {
+      *lengths++ = static_cast<int16_t>(std::clamp<int64_t>(found[row] - begin, 0, tile));
+    }
+  }
+}
+
 void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64_t* keys,
                   int threads) {
   const SelectKernels& kernels = *active_table().select;
@@ -156,7 +165,7 @@ void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64
     t.n = n;
     t.count = k;
     t.run = 1;
-    t.scores = memory.at_least(n + kRankPad + rank_scratch(n) + n + k + 1);
+    t.scores = memory.at_least(n + kRankPad + rank_scratch(n) + n + k + kRankPad);
     t.scratch = reinterpret_cast<int32_t*>(t.scores + n + kRankPad);
     t.keys = t.scratch + rank_scratch(n) + n;
     std::copy_n(scores + row * n, n, t.scores);
@@ -190,7 +199,7 @@ int64_t choose_blocks(const BlockChoice& a, int64_t* row_ptr, int32_t* col, int 
     t.n = a.n;
     t.count = count;
     t.run = 1;
-    t.scores = memory.at_least(a.n + kRankPad + rank_scratch(a.n) + a.n + count + 1);
+    t.scores = memory.at_least(a.n + kRankPad + rank_scratch(a.n) + a.n + count + kRankPad);
     t.scratch = reinterpret_cast<int32_t*>(t.scores + a.n + kRankPad);
     t.keys = t.scratch + rank_scratch(a.n) + a.n;
     std::copy_n(scores, a.n, t.scores);

@@ -38,7 +38,7 @@ __attribute__((always_inline)) inline int64_t label_bytes(LabelType type, int64_
   return 0;
 }
 
-// [B][Hq][Lq] queries of `width` floats, scaled, and [B][Hlab][Lk] labels; Hlab divides Hq. Labels
+// [B][Hq][Lq] queries of `width` floats, times `scale`, and [B][Hlab][Lk] labels; Hlab divides Hq. Labels
 // of one head follow each other without gaps.
 struct LabelArgs {
   const float* query;
@@ -48,6 +48,7 @@ struct LabelArgs {
   int64_t span_batch, span_head;    // floats
   LabelType type;
   int64_t batches, q_heads, label_heads, q_len, k_len, width;
+  float scale;
 };
 
 // Which keys a query may get, and how many.
@@ -82,7 +83,7 @@ struct RankTask {
   int64_t n;
   int64_t count, run;
   bool finite;       // entries of -inf are never taken
-  int32_t* scratch;  // rank_scratch entries and n more
+  int32_t* scratch;  // rank_scratch entries, n more and kRankPad
   int32_t* keys;     // count * run entries, ascending
   int32_t first;     // what the first entry is called
 };
@@ -108,6 +109,9 @@ void label_scores(const LabelArgs& args, float* scores, int threads);
 // keys [B * Hq * Lq][count * run], of which the first found[row] count; the rest is 0.
 void choose_by_labels(const LabelArgs& args, const ChooseRule& rule, int32_t* keys, int64_t* found,
                       int threads);
+// How many of the first found[row] of `most` keys lie in each tile: lengths [rows][most / tile, up].
+void tile_lengths(const int64_t* found, int64_t rows, int64_t most, int64_t tile,
+                  int16_t* lengths);
 // The k largest of each row, ascending: keys [rows][k].
 void largest_keys(const float* scores, int64_t rows, int64_t n, int64_t k, int64_t* keys,
                   int threads);

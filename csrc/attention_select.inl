@@ -8,199 +8,10 @@
 #include "sum_lanes.inl"
 
 #include "attention_simd.inl"
+#include "attention_labels.inl"
 
 namespace aerogel::AEROGEL_ISA {
 namespace {
-
-constexpr int64_t kAhead = 2048;  // bytes: what memory brings while some 30 labels are scored
-
-// --- Scores -------------------------------------------------------------------------------------
-
-// Sixteen codes of 8, 4 or 2 bits as floats.
-#if defined(AEROGEL_USE_AVX512) || defined(AEROGEL_USE_AVX2)
-AEROGEL_INLINE void store_bytes(__m128i bytes, float* out) {
-#if defined(AEROGEL_USE_AVX512)
-  store(out, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
-#else
-  store(out, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
-  store(out + 8, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))));
-#endif
-}
-template <int kBits>
-AEROGEL_INLINE void unpack_sixteen(const uint8_t* from, float* out) {
-  if constexpr (kBits == 8) {
-    store_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), out);
-  } else if constexpr (kBits == 4) {
-    const __m128i mask = _mm_set1_epi8(15);
-    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    const __m128i low = _mm_and_si128(b, mask);
-    store_bytes(_mm_unpacklo_epi8(low, _mm_and_si128(_mm_srli_epi16(b, 4), mask)), out);
-  } else {
-    const __m128i mask = _mm_set1_epi8(3), b = load_u32(from);
-    const __m128i p0 = _mm_and_si128(b, mask), p1 = _mm_and_si128(_mm_srli_epi16(b, 2), mask);
-    const __m128i p2 = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
-    const __m128i p3 = _mm_and_si128(_mm_srli_epi16(b, 6), mask);
-    store_bytes(_mm_unpacklo_epi16(_mm_unpacklo_epi8(p0, p1), _mm_unpacklo_epi8(p2, p3)), out);
-  }
-}
-#else
-template <int kBits>
-AEROGEL_INLINE void unpack_sixteen(const uint8_t* from, float* out) {
-  constexpr int kEach = 8 / kBits, kMask = (1 << kBits) - 1;
-  for (int i = 0; i < 16 / kEach; ++i) {
-    for (int j = 0; j < kEach; ++j) {
-      out[i * kEach + j] = static_cast<float>(from[i] >> (j * kBits) & kMask);
-    }
-  }
-}
-#endif
-
-template <int kBits>
-AEROGEL_NOINLINE void unpack_codes(const uint8_t* from, int64_t bytes, float* out) {
-  constexpr int kEach = 8 / kBits, kBytes = 16 / kEach, kMask = (1 << kBits) - 1;
-  int64_t i = 0;
-  for (; i + kBytes <= bytes; i += kBytes) unpack_sixteen<kBits>(from + i, out + i * kEach);
-  for (; i < bytes; ++i) {
-    for (int j = 0; j < kEach; ++j) {
-      out[i * kEach + j] = static_cast<float>(from[i] >> (j * kBits) & kMask);
-    }
-  }
-}
-
-// C queries x 8 / C labels: total[c * 8 / C + i], of the labels from `rows` on, the first `count` of
-// which are there. Vectors are whole but for the last of a row.
-template <class Values, int C>
-AEROGEL_INLINE void score_step(const typename Values::Stored* labels, int64_t width,
-                               const float* query, int64_t query_stride, int64_t count,
-                               float* total) {
-  constexpr int kKeys = kProducts / C;
-  const int64_t whole = width / kLanes * kLanes;
-  Vec sums[kProducts];
-#pragma GCC unroll 8
-  for (int i = 0; i < kProducts; ++i) sums[i] = zero();
-  const auto add_products = [&](int64_t d, auto load_label) {
-    Vec q[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) q[c] = load(query + c * query_stride + d);
-#pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) {
-      const Vec x = load_label(labels + (i < count ? i : 0) * width + d);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sums[c * kKeys + i] = fma(x, q[c], sums[c * kKeys + i]);
-    }
-  };
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    add_products(d, [](const auto* p) { return Values::load(p); });
-  }
-  if (whole < width) {
-    add_products(whole, [&](const auto* p) { return load_row<Values>(p, width - whole); });
-  }
-  sum_lanes(sums, total);
-}
-
-// scores[c * stride + j] of C queries. Labels kAhead bytes on are asked for.
-template <class Values, int C>
-AEROGEL_NOINLINE void score_labels(const typename Values::Stored* labels, int64_t width,
-                                   const float* query, int64_t query_stride, int64_t count,
-                                   float* scores, int64_t stride) {
-  constexpr int kKeys = kProducts / C;
-  const int64_t bytes = kKeys * width * static_cast<int64_t>(sizeof *labels);
-  float total[kProducts];
-  int64_t j = 0;
-  for (; j + kKeys <= count; j += kKeys) {
-    const auto* const rows = labels + j * width;
-    for (int64_t at = 0; at < bytes; at += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(rows) + kAhead + at, 0, 3);
-    }
-    score_step<Values, C>(rows, width, query, query_stride, kKeys, total);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      __builtin_memcpy(scores + c * stride + j, total + c * kKeys, kKeys * sizeof(float));
-    }
-  }
-  if (j == count) return;
-  score_step<Values, C>(labels + j * width, width, query, query_stride, count - j, total);
-  for (int c = 0; c < C; ++c) {
-    for (int64_t i = 0; j + i < count; ++i) scores[c * stride + j + i] = total[c * kKeys + i];
-  }
-}
-
-template <class Values>
-AEROGEL_INLINE void score_columns(const LabelTask& t, const typename Values::Stored* labels,
-                                  const float* queries, int64_t padded, int64_t count,
-                                  float* scores) {
-  const int64_t width = t.args->width;
-  int64_t c = 0;
-  for (; c + 4 <= t.columns; c += 4) {
-    score_labels<Values, 4>(labels, width, queries + c * padded, padded, count,
-                            scores + c * t.stride, t.stride);
-  }
-  for (; c + 2 <= t.columns; c += 2) {
-    score_labels<Values, 2>(labels, width, queries + c * padded, padded, count,
-                            scores + c * t.stride, t.stride);
-  }
-  if (c < t.columns) {
-    score_labels<Values, 1>(labels, width, queries + c * padded, padded, count,
-                            scores + c * t.stride, t.stride);
-  }
-}
-
-// Codes are scored as they are: low and step of a label join the sum at its end.
-AEROGEL_NOINLINE void finish_codes(const float* span, float query_sum, int64_t count,
-                                   float* scores) {
-  for (int64_t j = 0; j < count; ++j) {
-    scores[j] = scores[j] * span[2 * j + 1] + query_sum * span[2 * j];
-  }
-}
-
-void score_task(const LabelTask& t) {
-  const LabelArgs& a = *t.args;
-  const int64_t width = a.width, padded = (width + kLanes - 1) / kLanes * kLanes;
-  float* const codes = t.scratch;
-  float* const queries = codes + kLabelChunk * width;
-  float sums[kLabelColumns];
-  const int64_t group = a.q_heads / a.label_heads;
-  for (int64_t c = 0; c < t.columns; ++c) {
-    const int64_t head = t.label_head * group + (t.column + c) / a.q_len;
-    const float* const from =
-        a.query + ((t.batch * a.q_heads + head) * a.q_len + (t.column + c) % a.q_len) * width;
-    sums[c] = 0.0f;
-    for (int64_t d = 0; d < padded; ++d) queries[c * padded + d] = d < width ? from[d] : 0.0f;
-    for (int64_t d = 0; d < width; ++d) sums[c] += from[d];
-  }
-  const char* const base = static_cast<const char*>(a.labels) + t.batch * a.label_batch +
-                           t.label_head * a.label_head;
-  const float* const span =
-      a.span ? a.span + t.batch * a.span_batch + t.label_head * a.span_head : nullptr;
-  const int64_t bytes = label_bytes(a.type, width);
-  for (int64_t begin = t.begin; begin < t.end; begin += kLabelChunk) {
-    const int64_t count = t.end - begin < kLabelChunk ? t.end - begin : kLabelChunk;
-    const char* const from = base + begin * bytes;
-    const auto* const raw = reinterpret_cast<const uint8_t*>(from);
-    float* const scores = t.scores + begin - t.begin;
-    switch (a.type) {
-      case LabelType::kFloat32:
-        score_columns<Float32Values>(t, reinterpret_cast<const float*>(from), queries, padded,
-                                     count, scores);
-        continue;
-      case LabelType::kBfloat16:
-        score_columns<Bfloat16Values>(t, reinterpret_cast<const uint16_t*>(from), queries, padded,
-                                      count, scores);
-        continue;
-      case LabelType::kFloat16:
-        score_columns<Float16Values>(t, reinterpret_cast<const uint16_t*>(from), queries, padded,
-                                     count, scores);
-        continue;
-      case LabelType::kBits8: unpack_codes<8>(raw, count * bytes, codes); break;
-      case LabelType::kBits4: unpack_codes<4>(raw, count * bytes, codes); break;
-      case LabelType::kBits2: unpack_codes<2>(raw, count * bytes, codes); break;
-    }
-    score_columns<Float32Values>(t, codes, queries, padded, count, scores);
-    for (int64_t c = 0; c < t.columns; ++c) {
-      finish_codes(span + 2 * begin, sums[c], count, scores + c * t.stride);
-    }
-  }
-}
 
 // --- The largest --------------------------------------------------------------------------------
 
@@ -246,24 +57,56 @@ AEROGEL_INLINE uint32_t at_least(const int32_t* ranks, int32_t bound) {
 }
 #endif
 
-constexpr int64_t kFewRanks = 256;  // for which clearing the bins would take longest
+// Entries of sixteen whose bits are set move to `to`, and so do the numbers of their places from `at`
+// on; there is room for sixteen. Without branches where registers can be compressed: whether an entry
+// is among the largest is beyond any prediction.
+#if defined(AEROGEL_USE_AVX512)
+AEROGEL_INLINE void pack_marked(const int32_t* from, uint32_t bits, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits),
+                                                      _mm512_loadu_si512(from)));
+}
+AEROGEL_INLINE void pack_places(int64_t at, uint32_t bits, int32_t* to) {
+  const __m512i sixteen = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(at)), sixteen);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), places));
+}
+#else
+AEROGEL_INLINE void pack_marked(const int32_t* from, uint32_t bits, int32_t* to) {
+  for (; bits; bits &= bits - 1) *to++ = from[__builtin_ctz(bits)];
+}
+AEROGEL_INLINE void pack_places(int64_t at, uint32_t bits, int32_t* to) {
+  for (; bits; bits &= bits - 1) *to++ = static_cast<int32_t>(at + __builtin_ctz(bits));
+}
+#endif
 
-// The k-th largest of n ranks bit by bit; ranks[n .. n + 16) become kNever.
-AEROGEL_NOINLINE int32_t kth_of_few(int32_t* ranks, int64_t n, int64_t k) {
-  for (int64_t i = n; i < n + 16; ++i) ranks[i] = kNever;
+// For which bit by bit is faster than bins, whose clearing and searching does not depend on n.
+constexpr int64_t kFewRanks = 1024;
+
+AEROGEL_INLINE int32_t least_from(const int32_t* ranks, int64_t n, int32_t bound) {
+  int32_t least = INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t rank = ranks[i] >= bound ? ranks[i] : INT32_MAX;
+    least = rank < least ? rank : least;
+  }
+  return least;
+}
+
+// The k-th largest of n ranks bit by bit.
+AEROGEL_NOINLINE int32_t kth_of_few(const int32_t* ranks, int64_t n, int64_t k) {
   uint32_t found = 0;
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t more = found | 1u << bit;
     const int32_t bound = static_cast<int32_t>(more ^ 0x80000000u);
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(at_least(ranks + i, bound));
-    if (count >= k) found = more;
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += ranks[i] >= bound;
+    if (count == k) return least_from(ranks, n, bound);
+    if (count > k) found = more;
   }
   return static_cast<int32_t>(found ^ 0x80000000u);
 }
 
 // The k-th largest of n ranks, 1 <= k <= n, by 11, 11 and 10 bits; those that share the leading bits
-// move into `left`. There is room for 16 more ranks.
+// move into `left`.
 AEROGEL_NOINLINE int32_t kth_largest(int32_t* ranks, int64_t n, int64_t k, int32_t* left) {
   if (n <= kFewRanks) return kth_of_few(ranks, n, k);
   constexpr int kShifts[] = {21, 10, 0}, kBins[] = {2048, 2048, 1024};
@@ -307,9 +150,9 @@ AEROGEL_NOINLINE void group_maxima(const int32_t* ranks, int64_t groups, int64_t
 
 // Places of the k largest of n ranks, 1 <= k <= n, ascending; ranks[n .. n + kRankPad) become kNever.
 // The k-th largest of the maxima of groups bounds the k-th largest entry from below, so that few
-// entries need a closer look.
-AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32_t* scratch,
-                                     int32_t* places) {
+// entries need a closer look. There is room for kRankPad more places. Returns the k-th largest.
+AEROGEL_NOINLINE int32_t largest_places(int32_t* ranks, int64_t n, int64_t k, int32_t* scratch,
+                                        int32_t* places) {
   for (int64_t i = 0; i < kRankPad; ++i) ranks[n + i] = kNever;
   const int64_t size = n >= 32 * k ? 16 : n >= 8 * k ? 4 : 1, groups = (n + size - 1) / size;
   int32_t* const maxima = scratch;
@@ -324,22 +167,34 @@ AEROGEL_NOINLINE void largest_places(int32_t* ranks, int64_t n, int64_t k, int32
   const int32_t bound = kth_largest(best, groups, k, left);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 16) {
-    for (uint32_t bits = at_least(ranks + i, bound); bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      found[count] = ranks[at];
-      place[count++] = static_cast<int32_t>(at);
-    }
+    const uint32_t bits = at_least(ranks + i, bound);
+    pack_marked(ranks + i, bits, found + count);
+    pack_places(i, bits, place + count);
+    count += __builtin_popcount(bits);
   }
   const int32_t least = size > 1 ? kth_largest(found, count, k, left) : bound;
-  int64_t tied = k;
-  for (int64_t i = 0; i < count; ++i) tied -= found[i] > least;
+  for (int64_t i = 0; i < 16; ++i) found[count + i] = kNever;
+  int32_t enough = 0, above = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    enough += found[i] >= least;
+    above += found[i] > least;
+  }
   int64_t taken = 0;
-  for (int64_t i = 0; i < count && taken < k; ++i) {
+  if (enough == k && least > kNever) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const uint32_t bits = at_least(found + i, least);
+      pack_marked(place + i, bits, places + taken);
+      taken += __builtin_popcount(bits);
+    }
+    return least;
+  }
+  for (int64_t i = 0, tied = k - above; i < count && taken < k; ++i) {
     const bool tie = found[i] == least && tied > 0;
     places[taken] = place[i];
     taken += found[i] > least || tie;
     tied -= tie;
   }
+  return least;
 }
 
 int64_t largest_task(const RankTask& t) {
@@ -357,7 +212,11 @@ int64_t largest_task(const RankTask& t) {
   }
   if (t.run == 1) {
     int32_t* const places = t.scratch + rank_scratch(t.n);
-    largest_places(ranks, t.n, t.count, t.scratch, places);
+    const int32_t least = largest_places(ranks, t.n, t.count, t.scratch, places);
+    if (least > floor) {  // so are all of them
+      for (int64_t i = 0; i < t.count; ++i) t.keys[i] = t.first + places[i];
+      return t.count;
+    }
     for (int64_t i = 0; i < t.count; ++i) count = keep(places[i], count);
     return count;
   }

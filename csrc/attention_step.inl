@@ -15,12 +15,16 @@ struct Carver {
   }
 };
 
-struct Step {
+// Keys under the same rules, N at most.
+template <int64_t N>
+struct KeyList {
+  static constexpr int64_t kMost = N;
   int64_t count;
   bool edge, window;  // whether positions matter, and whether the window cuts
-  int32_t keys[kStepKeys];
-  int32_t tiles[kStepKeys];  // which tile named the key, relative to the first of the query tile
+  int32_t keys[N];
+  int32_t tiles[N];  // which tile named the key, relative to the first of the query tile
 };
+using Step = KeyList<kStepKeys>;
 
 // Keys that are padding or not in the task's share are passed over.
 class StepReader {
@@ -35,8 +39,9 @@ class StepReader {
         padding_(t.args->key_padding ? t.args->key_padding + t.batch * t.args->k_len : nullptr),
         filter_(padding_ || key_begin_ > 0 || key_end_ < t.args->k_len) {}
 
-  // False if there are no more keys.
-  AEROGEL_NOINLINE bool next(Step& s) {
+  // As many as fit and are under the same rules; false if there are no more keys.
+  template <class List>
+  AEROGEL_NOINLINE bool next(List& s) {
     s.count = 0;
     uint8_t kind = 0;
     for (; tile_ < end_; ++tile_, at_ = 0) {
@@ -45,8 +50,8 @@ class StepReader {
       if ((own ^ kind) & (kTileEdge | kTileNoWindow)) break;
       const int64_t length = a_.length[tile_], start = a_.start[tile_];
       while (at_ < length) {
-        if (s.count == kStepKeys) return finish(s, kind);
-        const int64_t count = least(length - at_, kStepKeys - s.count);
+        if (s.count == List::kMost) return finish(s, kind);
+        const int64_t count = least(length - at_, List::kMost - s.count);
         take(s, own & kTileGather, start + at_, count);
         at_ += count;
       }
@@ -55,7 +60,8 @@ class StepReader {
   }
 
  private:
-  AEROGEL_INLINE void take(Step& s, bool gather, int64_t from, int64_t count) const {
+  template <class List>
+  AEROGEL_INLINE void take(List& s, bool gather, int64_t from, int64_t count) const {
     int32_t* const keys = s.keys + s.count;
     int32_t* const tiles = s.tiles + s.count;
     const int32_t tile = static_cast<int32_t>(tile_ - first_);
@@ -77,7 +83,8 @@ class StepReader {
     }
     s.count += kept;
   }
-  AEROGEL_INLINE bool finish(Step& s, uint8_t kind) const {
+  template <class List>
+  AEROGEL_INLINE bool finish(List& s, uint8_t kind) const {
     s.edge = kind & kTileEdge && (a_.causal || a_.window);
     s.window = s.edge && a_.window && !(kind & kTileNoWindow);
     return s.count > 0;

@@ -102,6 +102,22 @@ void bind_attention(nb::module_& m) {
              attend_forward(a, threads);
            },
            nb::call_guard<nb::gil_scoped_release>())
+      .def("again",  // on other memory; as often at once as one likes
+           [](const AttendArgs& a, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
+              uintptr_t lse, uintptr_t tile_ptr, uintptr_t kind, uintptr_t start,
+              uintptr_t length, uintptr_t gather_idx, int64_t tiles, int64_t gathers,
+              int threads) {
+             AttendArgs own = a;
+             own.q.data = pointer<void>(q);
+             own.k.data = pointer<void>(k);
+             own.v.data = pointer<void>(v);
+             own.o.data = pointer<void>(o);
+             own.lse = pointer<float>(lse);
+             set_stream(own, tile_ptr, kind, start, length, gather_idx, 0, a.plan_batches,
+                        a.plan_heads, a.block_q, tiles, gathers);
+             attend_forward(own, threads);
+           },
+           nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &attend_forward, nb::call_guard<nb::gil_scoped_release>())
       .def("backward", &attend_backward, nb::call_guard<nb::gil_scoped_release>());
   bind_attention_lowering(m);

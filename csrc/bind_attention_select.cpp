@@ -12,24 +12,26 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-LabelArgs label_args(uintptr_t query, const nb::tuple& labels, const nb::tuple& span,
-                     const nb::tuple& sizes) {
-  const auto number = [](const nb::tuple& t, int i) { return nb::cast<int64_t>(t[i]); };
+LabelArgs label_args(uintptr_t query, float scale, uintptr_t labels, int64_t label_batch,
+                     int64_t label_head, int32_t type, uintptr_t span, int64_t span_batch,
+                     int64_t span_head, int64_t batches, int64_t q_heads, int64_t label_heads,
+                     int64_t q_len, int64_t k_len, int64_t width) {
   LabelArgs a{};
   a.query = pointer<const float>(query);
-  a.labels = pointer<const void>(nb::cast<uintptr_t>(labels[0]));
-  a.label_batch = number(labels, 1);
-  a.label_head = number(labels, 2);
-  a.type = static_cast<LabelType>(number(labels, 3));
-  a.span = pointer<const float>(nb::cast<uintptr_t>(span[0]));
-  a.span_batch = number(span, 1);
-  a.span_head = number(span, 2);
-  a.batches = number(sizes, 0);
-  a.q_heads = number(sizes, 1);
-  a.label_heads = number(sizes, 2);
-  a.q_len = number(sizes, 3);
-  a.k_len = number(sizes, 4);
-  a.width = number(sizes, 5);
+  a.scale = scale;
+  a.labels = pointer<const void>(labels);
+  a.label_batch = label_batch;
+  a.label_head = label_head;
+  a.type = static_cast<LabelType>(type);
+  a.span = pointer<const float>(span);
+  a.span_batch = span_batch;
+  a.span_head = span_head;
+  a.batches = batches;
+  a.q_heads = q_heads;
+  a.label_heads = label_heads;
+  a.q_len = q_len;
+  a.k_len = k_len;
+  a.width = width;
   return a;
 }
 
@@ -59,6 +61,11 @@ void bind_attention_select(nb::module_& m) {
           label_scores(args, pointer<float>(scores), threads);
         }, free);
   m.def("choose_by_labels", &choose, free);
+  m.def("tile_lengths",
+        [](uintptr_t found, int64_t rows, int64_t most, int64_t tile, uintptr_t lengths) {
+          tile_lengths(pointer<const int64_t>(found), rows, most, tile,
+                       pointer<int16_t>(lengths));
+        });
   m.def("largest_keys",
         [](uintptr_t scores, int64_t rows, int64_t n, int64_t k, uintptr_t keys, int threads) {
           largest_keys(pointer<const float>(scores), rows, n, k, pointer<int64_t>(keys), threads);

@@ -12,6 +12,7 @@ from instruction_sets import needs_native
 
 from aerogel import kernels
 from aerogel.kernels.attention import attention_forward
+from aerogel.kernels.attention_call import EDGE, GATHER
 from aerogel.kernels.attention_reference import attention_forward_reference
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -63,6 +64,28 @@ def test_threads_change_no_bit_of_long_lists(q_len: int, plan_heads: str) -> Non
     for threads in (2, 3):
         many = attention_forward(*case.arguments(), **case.options, threads=threads)
         assert all(map(torch.equal, one, many))
+
+
+@needs_native
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("count", [15, 31, 33, 64, 130, 255, 256, 517, 1023, 1024, 1088, 2201])
+@pytest.mark.parametrize("kind", [GATHER, EDGE | GATHER, EDGE])
+def test_stretches_of_a_decoded_list_take_turns(count: int, kind: int) -> None:
+    """Lists of any length under one rule; keys keep their tile, their place and their padding."""
+    g = torch.Generator().manual_seed(count)
+    case = random_case(
+        q_len=3, k_len=count + 70, batch=2, bias=True, softcap=3.0, block_q=3, seed=1
+    )
+    keys = torch.randperm(count + 70, generator=g)[:count].sort().values.int()
+    start = torch.arange(0, count, 48, dtype=torch.int32)
+    length = (count - start).clamp(max=48).to(torch.int16)
+    ptr = torch.arange(5) * len(start)
+    tiles = [x.repeat(4) for x in (torch.full_like(start, kind).to(torch.uint8), start, length)]
+    case.stream = [ptr, *tiles, keys, torch.randn(4 * len(start), generator=g)]
+    case.options["window"] = count - 5
+    case.options["key_padding"] = torch.rand(2, count + 70, generator=g) < 0.9
+    for dtype in TOLERANCES:
+        assert_forward_right(case.to(dtype))
 
 
 @needs_native

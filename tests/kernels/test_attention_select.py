@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from instruction_sets import needs_native
 
 from aerogel import kernels
-from aerogel.kernels.attention_select import choose_blocks
+from aerogel.kernels.attention_select import choose_blocks, chosen_tiles
 from aerogel.kernels.attention_select_reference import choose_blocks_reference
 
 pytestmark = needs_native
@@ -58,6 +58,34 @@ def test_chosen_keys_are_those_of_the_reference(seed, keys, width, bits, run, wi
     scores = kernels.label_scores(query, labels, span, bits=bits)
     expected = kernels.label_scores_reference(query, labels, span, bits=bits)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (3, 64), (5, 65), (4, 200)])
+def test_tiles_of_chosen_keys_end_where_the_keys_do(rows, most):
+    found = torch.arange(rows).mul(most).div(max(1, rows - 1), rounding_mode="floor")
+    keys = torch.arange(rows * most, dtype=torch.int32).view(rows, most)
+    tiles = chosen_tiles(keys, found)
+    lengths = tiles.length.view(rows, -1)
+    assert lengths.sum(1).tolist() == found.tolist()
+    assert (lengths[:, :-1] >= lengths[:, 1:]).all()
+    strided = chosen_tiles(keys, torch.stack([found, found], 1)[:, 0])
+    assert torch.equal(strided.length, tiles.length)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("width", [8, 12, 16, 24, 48, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_codes_of_any_width_score_as_the_labels_they_stand_for(bits, width, rows):
+    draw = torch.Generator().manual_seed(width)
+    for keys in (1, 15, 16, 63, 129, 300):
+        codes, _ = labels_of(draw, (2, 2, keys, width), bits, 0)
+        query = torch.randn(2, 2, rows, width, generator=draw)
+        span = torch.randn(2, 2, keys, 2, generator=draw)
+        span[0, 1, -1, 0], span[1, 0, 0, 1] = torch.nan, torch.inf
+        scores = kernels.label_scores(query, codes, span, bits=bits)
+        expected = kernels.label_scores_reference(query, codes, span, bits=bits)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-4, equal_nan=True)
 
 
 @pytest.mark.usefixtures("instruction_set")

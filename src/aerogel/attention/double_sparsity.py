@@ -35,8 +35,9 @@ from aerogel.kernels import KeyRule
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
 # What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how
-# much slower it reads keys that lie apart. Measured at about 10 GB/s.
-_STEP_BYTES = 4 << 20
+# much slower it reads keys that lie apart. Measured at about 15 GB/s: on one thread and on two, a
+# step breaks even between none and half of it.
+_STEP_BYTES = 1 << 20
 _SCATTERED = 2.5
 
 
@@ -124,6 +125,7 @@ class DoubleSparsitySelector(Selector):
         self.offload, self.storage = offload, storage
         self.dense_when_short = dense_when_short
         self._shared: ChannelOrder | None = None
+        self._own: dict[tuple[Any, ...], Tensor] = {}  # what `label_channels` has found
 
     def options(self) -> dict[str, Any]:
         return {
@@ -155,17 +157,25 @@ class DoubleSparsitySelector(Selector):
 
     def label_channels(self, layer: int, q_heads: int, kv_heads: int, head_dim: int) -> Tensor:
         """(q_heads or kv_heads, r) channels of a layer's labels."""
+        # Asked twice in every step of decoding; options may be changed between calls.
+        key = (layer, q_heads, kv_heads, head_dim, self.group_factor, self.share_group)
+        found = self._own.get(key)
+        if found is None:
+            found = self._own[key] = self._find_channels(layer, q_heads, kv_heads, head_dim)
+        return found
+
+    def _find_channels(self, layer: int, q_heads: int, kv_heads: int, head_dim: int) -> Tensor:
         order = self.channels
         if self.share_group is True and next(iter(order.layers.values())).shape[0] != kv_heads:
             self._shared = order.shared(kv_heads) if self._shared is None else self._shared
             order = self._shared
         whole = order.layer(layer, q_heads, kv_heads, head_dim)
-        return whole[:, : head_dim // self.group_factor]
+        return whole[:, : head_dim // self.group_factor].contiguous()
 
     def labels_of(self, k: Tensor, layer: int, q_heads: int) -> dict[str, Tensor]:
         """What a label cache keeps of keys (B, Hkv, L, D) after rotary embedding."""
         channels = self.label_channels(layer, q_heads, k.shape[1], k.shape[-1])
-        label = gather_channels(k, channels.to(k.device))
+        label = gather_channels(k, channels if k.is_cpu else channels.to(k.device))
         if self.label_bits == 16:
             return {"label": label}
         packed = pack_labels(label, self.label_bits)
@@ -174,7 +184,9 @@ class DoubleSparsitySelector(Selector):
     def query_labels(self, q: Tensor, layer: int, kv_heads: int) -> Tensor:
         """The labels' channels of queries (B, Hq, Lq, D): (B, Hq, Lq, r)."""
         heads, dim = q.shape[1], q.shape[-1]
-        channels = self.label_channels(layer, heads, kv_heads, dim).to(q.device)
+        channels = self.label_channels(layer, heads, kv_heads, dim)
+        if not q.is_cpu:
+            channels = channels.to(q.device)
         if channels.shape[0] != heads:
             channels = channels.repeat_interleave(heads // channels.shape[0], 0)
         q = gather_channels(q, channels)
@@ -258,12 +270,11 @@ class DoubleSparsitySelector(Selector):
         )[0]
 
     def _fuses(self, ctx: AttentionContext, options: dict[str, Any]) -> bool:
-        learns = any(t.requires_grad for t in (ctx.q, ctx.k, ctx.v))
-        quiet = not torch.is_grad_enabled() or not learns
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (ctx.q, ctx.k, ctx.v))
         return (
             ctx.is_decode
             and ctx.shape.causal
-            and quiet
+            and not learns
             and not self.is_dense(ctx.layer_idx)
             and not options.get("dropout_p")
             and "mask" not in ctx.info

@@ -37,9 +37,11 @@ def gather_channels(x: Tensor, channels: Tensor) -> Tensor:
     Returns:
         (B, Hlab, L, r), contiguous.
     """
-    groups = channels.shape[0] // x.shape[1]
-    parts = channels.reshape(x.shape[1], groups * channels.shape[1])
-    index = parts[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)
+    batch, heads, length, _ = x.shape
+    groups = channels.shape[0] // heads
+    index = channels.reshape(1, heads, 1, -1)
+    if batch != 1 or length != 1:
+        index = index.expand(batch, -1, length, -1)
     taken = x.gather(-1, index)
     if groups == 1:
         return taken

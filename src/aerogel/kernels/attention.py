@@ -20,6 +20,7 @@ from torch import Tensor
 from aerogel.kernels._calls import address
 from aerogel.kernels._library import native, native_available, reference_mode
 from aerogel.kernels.attention_call import AttentionCall, unit_rows
+from aerogel.kernels.attention_kept import call_key, keep_forward, kept_forward
 from aerogel.kernels.attention_reference import (
     attention_backward_reference,
     attention_forward_reference,
@@ -101,6 +102,15 @@ def attention_forward(
     Raises:
         ValueError: shapes, dtypes or sizes do not fit, or a tile leaves the keys.
     """
+    key = None
+    if tile_bias is key_padding is sink_logit is None and not linear and not dropout_p:
+        options = (Bp, Hp, block_q, q_offset, scale, causal, window, window_block, softcap)
+        key = call_key(q, k, v, options)
+        kept = kept_forward(key)
+        stream = (tile_ptr, kind, start, length, gather_idx)
+        result = None if kept is None else kept.run(q, k, v, stream, threads)
+        if result is not None:
+            return result
     call = AttentionCall.of(
         q,
         k,
@@ -143,6 +153,8 @@ def attention_forward(
     args.o(o.data_ptr(), *o.stride()[:3])
     args.lse(lse.data_ptr())
     args.forward(call.threads)
+    if key is not None:
+        keep_forward(key, args, call, (q, k, v), o)
     return o, lse
 
 

@@ -24,6 +24,9 @@ _STREAM = (
 )
 
 
+STREAM_TYPES = tuple(dtype for _, dtype in _STREAM[:5])
+
+
 @dataclass(eq=False, slots=True)
 class AttentionCall:
     """What a kernel reads; `of` checks it.

@@ -209,6 +209,10 @@ def _pointers(name: str, x: Tensor | None, rows: int, entries: int) -> Tensor:
         found = 0 if x is None else x.numel()
         raise ValueError(f"{name}: {found} entries, expected {rows + 1}")
     x = x.reshape(-1).to(torch.int64).contiguous()
+    if _native(x):
+        if not native().rises(x.data_ptr(), rows + 1, entries):
+            raise ValueError(f"{name}: expected to rise from 0 to {entries}")
+        return x
     if int(x[0]) != 0 or int(x[-1]) != entries or bool((x.diff() < 0).any()):
         raise ValueError(f"{name}: expected to rise from 0 to {entries}")
     return x

@@ -139,9 +139,14 @@ def choose_by_labels(
 
 def chosen_tiles(keys: Tensor, found: Tensor) -> TileStream:
     """The tiles of keys that `choose_by_labels` found, for query tiles of one row."""
-    begin, start, tile_ptr, kind = _tile_frame(found.numel(), keys.shape[-1])
-    length = (found.view(-1, 1) - begin).clamp_(0, _TILE_KEYS).to(torch.int16)
-    return TileStream(tile_ptr, kind, start, length.flatten(), keys.flatten(), None)
+    rows, most = found.numel(), keys.shape[-1]
+    begin, start, tile_ptr, kind = _tile_frame(rows, most)
+    if selects_natively(found) and found.is_contiguous():
+        length = torch.empty(start.numel(), dtype=torch.int16)
+        native().tile_lengths(found.data_ptr(), rows, most, _TILE_KEYS, length.data_ptr())
+    else:
+        length = (found.view(-1, 1) - begin).clamp_(0, _TILE_KEYS).to(torch.int16).flatten()
+    return TileStream(tile_ptr, kind, start, length, keys.view(-1), None)
 
 
 @lru_cache(maxsize=64)
@@ -383,23 +388,21 @@ def _label_args(
     query: Tensor, labels: Tensor, span: Tensor | None, bits: int
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The native arguments, and the tensors that must live as long."""
-    width = query.shape[-1]
-    query = (query.to(torch.float32) * width**-0.5).contiguous()
+    batch, heads, q_len, width = query.shape
+    if query.dtype is not torch.float32 or not query.is_contiguous():
+        query = query.to(torch.float32).contiguous()
     labels = _dense_rows(labels)
-    kind = _TYPES[labels.dtype] if span is None else _CODES[bits]
+    _, label_heads, k_len, _ = labels.shape
+    label_batch, label_head, _, _ = labels.stride()
+    kind, size = _TYPES.get(labels.dtype), labels.element_size()
     spans: tuple[int, ...] = (0, 0, 0)
     if span is not None:
         span = _dense_rows(span.to(torch.float32))
-        spans = (span.data_ptr(), *span.stride()[:2])
-    size = labels.element_size()
-    strides = [stride * size for stride in labels.stride()[:2]]
-    batch, heads, q_len, _ = query.shape
+        kind, spans = _CODES[bits], (span.data_ptr(), *span.stride()[:2])
     args = native().LabelArgs.of(
-        query.data_ptr(),
-        (labels.data_ptr(), *strides, kind),
-        spans,
-        (batch, heads, labels.shape[1], q_len, labels.shape[2], width),
-    )
+        query.data_ptr(), width**-0.5, labels.data_ptr(), label_batch * size, label_head * size,
+        kind, *spans, batch, heads, label_heads, q_len, k_len, width,
+    )  # fmt: skip
     return args, (query, labels, span)
 
 
