@@ -65,7 +65,7 @@ class Port:
 # one thread; for planes of half the size no gain stood out of the noise of 5 %.
 BANDS = (4 << 20, 1 << 20)
 # Threads that each run a chain on a stretch of rows. Each makes its neighbours' last rows again:
-# for more of them, sharing every operation is less work.
+# for more of them, sharing every operation is less work. Not measured for batches of images.
 BANDED_THREADS = 4
 
 
@@ -283,7 +283,8 @@ class Plan:
         for port in self._outputs:
             builder.output(ids[port.value], port.layout == "tokens")
         threads = self.threads or torch.get_num_threads()
-        bands = BANDS if threads <= BANDED_THREADS else (0, 0)
+        most = BANDED_THREADS if self.batch == 1 else 1
+        bands = BANDS if threads <= most else (0, 0)
         return builder.build(*bands, parts=threads)
 
 
