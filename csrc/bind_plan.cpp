@@ -258,9 +258,10 @@ class Builder {
     return y;
   }
 
-  Plan* build(int64_t bands_from, int64_t bands_budget) {
+  Plan* build(int64_t bands_from, int64_t bands_budget, int64_t parts) {
     if (graph_.outputs.empty()) throw std::invalid_argument("outputs: expected at least one");
     graph_.bands = {bands_from, bands_budget};
+    graph_.parts = parts;
     return new Plan(std::move(graph_));
   }
 
@@ -388,7 +389,7 @@ void bind_plan(nb::module_& m) {
       .def("columns", &Builder::columns)
       .def("concat", &Builder::concat)
       .def("build", &Builder::build, nb::arg("bands_from") = 0, nb::arg("bands_budget") = 0,
-           nb::rv_policy::take_ownership);
+           nb::arg("parts") = 1, nb::rv_policy::take_ownership);
 }
 
 }  // namespace aerogel

@@ -8,6 +8,7 @@
 
 #include "plan_bands.h"
 #include "plan_ops.h"
+#include "plan_parts.h"
 
 namespace aerogel {
 
@@ -241,6 +242,7 @@ int replaced_value(const Op& op, const std::vector<Value>& values) {
   const Value& from = values[static_cast<size_t>(in)];
   const Value& out = values[static_cast<size_t>(op.output)];
   if (from.ld != out.ld || from.channels != out.channels) return -1;
+  if (from.parts != out.parts || from.lead != out.lead) return -1;
   if (i > 0 && std::count(op.inputs.begin(), op.inputs.end(), in) > 1) return -1;
   return in;
 }
@@ -340,6 +342,7 @@ Plan::Plan(Graph graph)
   constants_ = std::move(graph.constants);
 
   if (graph.bands.from > 0) band_operations(&image_ops_, &values_, graph.bands);
+  if (graph.parts > 1 && batch_ == 1) part_planes(&image_ops_, &values_, graph.parts);
   image_floats_ = plan_arena(image_ops_, Place::kImage, &values_);
   joint_floats_ = plan_arena(joint_ops_, Place::kJoint, &values_);
   for (Value& v : values_) {

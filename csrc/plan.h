@@ -11,6 +11,7 @@
 // such as the linear layers of a classifier, see the whole batch as columns of one value ("joint").
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -41,9 +42,13 @@ struct Value {
   int64_t offset = 0;  // floats from the start of its arena, or the number of the caller's tensor
   int64_t stride = 0;  // floats from image to image (kStaged, kInput, kOutput)
   float* constant = nullptr;
+  // Rows that are apart, a part for each thread, with room for rows of its neighbours (plan_parts.h).
+  int64_t parts = 1, part_stride = 0;
+  int64_t lead = 0;              // floats of a channel before the part's own rows
+  int64_t above = 0, below = 0;  // rows of the neighbours
 
   int64_t columns() const { return height * width; }
-  int64_t floats() const { return channels * ld; }
+  int64_t floats() const { return parts > 1 ? parts * part_stride : channels * ld; }
 };
 
 // Where a value is at run time.
@@ -74,8 +79,26 @@ struct RowReach {
   int64_t kernel = 0, stride = 1, pad = 0, in_rows = 0, tile = 1;
 };
 
+// The first row of the input, and the one past the last, that output rows [first, end) need.
+inline int64_t first_needed(const RowReach& r, int64_t first) {
+  return std::max<int64_t>(0, first * r.stride - r.pad);
+}
+
+inline int64_t end_needed(const RowReach& r, int64_t end) {
+  return std::clamp<int64_t>((end - 1) * r.stride - r.pad + r.kernel, 0, r.in_rows);
+}
+
 struct Span {
   int64_t first, last;
+};
+
+// Output rows to make, and where: data of x, y and the residual is where row 0 of each would be. x has
+// the rows within reach.
+struct RowPlaces {
+  Operand x, y, residual;
+  Span rows;
+  bool spare = false;  // what follows the new rows of y in its channels may be overwritten
+  int64_t part = 0, parts = 1;  // threads that make rows of y begin with different channels
 };
 
 // A task is a share of one operation; tasks of one operation are independent of each other.
@@ -97,12 +120,14 @@ class Op {
   virtual int64_t scratch_floats() const { return 0; }
   virtual int64_t tasks(const Frame& frame) const = 0;
   virtual void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const = 0;
-  // Of operations of one input on planes.
+  // Of operations on planes: which rows of the first input. A residual's are those of the output.
   virtual RowReach row_reach() const { return {}; }
-  // Output rows [first, last). x.data and y.data: where row 0 of either would be; x has the rows within
-  // reach, and what follows the new rows of y in its channels may be overwritten.
-  virtual void run_rows(const Frame&, const Operand& /*x*/, const Operand& /*y*/, Span /*rows*/,
-                        float* /*scratch*/) const {}
+  // Makes some output rows.
+  virtual void run_rows(const Frame&, const RowPlaces&, float* /*scratch*/) const {}
+  // run_rows takes inputs that lie in parts.
+  virtual bool reads_parts() const { return false; }
+  // Writes its output once, not sum upon sum.
+  virtual bool writes_once() const { return true; }
 };
 
 using Ops = std::vector<std::unique_ptr<Op>>;
@@ -121,6 +146,7 @@ struct Graph {
   };
   int64_t batch = 1;
   Bands bands;
+  int64_t parts = 1;  // of planes that several threads share
   std::vector<Value> values;
   Ops ops;
   std::vector<Port> inputs, outputs;

@@ -18,15 +18,6 @@ int64_t band_row(int64_t floats) {
   return (round_up(floats + 2 * kLineFloats, kLineFloats) / kLineFloats | 1) * kLineFloats;
 }
 
-// The first row of the input, and the one past the last, that output rows [first, end) need.
-int64_t first_needed(const RowReach& r, int64_t first) {
-  return std::max<int64_t>(0, first * r.stride - r.pad);
-}
-
-int64_t end_needed(const RowReach& r, int64_t end) {
-  return std::clamp<int64_t>((end - 1) * r.stride - r.pad + r.kernel, 0, r.in_rows);
-}
-
 double seconds_now() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double>(since).count();
@@ -123,7 +114,7 @@ void BandOp::run_band(const Frame& frame, int64_t end, std::vector<Rows>* made, 
       Operand x = frame.operand(op.inputs[0]), y = frame.operand(op.output);
       if (i > 0) x.data = (*made)[i - 1].data;
       y.data = rows.data;
-      op.run_rows(frame, x, y, {rows.end, ends[i]}, scratch + buffer_floats_);
+      op.run_rows(frame, {x, y, {}, {rows.end, ends[i]}}, scratch + buffer_floats_);
       rows.end = ends[i];
     }
     if (seconds) (*seconds)[i] += seconds_now() - begin;

@@ -158,14 +158,13 @@ RowReach ConvOp::row_reach() const {
   return reach_of(source.window, direct_shape(source.window, source.in_channels).rows);
 }
 
-void ConvOp::run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
-                      float* scratch) const {
+void ConvOp::run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const {
   ConvArgs args = this->args(frame);
-  args.x = x.data;
-  args.ldx = x.ld;
-  args.y = y.data;
-  args.ldy = y.ld;
-  kernels->conv_direct(args, rows.first, rows.last, scratch);
+  args.x = places.x.data;
+  args.ldx = places.x.ld;
+  args.y = places.y.data;
+  args.ldy = places.y.ld;
+  kernels->conv_direct(args, places.rows.first, places.rows.last, scratch);
 }
 
 // depthwise convolution
@@ -226,10 +225,12 @@ RowReach DepthwiseOp::row_reach() const {
   return reach_of(source.window, depthwise_tile_rows(source.window));
 }
 
-void DepthwiseOp::run_rows(const Frame&, const Operand& x, const Operand& y, Span rows,
-                           float*) const {
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation}, 0, y.channels,
-                     rows.first, rows.last);
+void DepthwiseOp::run_rows(const Frame&, const RowPlaces& places, float*) const {
+  const Operand &x = places.x, &y = places.y;
+  const DepthwiseArgs args = {&weight->layer(), x.data, x.ld, y.data, y.ld, activation};
+  const int64_t begin = y.channels * places.part / places.parts;
+  kernels->depthwise(args, begin, y.channels, places.rows.first, places.rows.last);
+  kernels->depthwise(args, 0, begin, places.rows.first, places.rows.last);
 }
 
 // dense linear layer
@@ -308,10 +309,15 @@ SpmmArgs product_args(const Op& op, const Frame& frame, const std::vector<float>
 
 }  // namespace
 
+// Planes of fewer are shared by outputs. A row of them is a few cache lines, and cores that wrote halves
+// of it would take lines from each other.
+constexpr int64_t kSharedPixels = 256;
+
 SpmmArgs SpmmOp::args(const Frame& frame) const {
   SpmmArgs args = product_args(*this, frame, bias, epilogue);
   args.weight = weight.get();
   args.padded = args.ldx > 1 && args.ldy > 1;
+  if (frame.values[output].height > 1) args.shared_columns = kSharedPixels;
   return args;
 }
 
@@ -324,23 +330,26 @@ void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const 
 }
 
 RowReach SpmmOp::row_reach() const {
-  if (epilogue.residual) return {};
   return {1, 1, 0, std::numeric_limits<int64_t>::max(), 1};
 }
 
-void SpmmOp::run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
-                      float*) const {
+void SpmmOp::run_rows(const Frame& frame, const RowPlaces& places, float*) const {
   const Value& value = frame.values[output];
-  const int64_t width = value.width;
+  const int64_t first = places.rows.first * value.width;
   SpmmArgs args = product_args(*this, frame, bias, epilogue);
   args.weight = weight.get();
-  args.x = x.data + rows.first * width;
-  args.ldx = x.ld;
-  args.y = y.data + rows.first * width;
-  args.ldy = y.ld;
-  args.columns = (rows.last - rows.first) * width;
-  // Behind a band in the middle there are rows that another thread may have made.
-  args.padded = args.columns % kLineFloats == 0 || rows.last == value.height;
+  args.x = places.x.data + first;
+  args.ldx = places.x.ld;
+  args.y = places.y.data + first;
+  args.ldy = places.y.ld;
+  if (epilogue.residual) {
+    args.residual = places.residual.data + first;
+    args.ldr = places.residual.ld;
+  }
+  args.columns = places.rows.last * value.width - first;
+  // Else the last vector would go over rows of another thread, or over the next channel's first ones.
+  const bool to_end = places.rows.last == value.height && first % kLineFloats == 0;
+  args.padded = places.spare || args.columns % kLineFloats == 0 || to_end;
   const int64_t tasks = spmm_task_count(args, 1);
   for (int64_t task = 0; task < tasks; ++task) spmm_run_task(args, task, tasks);
 }

@@ -28,8 +28,7 @@ struct ConvOp : Op {
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
   RowReach row_reach() const override;
-  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
-                float* scratch) const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
 
   bool pointwise() const;
   ConvArgs args(const Frame& frame) const;
@@ -50,8 +49,8 @@ struct DepthwiseOp : Op {
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
   RowReach row_reach() const override;
-  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
-                float* scratch) const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
+  bool reads_parts() const override { return true; }
 
   ConvSource source;
   Activation activation;
@@ -87,8 +86,9 @@ struct SpmmOp : Op {
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
   RowReach row_reach() const override;
-  void run_rows(const Frame& frame, const Operand& x, const Operand& y, Span rows,
-                float* scratch) const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
+  bool reads_parts() const override { return true; }
+  bool writes_once() const override { return variant.k_blocks == 1; }
   SpmmArgs args(const Frame& frame) const;
 
   BlockRows source;

@@ -20,9 +20,6 @@ constexpr int64_t kTileRows = 8;      // tiles begin at multiples of a transpose
 constexpr int64_t kTasksPerThread = 4;
 constexpr int32_t kMaxColumnTiles = 1024;
 constexpr int32_t kSmallGroups = 4;  // block rows, walked together only if equally long
-// Wide enough to be shared by columns: what the layers around make of the same columns then stays in
-// one core's cache. Narrower ones are shared by outputs, so that every core streams its own weights.
-constexpr int64_t kSharedColumns = 128;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -410,8 +407,9 @@ int64_t spmm_task_count(const SpmmArgs& a, int threads) {
   if (threads <= 1) return panels;
   // Every range of rows of a convolution gathers its panel again.
   const int64_t wanted = threads * (a.window ? 1 : kTasksPerThread);
-  const int64_t ranges = std::clamp<int64_t>((wanted + panels - 1) / panels, 1,
-                                             a.weight->stream().tiles);
+  int64_t ranges = (wanted + panels - 1) / panels;
+  if (!a.window && a.columns < a.shared_columns) ranges = (ranges + threads - 1) / threads * threads;
+  ranges = std::clamp<int64_t>(ranges, 1, a.weight->stream().tiles);
   return panels * ranges;
 }
 
@@ -421,7 +419,7 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   const int64_t panels = panel_count(a);
   const int64_t ranges = tasks / (a.batch * panels);
   // Neighbouring tasks are one thread's.
-  const bool by_columns = a.columns >= kSharedColumns;
+  const bool by_columns = a.columns >= a.shared_columns;
   const int64_t panel = by_columns ? task / ranges % panels : task % panels;
   const int64_t image = by_columns ? task / ranges / panels : task / panels % a.batch;
   const int64_t range = by_columns ? task % ranges : task / panels / a.batch;

@@ -145,6 +145,9 @@ struct SpmmArgs {
   int64_t batch = 1;    // images, one after the other
   int64_t x_stride = 0, y_stride = 0, residual_stride = 0;  // floats from image to image
   const SpmmWindow* window = nullptr;  // of a convolution, or null
+  // Wide enough for threads to share columns: what the layers around make of the same columns then
+  // stays in one core's cache. Narrower ones share outputs, so that every core streams its own weights.
+  int64_t shared_columns = 128;
 };
 
 // Throws std::invalid_argument if the arguments contradict each other or the weight.

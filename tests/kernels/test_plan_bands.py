@@ -146,3 +146,11 @@ def test_profile_names_every_operation_of_a_chain(
     rows = banded.profile([x])
     assert [name for name, _ in rows] == [name for name, _ in whole.profile([x])]
     assert all(seconds >= 0 for _, seconds in rows)
+
+
+def test_the_last_band_stays_in_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(b: PlanBuilder) -> None:  # 9 whole lines a channel, bands begin within one
+        b.output(pointwise(b, depthwise(b, b.input((2, 16, 9)), 3, 1, 1, "relu"), 3, "none"))
+
+    banded, whole = both(build, 1, monkeypatch)
+    assert_same(banded, whole, torch.randn(2, 2, 16, 9))

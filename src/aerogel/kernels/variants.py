@@ -102,6 +102,7 @@ _DENSE_LOCKSTEP = 0.15
 _REUSE_TO_PACK = 8  # uses of an activation that pay for copying it
 _TASKS = 8  # panels x tiles that keep a few threads busy
 _TILE_ROWS = 64
+_SHARED_PIXELS = 256  # planes of fewer are shared by outputs: as many for each thread
 
 
 def spmm_variants(
@@ -132,12 +133,16 @@ def spmm_variants(
     pack_first = size.values / max(size.shape[1], 1) >= _REUSE_TO_PACK
     packs = (pack_first, not pack_first) if layout == "channels" else (True,)
     tasks = 1 if threads == 1 else _TASKS
+    shares = threads or 2
     found: dict[SpmmVariant, None] = {}
     for pack in packs:
         for vectors, groups in _register_tiles(size.block, columns, pack):
             side = 1 if pack else _column_tiles(size, vectors, columns)
             panels = -(-columns // (side * vectors * native().lanes()))
-            tiles = min(-(-tasks // max(panels, 1)), max(rows // _TILE_ROWS, 1))
+            tiles = -(-tasks // max(panels, 1))
+            if layout == "channels" and columns < _SHARED_PIXELS:
+                tiles = -(-tiles // shares) * shares
+            tiles = min(tiles, max(rows // _TILE_ROWS, 1))
             for k_blocks in _slab_counts(size, vectors, groups):
                 found[SpmmVariant(vectors, groups, k_blocks, tiles, pack, side)] = None
     return list(found)

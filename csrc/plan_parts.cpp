@@ -1,0 +1,209 @@
+#include "plan_parts.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace aerogel {
+
+namespace {
+
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t kApart = 1024;   // floats between parts: prefetchers stay within a page
+// Of a part, and floats of a row. Smaller ones would be mostly borders; kernels that take small planes
+// as a whole sum up in another order, and results do not depend on the number of threads.
+constexpr int64_t kLeastRows = 7, kLeastWidth = 9;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+Span part_rows(int64_t height, int64_t part, int64_t parts) {
+  return {height * part / parts, height * (part + 1) / parts};
+}
+
+Span needed_rows(const RowReach& reach, Span rows) {
+  return {first_needed(reach, rows.first), end_needed(reach, rows.last)};
+}
+
+Operand part_of(const Frame& frame, int id, int64_t part) {
+  const Value& v = frame.values[id];
+  Operand operand = frame.operand(id);
+  if (v.parts > 1) {
+    const int64_t first = part_rows(v.height, part, v.parts).first;
+    operand.data += part * v.part_stride + v.lead - first * v.width;
+  }
+  return operand;
+}
+
+// Where a part keeps copies of its last `above` rows and its first `below` ones, channel by channel.
+struct Edges {
+  float *last, *first;
+};
+
+Edges edges_of(const Frame& frame, int id, int64_t part) {
+  const Value& v = frame.values[id];
+  float* const last = frame.operand(id).data + part * v.part_stride + v.channels * v.ld;
+  return {last, last + v.channels * v.above * v.width};
+}
+
+void copy_rows(const float* from, int64_t from_ld, float* to, int64_t to_ld, int64_t channels,
+               int64_t floats) {
+  if (floats == 0) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    std::memcpy(to + c * to_ld, from + c * from_ld, static_cast<size_t>(floats) * sizeof(float));
+  }
+}
+
+// Once a part is made: the rows that its neighbours need, in one piece. They would have to read them
+// from cache lines that this part's thread writes to.
+void give_edges(const Frame& frame, int id, int64_t part) {
+  const Value& v = frame.values[id];
+  const Span rows = part_rows(v.height, part, v.parts);
+  const float* const own = part_of(frame, id, part).data;
+  const Edges edges = edges_of(frame, id, part);
+  const int64_t last = v.above * v.width, first = v.below * v.width;
+  if (part + 1 < v.parts) {
+    copy_rows(own + rows.last * v.width - last, v.ld, edges.last, last, v.channels, last);
+  }
+  if (part > 0) copy_rows(own + rows.first * v.width, v.ld, edges.first, first, v.channels, first);
+}
+
+void take_edges(const Frame& frame, int id, int64_t part) {
+  const Value& v = frame.values[id];
+  const Span rows = part_rows(v.height, part, v.parts);
+  float* const own = part_of(frame, id, part).data;
+  const int64_t last = v.above * v.width, first = v.below * v.width;
+  if (part > 0) {
+    copy_rows(edges_of(frame, id, part - 1).last, last, own + rows.first * v.width - last, v.ld,
+              v.channels, last);
+  }
+  if (part + 1 < v.parts) {
+    copy_rows(edges_of(frame, id, part + 1).first, first, own + rows.last * v.width, v.ld,
+              v.channels, first);
+  }
+}
+
+}  // namespace
+
+PartOp::PartOp(std::unique_ptr<Op> made, int64_t parts) : op_(std::move(made)), parts_(parts) {
+  name = op_->name;
+  inputs = op_->inputs;
+  output = op_->output;
+}
+
+void PartOp::run(const Frame& frame, int64_t task, int64_t, float* scratch) const {
+  const Value &from = frame.values[inputs[0]], &to = frame.values[output];
+  RowPlaces places;
+  places.rows = part_rows(to.height, task, parts_);
+  if (from.parts > 1 && op_->row_reach().kernel > 1) take_edges(frame, inputs[0], task);
+  places.x = part_of(frame, inputs[0], task);
+  places.y = part_of(frame, output, task);
+  places.residual = inputs.size() > 1 ? part_of(frame, inputs[1], task) : Operand{};
+  places.spare = to.parts > 1;
+  places.part = task;
+  places.parts = parts_;
+  op_->run_rows(frame, places, scratch);
+  if (to.parts > 1) give_edges(frame, output, task);
+}
+
+namespace {
+
+class Parting {
+ public:
+  Parting(const Ops& ops, std::vector<Value>* values, int64_t parts)
+      : ops_(ops), values_(*values), parts_(parts), split_(values->size(), false) {
+    find_fitting();
+    for (bool dropped = true; dropped;) {
+      dropped = false;
+      for (const std::unique_ptr<Op>& op : ops_) {
+        if (writes_well(*op)) continue;
+        for (int v : op->inputs) {
+          dropped = dropped || split_[v];
+          split_[v] = false;
+        }
+      }
+    }
+    for (size_t v = 0; v < values_.size(); ++v) {
+      if (split_[v]) lay_out(static_cast<int>(v));
+    }
+  }
+
+  bool touches(const Op& op) const {
+    return split_[op.output] ||
+           std::any_of(op.inputs.begin(), op.inputs.end(), [&](int v) { return split_[v]; });
+  }
+
+ private:
+  void find_fitting() {
+    for (const std::unique_ptr<Op>& op : ops_) {
+      const Value& v = values_[op->output];
+      split_[op->output] = makes_rows(*op) && v.place == Place::kImage && !v.tokens;
+    }
+    for (const std::unique_ptr<Op>& op : ops_) {
+      const bool reads = makes_rows(*op) && op->reads_parts();
+      for (int v : op->inputs) split_[v] = split_[v] && reads;
+    }
+    for (size_t v = 0; v < values_.size(); ++v) {
+      if (!split_[v]) continue;
+      const Margins m = margins(static_cast<int>(v));
+      split_[v] = std::max(m.above, m.below) <= kLeastRows;  // which are all in the next part
+    }
+  }
+
+  bool makes_rows(const Op& op) const {
+    const Value& v = values_[op.output];
+    return op.row_reach().kernel > 0 && v.height >= kLeastRows * parts_ && v.width >= kLeastWidth;
+  }
+
+  // One that adds to its output again and again does not leave the parts.
+  bool writes_well(const Op& op) const { return op.writes_once() || split_[op.output]; }
+
+  // Most rows that readers of a part need of the parts beside it.
+  struct Margins {
+    int64_t above = 0, below = 0;
+  };
+
+  Margins margins(int id) const {
+    const Value& v = values_[id];
+    Margins most;
+    for (const std::unique_ptr<Op>& op : ops_) {
+      if (op->inputs[0] != id || op->row_reach().kernel <= 1) continue;
+      const int64_t height = values_[op->output].height;
+      for (int64_t part = 0; part < parts_; ++part) {
+        const Span rows = part_rows(v.height, part, parts_);
+        const Span needed = needed_rows(op->row_reach(), part_rows(height, part, parts_));
+        most.above = std::max(most.above, rows.first - needed.first);
+        most.below = std::max(most.below, needed.last - rows.last);
+      }
+    }
+    return most;
+  }
+
+  void lay_out(int id) {
+    Value& v = values_[id];
+    const Margins most = margins(id);
+    const int64_t own = (v.height + parts_ - 1) / parts_;  // rows, at most
+    v.parts = parts_;
+    v.above = most.above;
+    v.below = most.below;
+    // Own rows begin with a cache line, and whole vectors may be written behind them.
+    v.lead = round_up(v.above * v.width, kLineFloats);
+    v.ld = padded_row(v.lead + (own + v.below) * v.width + kLineFloats);
+    v.part_stride = v.channels * (v.ld + (v.above + v.below) * v.width) + kApart;
+    v.part_stride = round_up(v.part_stride, kLineFloats);
+  }
+
+  const Ops& ops_;
+  std::vector<Value>& values_;
+  const int64_t parts_;
+  std::vector<bool> split_;
+};
+
+}  // namespace
+
+void part_planes(Ops* ops, std::vector<Value>* values, int64_t parts) {
+  const Parting parting(*ops, values, parts);
+  for (std::unique_ptr<Op>& op : *ops) {
+    if (parting.touches(*op)) op = std::make_unique<PartOp>(std::move(op), parts);
+  }
+}
+
+}  // namespace aerogel

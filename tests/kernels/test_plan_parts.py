@@ -1,0 +1,146 @@
+"""Planes whose rows lie in a part for each thread: the same numbers as in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_sets import needs_native
+from torch import Tensor
+
+from aerogel.kernels import BlockRowWeight, Plan, PlanBuilder, SpmmVariant, Value
+
+pytestmark = needs_native
+THREADS = (2, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def depthwise(b: PlanBuilder, x: Value, kernel: int, stride: int, padding: int) -> Value:
+    weight = torch.randn(x.shape[0], 1, kernel, kernel) / kernel
+    return b.conv2d(
+        x, weight, torch.randn(x.shape[0]), stride, padding, groups=x.shape[0], activation="relu6"
+    )
+
+
+def pointwise(
+    b: PlanBuilder, x: Value, rows: int, variant: SpmmVariant, residual: Value | None = None
+) -> Value:
+    weight = torch.randn(rows, x.shape[0]) * (torch.rand(rows, x.shape[0]) < 0.4)
+    return b.sparse_conv1x1(
+        x, BlockRowWeight.pack(weight, block=1), torch.randn(rows), activation="none",
+        residual=residual, variant=variant,
+    )  # fmt: skip
+
+
+def built(build: Callable[[PlanBuilder], None], threads: int, batch: int = 1) -> Plan:
+    torch.manual_seed(0)
+    torch.set_num_threads(
+        threads
+    )  # the plan follows torch: it may run with others than it was made for
+    b = PlanBuilder(batch)
+    build(b)
+    return b.build()
+
+
+def assert_same(plan: Plan, alone: Plan, x: Tensor) -> None:
+    torch.set_num_threads(1)
+    expected = alone.run([x])
+    for threads in (1, 2, 3, 4, 7):
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            plan._native_plan().fill_idle_arenas(float("nan"))
+            for y, e in zip(plan.run([x]), expected, strict=True):
+                assert torch.equal(y, e)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObject) -> None:
+    channels = data.draw(st.integers(1, 6))
+    height, width = data.draw(st.integers(12, 60)), data.draw(st.integers(8, 40))
+    steps = data.draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(("depthwise", "pointwise", "residual")),
+                st.sampled_from(((3, 1, 1), (3, 1, 2), (5, 2, 1), (5, 2, 2), (2, 1, 1), (1, 0, 3))),
+                st.sampled_from(
+                    (SpmmVariant(2), SpmmVariant(1, 2, 2), SpmmVariant(2, 1, 3, 2, True))
+                ),
+            ),
+            min_size=2,
+            max_size=7,
+        )
+    )
+
+    def build(b: PlanBuilder) -> None:
+        x = depthwise(b, b.input((channels, height, width)), 3, 1, 1)
+        for i, (kind, (kernel, padding, stride), variant) in enumerate(steps):
+            if kind == "depthwise":
+                if min(x.shape[1:]) >= 5:
+                    x = depthwise(b, x, kernel, stride, padding)
+            elif kind == "pointwise":
+                x = pointwise(b, x, 2 + i, variant)
+            else:
+                wide = depthwise(b, pointwise(b, x, 2 + i, variant), 3, 1, 1)
+                x = pointwise(b, wide, x.shape[0], variant, residual=x)
+        b.output(x)
+
+    threads = data.draw(st.sampled_from(THREADS))
+    assert_same(built(build, threads), built(build, 1), torch.randn(1, channels, height, width))
+
+
+def inverted_residuals(b: PlanBuilder) -> None:
+    x = b.input((3, 64, 64))
+    x = b.conv2d(x, torch.randn(8, 3, 3, 3) / 5, torch.randn(8), 2, 1, activation="relu")
+    for stride, rows in ((1, 8), (2, 12), (1, 12), (1, 12)):
+        slabs = SpmmVariant(2, 1, 2)
+        wide = depthwise(b, pointwise(b, x, 24, slabs), 3, stride, 1)
+        x = pointwise(b, wide, rows, slabs, x if stride == 1 else None)
+    b.output(b.global_avg_pool(depthwise(b, x, 3, 2, 1)))
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_parts_of_a_mobile_network(threads: int) -> None:
+    plan, alone = built(inverted_residuals, threads), built(inverted_residuals, 1)
+    if threads == 2:  # planes of 16 rows are in parts, which lie apart
+        assert plan.arena_bytes > alone.arena_bytes
+    assert_same(plan, alone, torch.randn(1, 3, 64, 64))
+
+
+def test_an_image_of_a_batch_is_in_one_piece() -> None:
+    plan, alone = built(inverted_residuals, 2, batch=3), built(inverted_residuals, 1, batch=3)
+    assert plan.arena_bytes == alone.arena_bytes
+    assert_same(plan, alone, torch.randn(3, 3, 64, 64))
+
+
+def test_nan_and_infinity_stay_in_reach_of_their_pixels() -> None:
+    def build(b: PlanBuilder) -> None:
+        x = depthwise(b, b.input((4, 32, 20)), 3, 1, 1)
+        x = pointwise(b, x, 5, SpmmVariant(2, 1, 2))
+        b.output(depthwise(b, x, 3, 1, 1))
+
+    plan, alone = built(build, 2), built(build, 1)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(1, 4, 32, 20)
+        x[0, 1, 15, 3] = value  # the last row of the first part
+        expected = alone.run([x])[0]
+        torch.set_num_threads(2)
+        torch.testing.assert_close(plan.run([x])[0], expected, rtol=0, atol=0, equal_nan=True)
+        assert expected[0, :, :13].isfinite().all()
+        assert expected[0, :, 18:].isfinite().all()
+
+
+def test_steps_in_parts_are_timed() -> None:
+    plan = built(inverted_residuals, 2)
+    rows = plan.profile([torch.randn(1, 3, 64, 64)])
+    assert [name for name, _ in rows][: len(plan.describe())] == [r.name for r in plan.describe()]
+    assert all(seconds >= 0 for _, seconds in rows)
