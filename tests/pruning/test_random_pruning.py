@@ -217,6 +217,30 @@ def test_scaled_weights_have_the_variance_that_fewer_inputs_need():
         assert float(kept.detach().std()) == pytest.approx(wanted, rel=0.05)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "filter"])
+def test_a_layer_of_which_nothing_was_drawn_keeps_one_unit_and_is_named(pattern):
+    for seed in range(40):
+        model = nn.Linear(16, 32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            masks = random_prune(
+                model,
+                0.04 if pattern == "filter" else 0.003,
+                exact=False,
+                scale_init=True,
+                pattern=pattern,
+                allocation="uniform",
+                generator=seeded(seed),
+            )
+        assert masks["weight"].any()
+        assert model.weight.isfinite().all()
+        if caught:
+            assert masks.nnz == (16 if pattern == "filter" else 1)
+            assert "'weight' was drawn without a weight" in str(caught[0].message)
+            return
+    raise AssertionError("no seed drew an empty layer: the case is not tested")
+
+
 @pytest.mark.parametrize("allocation", ["snip", "grasp"])
 def test_scores_give_ratios_not_places_and_leave_the_model_alone(allocation):
     model = net()

@@ -167,6 +167,8 @@ def test_a_killed_run_goes_on_with_the_first_missing_copy(tmp_path):
     assert equal(found.model.state_dict(), soups().run().model.state_dict())
     with pytest.raises(ValueError, match="belongs to another run"):
         soups(run_dir=tmp_path, sparsity=0.5).run()
+    with pytest.raises(ValueError, match="belongs to another run"):
+        soups(net(seed=1), run_dir=tmp_path).run()
 
 
 def test_workers_give_the_same_copies():

@@ -331,6 +331,14 @@ def test_bad_requests_are_refused():
         magnitude_(nn.Linear(2, 2), 0.5)
 
 
+@pytest.mark.parametrize("prune", [wanda_, sparsegpt_])
+def test_integer_weights_are_named_before_the_model_runs(prune):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"1\.weight: a torch\.int8 weight cannot be pruned"):
+        prune(model, [torch.randn(4, 8)], 0.5)
+
+
 def test_pruning_a_pruned_model_warns():
     layer, x = linear(), torch.randn(1, 5, 64)
     magnitude_(layer, 0.5)

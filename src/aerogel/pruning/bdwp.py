@@ -70,8 +70,9 @@ class BidirectionalNM(NMTrainer):
         sr_ste_lambda: strength of the pull (``"sr_ste"`` only).
 
     Raises:
-        ValueError: an unknown mode, n > m, an axis that m does not divide (names the weight and the
-            axis), a grouped convolution in ``include``, half-precision weights.
+        ValueError: an unknown mode, a negative ``sr_ste_lambda``, n > m, an axis that m does not
+            divide (names the weight and the axis), a grouped convolution in ``include``,
+            half-precision weights.
 
     Reference:
         Fang et al., arXiv 2309.13015.
@@ -91,6 +92,8 @@ class BidirectionalNM(NMTrainer):
     ) -> None:
         if mode not in MODES:
             raise ValueError(unknown_name("mode", mode, MODES))
+        if not sr_ste_lambda >= 0.0:
+            raise ValueError(f"sr_ste_lambda must be at least 0, got {sr_ste_lambda}")
         self.mode, self.n, self.m = mode, n, m
         self._model = model
         forward, backward = NM(n, m, axis=1), NM(n, m, axis=0)

@@ -93,7 +93,8 @@ def random_prune(
 
     Returns:
         The masks. A layer whose share is below one unit keeps one weight in every output row where
-        the network's budget pays for that, else one; a warning names it.
+        the network's budget pays for that, else one, as does one of which ``exact=False`` drew
+        nothing; a warning names it.
 
     Raises:
         ValueError: density outside (0, 1], an allocation that is unknown, infeasible or lacks a
@@ -112,6 +113,7 @@ def random_prune(
     masks = random_masks(selection, densities, exact, source, pattern=units)
     if units == Unstructured():
         _keep_rows_alive(masks, densities, source)
+    _keep_layers_alive(masks, units, source)
     if scale_init:
         with torch.no_grad():
             for name, share in masks.layer_density().items():
@@ -344,6 +346,18 @@ def _keep_rows_alive(
             f"{name!r} was allotted {densities[name] * mask.numel():.2f} of {mask.numel()} "
             f"weights; it keeps {int(mask.sum())}"
         )
+
+
+def _keep_layers_alive(masks: MaskSet, pattern: UnitPattern, generator: torch.Generator) -> None:
+    """Give one unit to each layer that was left none: units drawn on their own may all miss."""
+    for name, mask in masks.items():
+        if bool(mask.any()):
+            continue
+        rows, columns = pattern.unit_grid(mask.shape)
+        flat = torch.zeros(rows * columns, dtype=torch.bool)
+        flat[int(torch.randint(len(flat), (), generator=generator))] = True
+        mask.copy_(pattern.expand(flat, mask.shape))
+        warnings.warn(f"{name!r} was drawn without a weight; it keeps {int(mask.sum())}")
 
 
 def _build(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Goal) -> StaticSparseTrainer:

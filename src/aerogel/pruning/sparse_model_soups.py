@@ -25,6 +25,7 @@ long as all copies together beats the soup, and averaging networks that were pru
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -189,6 +190,7 @@ class SparseModelSoups:
         if self._has_batch_norm() and not self._batches:
             raise ValueError("the model has batch norm: give batches to re-estimate it")
         self._folder = None if run_dir is None else Path(run_dir)
+        self._start = "" if run_dir is None else _digest(self._model)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -302,6 +304,7 @@ class SparseModelSoups:
             "copies": self.copies,
             "soup": self.soup,
             "scope": self.scope,
+            "start": self._start,
         }
 
     def _kept(self, variation: Variation) -> State | None:
@@ -325,6 +328,15 @@ def _retrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(variation.seed)
         return _detached(retrain_fn(copy.deepcopy(model), masks.clone(), variation))
+
+
+def _digest(model: nn.Module) -> str:
+    """Of all parameters and buffers, so that another dense network's copies are not mixed in."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def _detached(model: nn.Module) -> State:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,9 +73,14 @@ class LayerWalk:
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty; calibration needs at least one batch")
-        self.sequential = (
-            self._is_chain() if sequential is None and blocks is None else (sequential is not False)
-        )
+        self._sequential = sequential
+
+    @cached_property
+    def sequential(self) -> bool:
+        """Whether to go block by block; finding out runs the model, so `select` comes first."""
+        if self._sequential is None and self.blocks is None:
+            return self._is_chain()
+        return self._sequential is not False
 
     def select(
         self,
