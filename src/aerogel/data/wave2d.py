@@ -50,8 +50,10 @@ def generate(
     Raises:
         ValueError: an argument out of range.
     """
-    if n < 1 or keep < 1 or steps < keep or steps % keep:
-        raise ValueError(f"n={n}, steps={steps}, keep={keep}: expected steps a multiple of keep")
+    if n < 1:
+        raise ValueError(f"n={n}: expected at least 1")
+    if keep < 1 or steps < keep or steps % keep:
+        raise ValueError(f"steps={steps}, keep={keep}: expected steps a multiple of keep")
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.tensor(list(RANGES.values()), dtype=torch.float64).T
     params = low + (high - low) * torch.rand(n, 3, generator=generator, dtype=torch.float64)

@@ -191,9 +191,9 @@ def _remaining(
         raise ValueError(f"no layer is left to share the budget besides {what}")
     if budget <= 0:
         raise ValueError(
-            f"density {density} is too small: {what} alone take "
-            f"{sum(d * sizes[n] for n, d in fixed.items()):.0f} of "
-            f"{density * sum(sizes.values()):.0f} weights"
+            f"density {density} is too small: {what} alone need "
+            f"{sum(d * sizes[n] for n, d in fixed.items()):.0f} weights, and "
+            f"{density * sum(sizes.values()):.0f} may be kept in all"
         )
     return min(1.0, budget / others)
 

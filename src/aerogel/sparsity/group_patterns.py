@@ -312,7 +312,7 @@ def _need_divisible(pattern: Pattern, length: int, group: int, pad: bool, name: 
     if not pad and length % group:
         raise ValueError(
             f"{pattern.spec}: {group} does not divide the {length} channels of {name!r}; "
-            f"exclude it or use pad=True"
+            f"exclude it, or where a pattern can be given, {pattern.spec}:pad takes a shorter group"
         )
 
 
