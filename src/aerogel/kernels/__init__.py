@@ -8,6 +8,7 @@ from aerogel.kernels._library import (
     available_isas,
     isa,
     native_available,
+    native_in_use,
     reference_mode,
     set_isa,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "lower_spans",
     "native_available",
     "native_gemv_weight",
+    "native_in_use",
     "native_nm_weight",
     "native_weight",
     "nm_mask",
