@@ -130,6 +130,7 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
     default: return _mm256_permute_ps(q, 0xFF);
   }
 }
+AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
 
 #elif defined(AEROGEL_USE_NEON)
 
@@ -179,6 +180,7 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
     default: return vdupq_laneq_f32(q, 3);
   }
 }
+AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
 
 #else  // plain C++: fixed-size loops that the compiler turns into whatever the baseline offers
 
@@ -263,6 +265,7 @@ AEROGEL_INLINE Vec scale_by_power(Vec a, Vec n) {
 using Quad = Vec;
 AEROGEL_INLINE Quad load_quad(const float* p) { return load(p); }
 AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) { return broadcast(q.lane[lane]); }
+AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
 
 #endif
 

@@ -272,7 +272,6 @@ using RunFunction = void (*)(const RunContext&, const SpmmRun&, const int32_t*, 
 constexpr bool kBothSources = true;
 #else
 constexpr bool kBothSources = false;
-AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
 #endif
 
 // Where a tile's weights come from and whether its last vector is a partial one.

@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from aerogel.version import __version__
+
 if TYPE_CHECKING:
     from aerogel.runtime import (
         CompiledModule,
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
         save,
     )
     from aerogel.train import sparse_training
-
-__version__ = "0.1.0"
 
 # Resolved on first use, so that `import aerogel` and `aerogel --help` stay quick.
 _PUBLIC = dict.fromkeys(

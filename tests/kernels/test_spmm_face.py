@@ -177,6 +177,14 @@ def test_unknown_kernel_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AEROGEL_KERNELS", "refrence")
     with pytest.raises(ValueError, match="AEROGEL_KERNELS='refrence'"):
         kernels.reference_mode()
+    with pytest.raises(ValueError, match="AEROGEL_KERNELS='refrence'"):
+        kernels.native_in_use()
+
+
+def test_unknown_kernel_mode_is_named_without_the_library_too() -> None:
+    code = "from aerogel import kernels; kernels.native_in_use()"
+    result = run_python(code, AEROGEL_NATIVE="/nowhere/_native.so", AEROGEL_KERNELS="refrence")
+    assert "ValueError: AEROGEL_KERNELS='refrence'" in result.stderr
 
 
 @needs_native

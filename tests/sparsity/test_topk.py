@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aerogel.kernels import kth_largest
 from aerogel.sparsity.topk import (
     kept_count,
-    kth_largest,
     pruned_count,
     require_finite,
     topk_mask,

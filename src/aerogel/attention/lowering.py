@@ -16,7 +16,7 @@ from torch import Tensor
 from aerogel.attention.ragged import count_rows, merge_ranges, pointers, row_numbers, within
 from aerogel.attention.ranges import KeyRanges, Pass
 from aerogel.attention.shape import AttentionShape
-from aerogel.kernels import lower_ranges, native_available, reference_mode
+from aerogel.kernels import lower_ranges, native_in_use
 
 EDGE, GATHER, NO_WINDOW = 1, 2, 4
 TILE_KEYS = 64
@@ -214,7 +214,7 @@ def lower_pass(part: Pass, shape: AttentionShape) -> TileStream:
     Tiles that no row of theirs can read are left out.
     """
     ranges, window = part
-    if native_available() and ranges.row.is_cpu and not reference_mode():
+    if ranges.row.is_cpu and native_in_use() is not None:
         return _lower_natively(part, shape)
     row, start, length, source = _range_tiles(ranges, shape, window)
     kind = _cut(ranges, shape, window, row, start, start + length - 1)

@@ -36,7 +36,7 @@ from aerogel.attention.supports import (
     TopKSupport,
 )
 from aerogel.attention.tiled_pairs import Pairs
-from aerogel.kernels import native_available, reference_mode
+from aerogel.kernels import native_in_use
 from aerogel.kernels.attention_call import MAX_DIM
 
 SupportName = Literal["lsh", "local", "block", "topk"]
@@ -110,7 +110,7 @@ def scatterbrain_attention(
 def _native(q: Tensor, v: Tensor, features: PositiveRandomFeatures) -> bool:
     sizes = q.shape[-1], v.shape[-1], features.num_features
     known = q.is_cpu and q.dtype != torch.float64 and max(sizes) <= MAX_DIM
-    return known and native_available() and not reference_mode()
+    return known and native_in_use() is not None
 
 
 def _tiled(

@@ -14,7 +14,7 @@ from aerogel.attention.plan import Plan, check_dims
 from aerogel.attention.ragged import sorted_by
 from aerogel.attention.ranges import KeyRanges, Pass, expand_tiles
 from aerogel.attention.shape import AttentionShape
-from aerogel.kernels import lower_spans, native_available, reference_mode
+from aerogel.kernels import lower_spans, native_in_use
 
 _TILE = 64
 _LARGEST_TILE = 128
@@ -117,7 +117,7 @@ class SpanPlan(Plan):
 
         A row's own window, in blocks where the plan counts them, is left to the kernel.
         """
-        native = native_available() and self.sink.is_cpu and not reference_mode()
+        native = self.sink.is_cpu and native_in_use() is not None
         if window is not None or self.first is not None or not native:
             return super().streams(shape, window)
         by_block = self.granularity == "block"

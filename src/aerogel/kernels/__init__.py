@@ -8,6 +8,7 @@ from aerogel.kernels._library import (
     available_isas,
     isa,
     native_available,
+    native_in_use,
     reference_mode,
     set_isa,
 )
@@ -45,7 +46,7 @@ from aerogel.kernels.gather_rows import (
     gather_rows_reference,
 )
 from aerogel.kernels.gemv import gemv, gemv_reference, native_gemv_weight
-from aerogel.kernels.largest import largest_mask, largest_mask_reference
+from aerogel.kernels.largest import kth_largest, largest_mask, largest_mask_reference
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.nm_mask import nm_mask, nm_mask_reference
 from aerogel.kernels.nm_tensor import NM24Tensor, NM24Weight, NMForm
@@ -115,6 +116,7 @@ __all__ = [
     "gemv_op",
     "gemv_reference",
     "isa",
+    "kth_largest",
     "label_attention",
     "label_scores",
     "label_scores_reference",
@@ -127,6 +129,7 @@ __all__ = [
     "lower_spans",
     "native_available",
     "native_gemv_weight",
+    "native_in_use",
     "native_nm_weight",
     "native_weight",
     "nm_mask",

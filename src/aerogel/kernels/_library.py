@@ -78,8 +78,8 @@ def native_in_use() -> Any | None:
         ValueError: as `reference_mode`.
     """
     module = _load()[0]
-    if module is None or (module.in_environment("AEROGEL_KERNELS") and reference_mode()):
-        return None
+    if module is None or module.in_environment("AEROGEL_KERNELS"):
+        return None if reference_mode() else module
     return module
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels._calls import address
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.attention_call import AttentionCall, unit_rows
 from aerogel.kernels.attention_kept import call_key, keep_forward, kept_forward
 from aerogel.kernels.attention_reference import (
@@ -341,7 +341,7 @@ def prepared_attention(
 
 def _native(call: AttentionCall) -> bool:
     known = call.q.is_cpu and call.q.dtype in _TYPES
-    return known and not reference_mode() and native_available()
+    return known and native_in_use() is not None
 
 
 def _like_rows(q: Tensor, dim: int) -> Tensor:

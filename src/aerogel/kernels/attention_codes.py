@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels._calls import address, needs_grad
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 
 TILE_TOKENS = 16  # whose bytes lie side by side
 CODE_BITS = (2, 4, 8)
@@ -164,7 +164,7 @@ class CodedTokens:
             raise ValueError(
                 f"q: shape {tuple(q.shape)}, expected ({batch}, a multiple of {heads}, rows, {dim})"
             )
-        cpu = q.is_cpu and q.dtype in _TYPES and native_available() and not reference_mode()
+        cpu = q.is_cpu and q.dtype in _TYPES and native_in_use() is not None
         if not cpu or needs_grad((q, *(prior or ()))):
             return coded_attention_reference(q, self.segments, scale, softcap, prior)
         if self._native is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels._calls import address
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.attention_call import MAX_BLOCK_Q
 from aerogel.kernels.attention_lower_reference import (
     RangeLists,
@@ -194,7 +194,7 @@ def lower_spans(
 
 
 def _native(x: Tensor) -> bool:
-    return x.is_cpu and not reference_mode() and native_available()
+    return x.is_cpu and native_in_use() is not None
 
 
 def _per_head(name: str, x: Tensor, heads: int) -> Tensor:

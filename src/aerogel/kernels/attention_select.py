@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels._calls import address
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.attention import attention_forward
 from aerogel.kernels.attention_lower import TileStream
 from aerogel.kernels.attention_select_reference import (
@@ -38,7 +38,7 @@ _TILE_KEYS, _GATHER = 64, 2
 def selects_natively(*tensors: Tensor | None) -> bool:
     """Whether the native kernels are there and can read all of these."""
     usable = all(t is None or t.is_cpu for t in tensors)
-    return usable and not reference_mode() and native_available()
+    return usable and native_in_use() is not None
 
 
 def label_scores(

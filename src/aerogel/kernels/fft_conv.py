@@ -19,7 +19,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.fft_conv_plan import FrequencyMask, Route, find_route, native_plan
 
 Rows = tuple[int, int, int]
@@ -116,7 +116,7 @@ def native_route(u: Tensor, k: Tensor, spec: ConvSpec) -> Route | None:
     """How the native kernels do it; None if they cannot, or must not."""
     low = (torch.float32, torch.bfloat16)
     fits = u.is_cpu and k.is_cpu and u.dtype in low and k.dtype in low and u.numel() > 0
-    if not fits or reference_mode() or not native_available():
+    if not fits or native_in_use() is None:
         return None
     return find_route(spec.n, u.shape[2], used_taps(u, k, spec), spec.causal, spec.mask)
 

@@ -30,7 +30,7 @@ from aerogel.kernels._calls import (
     runs_natively,
     version,
 )
-from aerogel.kernels._library import isa, native, native_available, reference_mode
+from aerogel.kernels._library import isa, native, native_in_use
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.nm import native_nm_weight, nm_pattern
 from aerogel.kernels.spmm import (
@@ -114,7 +114,7 @@ def gemv_now(
 ) -> Tensor:
     """`gemv` without gradients and outside of tracing: what the op itself runs (see `spmm_now`)."""
     operands = (x, bias, residual)
-    if reference_mode() or not (native_available() and runs_natively(weight, operands)):
+    if native_in_use() is None or not runs_natively(weight, operands):
         warn_of_device(x.device.type)
         result = gemv_reference(x, weight, bias, activation=activation, residual=residual)
         return result if out is None else checked_out(out, x, tuple(result.shape)).copy_(result)

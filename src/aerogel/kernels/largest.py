@@ -5,12 +5,14 @@ Reference: csrc/largest.h.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aerogel.kernels._library import native_in_use
 
 _MOST = 2**31 - 1  # kLargestCount
+_TIE_CHUNK = 1 << 20
 
 
 def largest_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
@@ -47,25 +49,56 @@ def largest_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     return mask
 
 
-def selects_largest(score: Tensor) -> bool:
-    """Whether `largest_mask` takes these scores natively."""
-    return _fits(score) and native_in_use() is not None
-
-
 def _fits(score: Tensor) -> bool:
     narrow = score.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return score.is_cpu and narrow and score.numel() <= _MOST and not torch.compiler.is_compiling()
 
 
 def largest_mask_reference(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-    """`largest_mask` by a stable sort in torch: any dtype, any device."""
-    flat = score.detach().flatten()
-    places = torch.arange(len(flat), device=flat.device)
+    """`largest_mask` in torch by selection, which is linear work: any dtype, any device."""
+    flat = comparable(score).flatten()
     if among is not None:
         places = among.to(flat.device).flatten().nonzero().flatten()
-    if not 0 <= k <= len(places):
-        raise ValueError(f"keep={k}: only {len(places)} entries compete")
-    best = flat[places].sort(descending=True, stable=True).indices[:k]
-    mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    mask[places[best]] = True
-    return mask.view(score.shape)
+        mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        mask[places] = largest_mask_reference(flat[places], k)
+        return mask.view(score.shape)
+    if not 0 <= k <= len(flat):
+        raise ValueError(f"keep={k}: only {len(flat)} entries compete")
+    if k == 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=flat.device)
+    threshold = kth_largest(flat, k)
+    kept = flat > threshold
+    _fill_ties(kept, flat, threshold, k - int(torch.count_nonzero(kept)))
+    return kept.view(score.shape)
+
+
+def _fill_ties(kept: Tensor, flat: Tensor, threshold: Tensor, missing: int) -> None:
+    """Keep the first ``missing`` entries equal to the threshold, in index order."""
+    # In chunks, because a tensor of equal scores would need an index for each of its entries.
+    for start in range(0, flat.numel(), _TIE_CHUNK):
+        ties = flat[start : start + _TIE_CHUNK] == threshold
+        found = int(torch.count_nonzero(ties))
+        if found > missing:
+            ties[ties.nonzero().flatten()[missing:]] = False
+        kept[start : start + _TIE_CHUNK] |= ties
+        missing -= min(found, missing)
+        if missing == 0:
+            return
+
+
+def kth_largest(score: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest value (1 = the largest) of all entries, as a 0-dim tensor."""
+    flat = comparable(score).flatten()
+    if not 1 <= k <= flat.numel():
+        raise ValueError(f"k must be in [1, {flat.numel()}], got {k}")
+    if flat.device.type == "cpu":
+        # torch.kthvalue also permutes an int64 index per entry, three times the memory traffic.
+        place = flat.numel() - k
+        return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1].copy())[0]
+    return torch.kthvalue(flat, flat.numel() - k + 1).values
+
+
+def comparable(score: Tensor) -> Tensor:
+    """The score detached, in a type that every selection kernel supports."""
+    score = score.detach()
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score

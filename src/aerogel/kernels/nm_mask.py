@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 
 LONGEST_GROUP = 64
 """Entries of a group that the native kernel takes (`kNmMaskLongest`)."""
@@ -82,4 +82,4 @@ def _runs_natively(score: Tensor, m: int) -> bool:
         return False
     if m > LONGEST_GROUP or torch.compiler.is_compiling():
         return False
-    return not reference_mode() and native_available()
+    return native_in_use() is not None

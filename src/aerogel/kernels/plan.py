@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels import layers
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use, reference_mode
 from aerogel.kernels.layers import Layer, Shape, float_tensor
 from aerogel.kernels.pace import Pace
 
@@ -131,7 +131,7 @@ class Plan:
         self._output_shapes = tuple(self._outer_shape(port) for port in self._outputs)
         self._native: Any = None
         self._build_lock = threading.Lock()
-        if native_available() and not reference_mode():
+        if native_in_use() is not None:
             self._native = self._build_native()
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -148,7 +148,7 @@ class Plan:
             ValueError: wrong number or shapes of tensors.
         """
         tensors = self._checked(inputs)
-        if reference_mode() or not native_available():
+        if native_in_use() is None:
             return self._run_reference(tensors)
         outputs = [torch.empty(shape) for shape in self._output_shapes]
         self._run_native([x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs])

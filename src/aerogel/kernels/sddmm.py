@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.formats import BlockRowWeight, entry_indices
 from aerogel.kernels.spmm import output_shape
 
@@ -80,7 +80,7 @@ def sddmm(
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     fits = x.dtype is torch.float32 and x.is_cpu and grad.is_cpu
-    if not fits or reference_mode() or not native_available():
+    if not fits or native_in_use() is None:
         return sddmm_reference(grad, x, weight, layout=layout)
     if not weight._pattern:
         weight._pattern.append(_native_pattern(weight))

@@ -32,7 +32,7 @@ from aerogel.kernels._calls import (
     runs_natively,
     version,
 )
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.spmm import check_activation, reference_activation
 from aerogel.kernels.variants import SpmmVariant, sparse_conv_variants
@@ -145,8 +145,7 @@ def sparse_conv2d(
     differentiable = torch.compiler.is_compiling() or needs_grad((weight.values, *operands))
     if differentiable and out is not None:
         raise ValueError("out: expected None where a gradient is needed")
-    fits = native_available() and runs_natively(weight, operands)
-    if differentiable or reference_mode() or not fits:
+    if differentiable or native_in_use() is None or not runs_natively(weight, operands):
         check_activation(activation)
         shape = _checked_shape(x, weight, bias, geometry, residual)
         y = _reference(x, weight, bias, geometry, activation, residual)

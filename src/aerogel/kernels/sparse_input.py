@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aerogel.kernels._calls import address, checked_out, fits_native, needs_grad
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.spmm import (
     check_activation,
     check_operands,
@@ -135,7 +135,7 @@ def sparse_input_now(
     operands = (x, bias, scales, residual)
     differentiable = needs_grad((weight_t, *operands))
     fits = weight_t.is_cpu and weight_t.dtype in VALUE_TYPES and all(map(fits_native, operands))
-    if differentiable or reference_mode() or not (native_available() and fits):
+    if differentiable or native_in_use() is None or not fits:
         warn_of_device(x.device.type)
         result = sparse_input_linear_reference(
             x, weight_t, bias,

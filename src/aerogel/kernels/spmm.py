@@ -32,7 +32,7 @@ from aerogel.kernels._calls import (
     runs_natively,
     version,
 )
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.formats import BlockRowWeight
 from aerogel.kernels.variants import LAYOUTS, SpmmVariant, default_variant
 
@@ -197,7 +197,7 @@ def spmm_now(
     thread may be compiling.
     """
     operands = (x, bias, residual)
-    if reference_mode() or not (native_available() and runs_natively(weight, operands)):
+    if native_in_use() is None or not runs_natively(weight, operands):
         warn_of_device(x.device.type)
         result = spmm_reference(
             x, weight, bias, activation=activation, residual=residual, layout=layout

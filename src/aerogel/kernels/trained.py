@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aerogel.kernels._library import native, native_available, reference_mode
+from aerogel.kernels._library import native, native_in_use
 from aerogel.kernels.formats import BlockRowWeight, dense_weight, entry_indices
 from aerogel.kernels.sddmm import sddmm
 from aerogel.kernels.spmm import linear_reference, output_shape
@@ -261,7 +261,7 @@ class TrainedPattern:
 
 
 def native_fits(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or reference_mode() or not native_available():
+    if torch.compiler.is_compiling() or native_in_use() is None:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False

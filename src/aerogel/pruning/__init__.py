@@ -37,6 +37,7 @@ from aerogel.pruning.gradual_pruning import GradualPruner
 from aerogel.pruning.iss_p import IterativeSoftShrinkage
 from aerogel.pruning.lottery_ticket import LotteryTicket, TrainOutcome
 from aerogel.pruning.method import (
+    METHODS,
     Goal,
     Method,
     OneShotMethod,
@@ -93,11 +94,10 @@ _SYSTEMS = (
     iss_p,
 )
 
-METHODS: dict[str, Method] = {
-    method.slug: method
+METHODS.update(
+    (method.slug, method)
     for method in (*(system.METHOD for system in _SYSTEMS), _SPARSE_IFT, *SHARED_METHODS)
-}
-"""Every pruning method by its slug, as `aerogel compress --method` and the arena take it."""
+)
 
 __all__ = [
     "ITOP",

@@ -23,7 +23,14 @@ import torch
 from torch import nn
 
 from aerogel.nested import load_state, save_state
-from aerogel.pruning.method import Goal, Pruner, RewritingMethod, TrainingMethod, method_slug
+from aerogel.pruning.method import (
+    METHODS,
+    Goal,
+    Pruner,
+    RewritingMethod,
+    TrainingMethod,
+    method_slug,
+)
 from aerogel.pruning.selection import parameters_for
 from aerogel.sparsity.plain_state import PlainState, restore_weights, stored_weights
 from aerogel.sparsity.select import unknown_name
@@ -60,8 +67,6 @@ def pruner_factory(
         ValueError: not a training method, or a pattern that it does not prune by. The factory
             raises it for a network that the method is not for.
     """
-    from aerogel.pruning import METHODS
-
     known = {slug: found for slug, found in METHODS.items() if isinstance(found, TrainingMethod)}
     slug = method_slug(method)
     if slug not in known:

@@ -40,6 +40,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels import kth_largest
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
@@ -49,7 +50,6 @@ from aerogel.sparsity.masks import MaskSet, build_masks
 from aerogel.sparsity.patterns import Pattern, Unstructured, parse_pattern
 from aerogel.sparsity.schedules import Constant
 from aerogel.sparsity.select import ParamRef, ParamSelection, matches_glob, select_parameters
-from aerogel.sparsity.topk import kth_largest
 from aerogel.sparsity.updates import UpdateContext, UpdateRule
 
 Variant = Literal["iss_p", "iss_r", "iht"]

@@ -251,3 +251,11 @@ def call_with_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, An
 def method_slug(method: str) -> str:
     """A method's slug from the ways people write it."""
     return method.strip().lower().replace("_", "-")
+
+
+METHODS: dict[str, Method] = {}
+"""Every pruning method by its slug, as `aerogel compress --method` and the arena take it.
+
+The room's `__init__` fills it. It stands here, below the systems, for `callbacks`, which systems
+import and which looks methods up.
+"""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.pruning.method import (
+    METHODS,
     Goal,
     Method,
     OneShotMethod,
@@ -270,8 +271,6 @@ def _inputs(batch: Any) -> Any:
 
 
 def _chosen(method: str) -> Method:
-    from aerogel.pruning import METHODS
-
     slug = method_slug(method)
     if slug not in METHODS:
         raise ValueError(f"method = {method!r} is unknown; known: {', '.join(sorted(METHODS))}")

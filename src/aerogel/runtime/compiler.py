@@ -144,7 +144,7 @@ def build(
 
 
 def _isa() -> str:
-    if kernels.reference_mode() or not kernels.native_available():
+    if kernels.native_in_use() is None:
         return "reference"
     return kernels.isa()
 

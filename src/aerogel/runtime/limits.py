@@ -48,7 +48,7 @@ def bound_of(
         threads: That run it.
         pattern: (n, m) if it stores n values for every m inputs, else single columns or blocks.
     """
-    if kernels.reference_mode() or not kernels.native_available():
+    if kernels.native_in_use() is None:
         return None
     roof = _roofline(threads, kernels.isa())
     kept, index = _stored(layer, sparse, pattern)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from aerogel.atomic import write_atomic
+from aerogel.version import __version__
 
 FORMAT = 1
 _MAX_ENTRIES = 20_000
@@ -78,10 +79,8 @@ class TuningCache:
 
 def environment(threads: int, isa: str) -> dict[str, Any]:
     """What every measurement depends on besides the layer itself."""
-    import aerogel
-
     return {
-        "aerogel": aerogel.__version__,
+        "aerogel": __version__,
         "torch": torch.__version__,
         "cpu": cpu_name(),
         "isa": isa,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aerogel.sparsity.topk import kth_largest
+from aerogel.kernels import kth_largest
 
 DEFAULT_TRIALS = 2000
 DEFAULT_PATIENCE = 200

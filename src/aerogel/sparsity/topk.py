@@ -9,19 +9,16 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from aerogel.kernels.largest import largest_mask, selects_largest
+from aerogel.kernels.largest import comparable, largest_mask
 from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
 
 Rounding = Literal["round", "floor", "ceil", "round_kept"]
 
 # Products like 0.7 * 10 miss the integer they mean by some ulps; nearer than this is the integer.
 _INTEGER_SLACK = 1e-9
-
-_TIE_CHUNK = 1 << 20
 
 
 def pruned_count(
@@ -101,18 +98,6 @@ def require_finite(score: Tensor, name: str) -> None:
             raise ValueError(f"score of {name!r} has {bad} nan or infinite entries")
 
 
-def kth_largest(score: Tensor, k: int) -> Tensor:
-    """The ``k``-th largest value (1 = the largest) of all entries, as a 0-dim tensor."""
-    flat = _comparable(score).flatten()
-    if not 1 <= k <= flat.numel():
-        raise ValueError(f"k must be in [1, {flat.numel()}], got {k}")
-    if flat.device.type == "cpu":
-        # torch.kthvalue also permutes an int64 index per entry, three times the memory traffic.
-        place = flat.numel() - k
-        return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1].copy())[0]
-    return torch.kthvalue(flat, flat.numel() - k + 1).values
-
-
 def topk_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """Bool mask of exactly the ``k`` largest entries; ties go to the lowest flat index.
 
@@ -132,32 +117,7 @@ def topk_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     if k == competing:
         everything = torch.ones(score.shape, dtype=torch.bool, device=score.device)
         return everything if among is None else everything & among
-    if selects_largest(score):
-        return largest_mask(score, k, among)
-    if among is not None:
-        places = among.flatten().nonzero().flatten()
-        kept = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-        kept[places[topk_mask(score.flatten()[places], k)]] = True
-        return kept.view(score.shape)
-    flat = _comparable(score).flatten()
-    threshold = kth_largest(flat, k)
-    kept = flat > threshold
-    _fill_ties(kept, flat, threshold, k - int(torch.count_nonzero(kept)))
-    return kept.view(score.shape)
-
-
-def _fill_ties(kept: Tensor, flat: Tensor, threshold: Tensor, missing: int) -> None:
-    """Keep the first ``missing`` entries equal to the threshold, in index order."""
-    # In chunks, because a tensor of equal scores would need an index for each of its entries.
-    for start in range(0, flat.numel(), _TIE_CHUNK):
-        ties = flat[start : start + _TIE_CHUNK] == threshold
-        found = int(torch.count_nonzero(ties))
-        if found > missing:
-            ties[ties.nonzero().flatten()[missing:]] = False
-        kept[start : start + _TIE_CHUNK] |= ties
-        missing -= min(found, missing)
-        if missing == 0:
-            return
+    return largest_mask(score, k, among)
 
 
 def topk_rows(score: Tensor, k: int) -> Tensor:
@@ -177,14 +137,8 @@ def topk_rows(score: Tensor, k: int) -> Tensor:
         return torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device)
     if columns <= LONGEST_GROUP:
         return nm_mask(score, k, columns)
-    score = _comparable(score)
+    score = comparable(score)
     threshold = torch.kthvalue(score, columns - k + 1, dim=1, keepdim=True).values
     above, equal = score > threshold, score == threshold
     missing = k - above.sum(dim=1, keepdim=True)
     return above | (equal & (equal.cumsum(dim=1) <= missing))
-
-
-def _comparable(score: Tensor) -> Tensor:
-    """The score detached, in a type that every selection kernel supports."""
-    score = score.detach()
-    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score

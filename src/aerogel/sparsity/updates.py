@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from aerogel.kernels import kth_largest
 from aerogel.sparsity.allocation import AllocationKind, allocate
 from aerogel.sparsity.masks import MaskSet, Scope, build_masks
 from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, Unstructured
 from aerogel.sparsity.scores import ScoreContext, ScoreFunction, compute_scores
 from aerogel.sparsity.select import ParamSelection, unknown_name
-from aerogel.sparsity.topk import Rounding, kept_count, kth_largest, pruned_count, topk_mask
+from aerogel.sparsity.topk import Rounding, kept_count, pruned_count, topk_mask
 
 Allocation = AllocationKind | Mapping[str, float]
 Growth = Literal["random", "random_unfired", "gradient", "momentum"]

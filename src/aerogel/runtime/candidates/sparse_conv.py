@@ -77,7 +77,7 @@ def _geometry(layer: Layer) -> dict[str, Any]:
 
 
 def _variants(packed: kernels.BlockRowWeight, layer: Layer, threads: int | None) -> list[Any]:
-    if kernels.reference_mode() or not kernels.native_available():
+    if kernels.native_in_use() is None:
         return [None]
     geometry = kernels.ConvGeometry.of(**_geometry(layer))
     return list(kernels.sparse_conv_variants(packed, geometry, layer.input_shape[2:], threads))

@@ -80,7 +80,7 @@ def blocks_worth_trying(layer: Layer) -> list[int]:
 def _variants(
     packed: kernels.BlockRowWeight, columns: int, layout: str, threads: int | None
 ) -> list[Any]:
-    if kernels.reference_mode() or not kernels.native_available():
+    if kernels.native_in_use() is None:
         return [None]
     return list(kernels.spmm_variants(packed, columns, layout, threads))
 
