@@ -50,7 +50,7 @@ class Settings:
         threads: Of every kernel; None follows torch's setting at every call.
         tolerance: Largest deviation of any output, relative to its largest magnitude.
         cache_path: The tuning cache's file, or None.
-        strategy: "fastest", or the name of the only contender to build.
+        strategy: "fastest", or the name of the contender to keep even if it is slower.
         on_progress: Called with (layer name, layers done, layers in all).
         extension: Adds contenders of its own, if any.
         measure: Times whole models and segments; a fake one in tests.
