@@ -250,6 +250,24 @@ def test_systems_lists_the_manifest() -> None:
     assert aerogel("systems", "--markdown").stdout.strip() == manifest.systems_table_markdown()
 
 
+def test_info_says_that_the_kernels_are_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aerogel", "info", "--json"],
+        env={**os.environ, "AEROGEL_NATIVE": "/nowhere/_native.so"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["kernels"] | {"reference_mode": False} == {
+        "isa": None,
+        "available": [],
+        "native": False,
+        "reference_mode": False,
+    }
+    assert facts["hardware"]["kernels"] == "reference"
+
+
 def test_info_names_machine_kernels_and_engines() -> None:
     facts = json.loads(aerogel("info", "--json").stdout)
     assert facts["kernels"]["isa"] in facts["kernels"]["available"]

@@ -140,4 +140,4 @@ def _sysctl(name: str) -> str:
 def _kernel_isa() -> str:
     from aerogel import kernels
 
-    return "reference" if kernels.reference_mode() else kernels.isa()
+    return kernels.isa_in_use()

@@ -52,14 +52,15 @@ def gather(*, roofline: bool = False) -> dict[str, Any]:
     import aerogel
     from aerogel import bench, data, kernels
 
+    native = kernels.native_available()
     facts: dict[str, Any] = {
         "aerogel": aerogel.__version__,
         "hardware": _plain(bench.hardware_info()),
         "threads": torch.get_num_threads(),
         "kernels": {
-            "isa": kernels.isa(),
-            "available": list(kernels.available_isas()),
-            "native": kernels.native_available(),
+            "isa": kernels.isa() if native else None,
+            "available": kernels.available_isas() if native else [],
+            "native": native,
             "reference_mode": kernels.reference_mode(),
         },
         "packages": {name: _version(name) for name in PACKAGES},

@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,6 +51,7 @@ def reproduce(
     """
     with terminal.guarded("Finished experiments were kept only with --save."):
         from aerogel.report import evidence
+        from aerogel.report.schema import finite
 
         systems = _chosen(slugs or [], everything=everything, family=family)
         checkout = evidence.find_checkout()
@@ -67,7 +68,7 @@ def reproduce(
                     evidence.write_page(checkout)
         _say_seconds(found, console)
         if as_json:
-            terminal.print_json([_finite(item.to_dict()) for item in found])
+            terminal.print_json([finite(item.to_dict()) for item in found])
         if not all(item.passed for item in found):
             raise typer.Exit(FAILED)
 
@@ -169,12 +170,3 @@ def _show(found: Evidence) -> None:
             escape(claim.paper),
         )
     terminal.stdout().print(table)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN: such a figure becomes null."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,6 +7,7 @@ set.
 from aerogel.kernels._library import (
     available_isas,
     isa,
+    isa_in_use,
     native_available,
     native_in_use,
     reference_mode,
@@ -116,6 +117,7 @@ __all__ = [
     "gemv_op",
     "gemv_reference",
     "isa",
+    "isa_in_use",
     "kth_largest",
     "label_attention",
     "label_scores",

@@ -88,6 +88,16 @@ def isa() -> str:
     return native().isa()
 
 
+def isa_in_use() -> str:
+    """`isa`, or "reference" where the references run instead.
+
+    Raises:
+        ValueError: as `reference_mode`.
+    """
+    module = native_in_use()
+    return "reference" if module is None else module.isa()
+
+
 def available_isas() -> list[str]:
     """Instruction sets that are compiled in and that this CPU can run, best first."""
     return native().available_isas()

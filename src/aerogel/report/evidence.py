@@ -24,6 +24,7 @@ import torch
 
 from aerogel.atomic import write_atomic
 from aerogel.manifest import System, load_systems
+from aerogel.runtime.tuning_cache import cpu_name
 
 EVIDENCE_FOLDER = Path("docs") / "evidence"
 PAGE = Path("docs") / "evidence.md"
@@ -255,22 +256,12 @@ def as_script(
 def machine() -> dict[str, str]:
     """Where this process runs, as far as results depend on it."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def save_evidence(evidence: Evidence, checkout: Path) -> Path:

@@ -221,16 +221,17 @@ class Results(_Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities become None, since JSON has no word for them."""
-        cleaned = _finite(self.model_dump(mode="json"))
+        cleaned = finite(self.model_dump(mode="json"))
         assert isinstance(cleaned, dict)
         return cleaned
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values for JSON, which has no word for NaN and infinities: they become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return value

@@ -80,10 +80,10 @@ class CallPattern:
         model: Whose forward gives the names.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
-        names: One name per leaf, for errors.
 
     Attributes:
         spec: Tree of (args, kwargs).
+        leaves: What the example's inputs were; of tensors shape and dtype alone.
         names: One name per leaf.
         positional_tensors: How many, if the example was nothing but positional tensors; else -1.
     """
@@ -93,14 +93,13 @@ class CallPattern:
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        names: tuple[str, ...] | None = None,
     ) -> None:
         leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.leaves = [_abstract(leaf) for leaf in leaves]
         self._signature = _signature(model)
         self._keywords = list(kwargs)
         self._positional = self._names_of(args)
-        self.names = names or self._leaf_names(len(leaves))
+        self.names = self._leaf_names(len(leaves))
         only_tensors = not kwargs and all(isinstance(each, Tensor) for each in args)
         self.positional_tensors = len(args) if only_tensors else -1
 

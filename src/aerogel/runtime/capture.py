@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import TreeSpec
 
 from aerogel.runtime import graph
+from aerogel.runtime.module_state import bake_parametrizations
 from aerogel.runtime.passes.remove_mutation import mutates, remove_mutation
 
 
@@ -49,22 +49,14 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             # A mask hook leaves its product on the module: a non-leaf tensor refuses deepcopy.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    clone = copy.deepcopy(model, memo).eval()
+    clone = bake_parametrizations(copy.deepcopy(model, memo).eval())
     with torch.no_grad():
         for module in clone.modules():
-            _bake(module)
+            _apply_prune_hooks(module)
     return clone.requires_grad_(False)
 
 
-def _bake(module: nn.Module) -> None:
-    if parametrize.is_parametrized(module):
-        # remove_parametrizations edits the class, which a deep copy shares with its original.
-        names: Any = module.parametrizations
-        values = {name: getattr(module, name).detach().clone() for name in names}
-        del module.parametrizations
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        for name, value in values.items():
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+def _apply_prune_hooks(module: nn.Module) -> None:
     hooks = list(module._forward_pre_hooks.values())
     for hook in hooks:
         if isinstance(hook, torch_prune.BasePruningMethod):

@@ -136,7 +136,7 @@ def by_rule(
     """
     clusters = find_clusters(fused, tuned)
     if threshold == MEASURE:
-        return [], [f"{cluster}" for cluster, _ in clusters]
+        return [], [str(cluster) for cluster, _ in clusters]
     notes, pieces = [], []
     for cluster, segment in clusters:
         if cluster.sparsity > threshold:

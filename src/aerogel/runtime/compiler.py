@@ -50,7 +50,7 @@ class Settings:
         threads: Of every kernel; None follows torch's setting at every call.
         tolerance: Largest deviation of any output, relative to its largest magnitude.
         cache_path: The tuning cache's file, or None.
-        strategy: "fastest", or the name of the only contender to build.
+        strategy: "fastest", or the name of the contender to keep even if it is slower.
         on_progress: Called with (layer name, layers done, layers in all).
         extension: Adds contenders of its own, if any.
         measure: Times whole models and segments; a fake one in tests.
@@ -68,7 +68,9 @@ class Settings:
 
     def open_cache(self) -> TuningCache:
         """What was measured before under the same conditions."""
-        return TuningCache(self.cache_path, environment(torch.get_num_threads(), _isa()))
+        return TuningCache(
+            self.cache_path, environment(torch.get_num_threads(), kernels.isa_in_use())
+        )
 
 
 def compile(
@@ -141,12 +143,6 @@ def build(
     compiled = CompiledModule(original, pattern, plan)
     compiled.prepare(*args, **kwargs)
     return compiled
-
-
-def _isa() -> str:
-    if kernels.native_in_use() is None:
-        return "reference"
-    return kernels.isa()
 
 
 def _load(path: Path) -> nn.Module:
@@ -237,7 +233,7 @@ def _plan_by_graph(
         strategies=seconds,
         chosen=winner,
         threads=torch.get_num_threads(),
-        isa=_isa(),
+        isa=kernels.isa_in_use(),
         inputs=describe(args, kwargs),
         notes=notes,
     )
@@ -351,7 +347,7 @@ def _plan_by_module(
         strategies=seconds,
         chosen=winner,
         threads=torch.get_num_threads(),
-        isa=_isa(),
+        isa=kernels.isa_in_use(),
         inputs=describe(args, kwargs),
         notes=notes,
     )

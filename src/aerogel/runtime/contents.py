@@ -97,6 +97,7 @@ class Entry:
     pattern: str | None = None
 
     def read(self, file: Container) -> tuple[Tensor, np.ndarray | None]:
+        """The dense tensor, and its mask (True = kept) where it is stored as bits."""
         parts = {part: file.get(key) for part, key in self.keys.items()}
         where = f"{file.path}: tensor {self.name!r}"
         with file.reading():
@@ -184,6 +185,7 @@ def _foreign(file: Container) -> list[Entry]:
 
 
 def entries_of(file: Container) -> tuple[list[Entry], dict[str, str]]:
+    """The entries of a file, and the other names of tied tensors with the one stored."""
     return _described(file) if ours(file) else (_foreign(file), {})
 
 
@@ -193,6 +195,7 @@ def ours(file: Container) -> bool:
 
 
 def tensor_info(file: Container, entry: Entry) -> TensorInfo:
+    """What an entry says of itself, without reading its values."""
     values = entry.keys[""] if entry.layout == formats.DENSE else entry.keys["compressed"]
     numel, held = math.prod(entry.shape), math.prod(file.shape(values))
     item = file.stored_bytes(values) // held if held else 0

@@ -72,7 +72,7 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def is_float32(node: fx.Node) -> bool:
-    """Whether the node yields one strided float32 tensor."""
+    """Whether the node yields one float32 tensor."""
     seen = value(node)
     return isinstance(seen, Tensor) and seen.dtype == torch.float32
 

@@ -56,7 +56,7 @@ def fuse_attention(gm: fx.GraphModule) -> fx.GraphModule:
     gm = graph.clone(gm)
     masks = Masks(gm)
     for found in _find(gm):
-        _fuse(gm, found, masks)
+        _fuse(found, masks)
     return graph.tidy(gm)
 
 
@@ -133,7 +133,7 @@ def _split_scale(gm: fx.GraphModule, node: Any) -> tuple[Any, float]:
     return x, float(by) if node.target is aten.mul.Tensor else 1.0 / float(by)
 
 
-def _fuse(gm: fx.GraphModule, found: Found, masks: Masks) -> None:
+def _fuse(found: Found, masks: Masks) -> None:
     operands = (found.q, found.k, found.v)
     if not all(graph.is_float32(each) for each in (*operands, found.result)):
         return
@@ -149,10 +149,10 @@ def _fuse(gm: fx.GraphModule, found: Found, masks: Masks) -> None:
     except MaskError:
         return
     args = (*sources, mask, heads, found.scale, found.empty_is_zero)
-    _put_in_place(found.result, args, heads)
+    _put_in_place(found.result, args)
 
 
-def _put_in_place(result: fx.Node, args: tuple[Any, ...], heads: Any) -> None:
+def _put_in_place(result: fx.Node, args: tuple[Any, ...]) -> None:
     seen = graph.value(result).transpose(1, 2)
     sizes = list(graph.shape(result))
     with result.graph.inserting_before(result):
