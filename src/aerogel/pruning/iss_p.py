@@ -20,8 +20,9 @@ trains with fixed zeros. The paper reports parameters and FLOPs, no times.
 The claim this repository measures (``aerogel reproduce iss-p``): at 90 % a small EDSR trained by
 ISS-P restores two photographs at least 0.15 dB better than bicubic interpolation; the cut costs it
 far less than a dense network; and compiled with 95 % zeros it is at least 1.5 times as fast as
-dense. Its lead of 0.01 to 0.04 dB over a mask fixed at the start, in every seed, is below what
-seeds make (0.07 dB), and so reported without a verdict; at 95 % the seeds disagree.
+dense. Its lead over a mask fixed at the start, up to 0.013 dB at 90 % and 0.009 to 0.017 at 95 %,
+is below what seeds make (0.044 dB), and so reported without a verdict. That masks settle in the
+first stage does not reproduce with alpha 0.95: hardly any weight changes sides at any time.
 
 Differences from the released code: the first stage's length is given, not counted by a dummy
 regulariser (which comes to 100,000 steps); groups of N:M never run over the end of a row;
