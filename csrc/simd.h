@@ -80,6 +80,9 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
 // Whether broadcast_lane takes the place of a multiply-add. On Intel's processors shuffles of 512 bits
 // have one port, which is one of the two for multiply-adds; on AMD's they have others.
 AEROGEL_INLINE bool lanes_compete_with_fma() { return __builtin_cpu_is("intel"); }
+// Whether asking early for rows of many lines costs more than it saves, because the hardware fetches
+// the rest of a row after its first lines. Measured on Sapphire Rapids; elsewhere software asks.
+AEROGEL_INLINE bool follows_long_rows() { return __builtin_cpu_is("intel"); }
 
 #elif defined(AEROGEL_USE_AVX2)
 
@@ -131,6 +134,7 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
   }
 }
 AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
+AEROGEL_INLINE bool follows_long_rows() { return false; }
 
 #elif defined(AEROGEL_USE_NEON)
 
@@ -181,6 +185,7 @@ AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) {
   }
 }
 AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
+AEROGEL_INLINE bool follows_long_rows() { return false; }
 
 #else  // plain C++: fixed-size loops that the compiler turns into whatever the baseline offers
 
@@ -266,6 +271,7 @@ using Quad = Vec;
 AEROGEL_INLINE Quad load_quad(const float* p) { return load(p); }
 AEROGEL_INLINE Vec broadcast_lane(Quad q, int lane) { return broadcast(q.lane[lane]); }
 AEROGEL_INLINE bool lanes_compete_with_fma() { return false; }
+AEROGEL_INLINE bool follows_long_rows() { return false; }
 
 #endif
 

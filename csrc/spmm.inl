@@ -26,6 +26,7 @@ constexpr int kRowsAhead = 4;  // block rows between a row's prefetch and its su
 static_assert(2 * kLockstep <= kSpmmRowsBeyond && 4 + kRowsAhead <= kSpmmRowsBeyond);
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 256 << 10;  // activations that outgrow a second-level cache
+constexpr int64_t kFollowedBytes = 1 << 10;    // of a row, from which the hardware fetches the rest
 
 constexpr int register_tile_vectors(int groups, int block) {
   return kAccumulators / (groups * block) < kMaxVectors ? kAccumulators / (groups * block)
@@ -107,9 +108,12 @@ template <int V, int G, int B, bool Masked, bool Quads>
 AEROGEL_INLINE void all_steps(Vec (&acc)[G][B][V], const char* x, const float* weights,
                               const int32_t* offsets, int32_t steps, int64_t tail) {
   constexpr int kStep = G * B;
-  constexpr int kUnroll = kStep < 4 ? 4 / kStep : kStep % 4 ? 2 : 1;  // whole quads
-  constexpr int kQuads = kStep * kUnroll / 4;
   constexpr bool kFromQuads = Quads && quads_fit(V, G, B);
+  // Whole quads. Single rows of blocks whose weights need no registers take two steps at a time: the
+  // end of a loop of half the length is foreseen more often, and two offsets are one load.
+  constexpr bool kPairs = kRegisters == 32 && !kFromQuads && G == 1 && B == 4;
+  constexpr int kUnroll = kStep < 4 ? 4 / kStep : kStep % 4 || kPairs ? 2 : 1;
+  constexpr int kQuads = kStep * kUnroll / 4;
   int32_t s = 0;
   for (; s + kUnroll <= steps; s += kUnroll) {
     Quad quads[kQuads];
@@ -339,7 +343,7 @@ AEROGEL_NOINLINE void finish_rows(const SpmmPanel& p, int64_t row_begin, int64_t
 }
 
 // Brings the activations of the next panel from memory while this one is computed. Their rows are
-// too far apart for the hardware to guess.
+// too far apart for the hardware to guess where each begins.
 struct PanelPrefetch {
   const char* next = nullptr;
   int64_t row_bytes = 0;  // from row to row
@@ -369,6 +373,7 @@ PanelPrefetch next_panel(const SpmmPanel& p) {
   f.row_bytes = row_bytes;
   f.rows = s.cols_total;
   f.width = (left < p.width ? left : p.width) * static_cast<int64_t>(sizeof(float));
+  if (f.width >= kFollowedBytes && follows_long_rows()) return PanelPrefetch{};
   const int64_t runs =
       s.segments[p.tile_end * s.slabs].run - s.segments[p.tile_begin * s.slabs].run;
   f.per_run = (s.cols_total + runs - 1) / (runs > 0 ? runs : 1);

@@ -120,6 +120,22 @@ def test_every_register_tile_is_right(block: int) -> None:
         assert torch.equal(first, spmm(x, weight, bias, **how, variant=variant)), variant
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rows_of_every_length_are_right_in_panels_of_every_width(block: int) -> None:
+    # Loops take several columns at a time and planes this large are asked for ahead.
+    lengths = torch.arange(14).repeat_interleave(block)
+    order = torch.rand(14, 64, generator=torch.Generator().manual_seed(3)).argsort(1).argsort(1)
+    keep = order.repeat_interleave(block, 0) < lengths[:, None]
+    weight = BlockRowWeight.pack(random_weight(14 * block, 64, 1.0, 3) * keep, block)
+    x, bias = torch.randn(1, 64, 1201), torch.randn(14 * block)
+    first = spmm(x, weight, bias)
+    assert_matches(first, x, weight, bias)
+    for vectors in range(1, native().spmm_max_vectors(1, block) + 1):
+        for pack, column_tiles in ((False, 1), (False, 8), (True, 1), (True, 8)):
+            variant = kernels.SpmmVariant(vectors, 1, 1, 1, pack, column_tiles)
+            assert torch.equal(first, spmm(x, weight, bias, variant=variant)), variant
+
+
 @pytest.mark.parametrize("activation", sorted(kernels.ACTIVATIONS))
 def test_activations_are_accurate_over_their_whole_range(activation: str) -> None:
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -88.0, 0.0, 88.0, 1e30])])
