@@ -9,9 +9,9 @@ bits, in float32, bfloat16 and int8. The peer is dense float32 `F.linear`; see h
 A training step of BDWP (arXiv 2309.13015) is forward, both gradients and the choice of both masks
 of one layer: sparse products against the same products of the masked dense weight. "select + pack"
 is what the sparse step spends beside its products: both masks and both packed forms, against one
-dense product of the layer and against the three that a dense step has. Its limit is that of bytes:
-the weight read once, masks and packed forms written once. At most a tenth is asked wherever that
-limit is below a tenth.
+dense product of the layer and against the three that a dense step has. At most a tenth of the three
+is asked. Its limit is that of bytes: as many as it reads and writes (the weight once, masks and
+packed forms once), copied and filled by torch in the same turns, wherever caches hold them.
 
 The vector meets weights that come from memory: each call takes the next of several copies,
 together far larger than the last cache. The limit beside a ratio is that of multiply-adds for many
@@ -48,11 +48,10 @@ QUICK_MATRICES = MATRICES[:2]
 VECTOR = (4096, 11008)
 COPIES_BYTES = 192 << 20  # what all copies of a weight take together, at least
 # (outputs, inputs, tokens) of training steps.
-STEPS = (*itertools.product((768,), (3072,), (128, 512, 2048)),
-         *itertools.product((3072,), (768,), (128, 512, 2048)),
-         *itertools.product((1024,), (1024,), (128, 256, 1024)))  # fmt: skip
-QUICK_STEPS = (STEPS[0], STEPS[-2])
-MOST_BESIDE = 0.1  # of dense products: select + pack
+STEPS = tuple((*shape, tokens) for shape in ((768, 3072), (3072, 768), (1024, 1024))
+              for tokens in (128, 256, 512, 2048))  # fmt: skip
+QUICK_STEPS = (STEPS[0], STEPS[-3])
+MOST_BESIDE = 0.1  # of the three dense products: select + pack
 STEP_PATTERNS: tuple[Pattern, ...] = ((2, 8), (1, 8))
 WARM_UP = 30  # steps: more than variants times tries
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -206,6 +205,7 @@ class Step:
             "masked": lambda: self._step(self.masked),
             harness.OURS: lambda: self._step(self.sparse),
             "select + pack": lambda: self._select(self.sparse),
+            "bytes": self._bytes(),
         })  # fmt: skip
         for _ in range(WARM_UP):
             self._step(self.sparse)
@@ -226,18 +226,29 @@ class Step:
             layer.mask_forward.copy_(chosen)
         self.coupling.masks_changed(ref, weight)
 
-    def _beside(self, roof: kernels.Roofline) -> list[Figure]:
-        """Shares of dense products that select + pack takes, each with its limit."""
+    def _bytes(self) -> Call:
+        """Reads and writes as many bytes as select + pack, and does nothing else."""
         n, m = self.pattern
-        weights = math.prod(self.shape)
-        # Float32 weights are read; of both ways a byte of mask each, and 8 of each that is kept.
-        nbytes = weights * (4 + 2 * (1 + 8 * n / m))
+        weight = self.sparse.weight.detach()
+        # Of both ways a byte of mask for each weight, and 8 for each that is kept.
+        written = torch.empty(2 * weight.numel() * (m + 8 * n) // m, dtype=torch.uint8)
+        copied = written[: weight.nbytes].view(torch.float32).view(weight.shape)
+        rest = written[weight.nbytes :]
+
+        def call() -> None:
+            copied.copy_(weight)
+            rest.zero_()
+
+        return call
+
+    def _beside(self) -> list[Figure]:
+        """Shares of dense products that select + pack takes, each with its limit."""
         name = f"{name_of(self.pattern)} select + pack, both ways, {self._layer}"
-        found = []
+        found, times = [], self.contest.times
         for peer, unit in (("linear", "of one dense product"), ("products", "of the three")):
-            share = 1 / harness.ratio(self.contest.times[peer], self.contest.times["select + pack"])
-            limit = 1e-9 * nbytes / roof.load_gbps_dram / self.contest.seconds(peer)
-            most = MOST_BESIDE if limit < MOST_BESIDE and peer == "products" else None
+            share = 1 / harness.ratio(times[peer], times["select + pack"])
+            limit = 1 / harness.ratio(times[peer], times["bytes"])
+            most = MOST_BESIDE if peer == "products" else None
             found.append(Figure(name, share, unit, most=most, limit=limit))
         return found
 
@@ -262,7 +273,7 @@ class Step:
             Figure(label, row.times_dense, "x the same step on masked dense weights"),
             Figure(label, contest.times_faster("products"), "x the three dense products"),
         ]
-        return row, figures + self._beside(roof)
+        return row, figures + self._beside()
 
 
 def figures(cases: list[Case], rows: list[Row]) -> list[Figure]:

@@ -90,12 +90,21 @@ void find_lanes(const SpmmStream& s, int64_t slab, int64_t begin, int64_t end, i
       const int64_t entries = static_cast<int64_t>(run.steps) * run.width;
       const int64_t stored = (entries + 3) & ~int64_t{3};
       const int64_t next = output + static_cast<int64_t>(run.groups) * run.width;
-      while (begin < std::min(last, next)) {
-        const int64_t group = (begin - output) / run.width, lane = (begin - output) % run.width;
+      int64_t group = 0, lane = 0;
+      if (begin > output) {
+        group = (begin - output) / run.width;
+        lane = (begin - output) % run.width;
+      }
+      for (const int64_t behind = std::min(last, next); begin < behind;) {
         const int64_t count = std::min({run.width - lane, most, last - begin});
         *to++ = {weights + at.weight + group * stored + lane,
                  offsets + at.offset + group * entries + lane, run.width, count};
         begin += count;
+        lane += count;
+        if (lane == run.width) {
+          lane = 0;
+          ++group;
+        }
       }
       output = next;
       at.weight += run.groups * stored;

@@ -12,6 +12,7 @@ from instruction_sets import needs_native
 from aerogel.kernels import nm_mask
 from aerogel.kernels._library import native
 from aerogel.kernels.nm_trained import NMProduct, choose_masks
+from aerogel.kernels.variants import SpmmVariant
 from aerogel.sparsity import NM, Bidirectional, select_parameters
 
 pytestmark = needs_native
@@ -178,6 +179,31 @@ def test_chosen_masks_and_packed_weights_are_those_of_the_mask_kernel(
                 # nan payloads may differ by the variant's order of operands, not by place
                 assert torch.equal(ours.nan_to_num(), other.nan_to_num())
                 assert torch.equal(ours.isnan(), other.isnan())
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize(("n", "m"), [(2, 8), (1, 8), (2, 4), (3, 16)])
+@pytest.mark.parametrize("shape", [(64, 96), (80, 272), (50, 128), (37, 131)])
+def test_every_width_of_a_stream_is_filled(
+    instruction_set, threads, monkeypatch, shape, n, m, groups
+):
+    # Which width is fastest depends on the machine: each is set here.
+    variant = SpmmVariant(2, groups, 1, 1, True)
+    monkeypatch.setattr(NMProduct, "_candidates", lambda self, shape: [variant])
+    weight = torch.randn(shape)
+    ways = [NMProduct(shape, n, m, axis) for axis in (1, 0)]
+    masks = [torch.empty(shape, dtype=torch.bool) for _ in ways]
+    for _ in range(2):  # what the second finds packed, `choose_masks` packed
+        choose_masks(weight, *ways, *masks)
+        for way, mask in zip(ways, masks, strict=True):
+            x = torch.randn(40, way.size[1])
+            torch.testing.assert_close(
+                way.masked(x, weight, mask),
+                expected(x, weight, mask, way.axis),
+                rtol=1e-5,
+                atol=1e-4,
+            )
+        weight = torch.randn(shape)
 
 
 def test_one_way_can_be_chosen_alone():

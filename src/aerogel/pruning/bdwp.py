@@ -13,7 +13,7 @@ training step are to be sparse. The recipe of the dense network stays as it is.
 
 Costs and buys: with n:m the multiplications of a step fall from 3f to (1 + 2n/m)f: by 1.5 at 2:4
 and by 2 at 2:8. Linear layers in float32 on a CPU skip the zeros where groups keep a quarter at
-most and a batch has at least 64 rows; everything else is computed densely with zeros. Both masks
+most and a batch has at least 16 rows; everything else is computed densely with zeros. Both masks
 and both packed forms of a step come from one reading of the weights, right after the update; what
 that takes beside the products, and the limit of memory under it, ``benchmarks/nm.py`` measures. The
 analytical model of the paper's accelerator, `aerogel.insight.SATModel`, says what hardware made for
