@@ -234,6 +234,8 @@ struct LayerKernels {
   // Output rows [first_row, last_row) of channels [first, last).
   void (*depthwise)(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                     int64_t last_row);
+  // How many output rows are best made together.
+  int64_t (*depthwise_rows)(const Window& window, Activation activation);
   void (*pool)(const PoolArgs& args, int64_t first, int64_t last, int64_t first_row,
                int64_t last_row);
   // All of the following handle channels [first, last).

@@ -21,7 +21,8 @@ namespace aerogel::AEROGEL_ISA {
 
 extern const LayerKernels kLayerKernels;
 const LayerKernels kLayerKernels = {
-    kDenseTile,     &conv_slice,      &direct_rows,   &gemv_blocks,   &depthwise_channels,
-    &pool_channels, &binary_channels, &mean_channels, &activate_span, &transpose};
+    kDenseTile,          &conv_slice,              &direct_rows,   &gemv_blocks,
+    &depthwise_channels, &depthwise_rows_together, &pool_channels, &binary_channels,
+    &mean_channels,      &activate_span,           &transpose};
 
 }  // namespace aerogel::AEROGEL_ISA

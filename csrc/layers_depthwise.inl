@@ -219,6 +219,11 @@ AEROGEL_INLINE DepthwisePlane pick_depthwise(const DepthwiseLayer& layer) {
   return layer.window.stride_w == 1 ? &depthwise_plane<5, 1> : &depthwise_plane<5, 2>;
 }
 
+// Strips take any number of rows alike.
+int64_t depthwise_rows_together(const Window& w, Activation activation) {
+  return strips_fit(w, activation) ? 1 : depthwise_tile_rows(w);
+}
+
 void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;

@@ -240,15 +240,18 @@ void strip_masks(const DepthwiseTile& tile, StripMasks& masks) {
   }
 }
 
+// Layers with tiles that strips are for.
+bool strips_fit(const Window& w, Activation activation) {
+  const bool narrow = (w.out_w + kLanes - 1) / kLanes <= kMostStrips * kStripVectors;
+  return w.kernel_w == 3 && (w.stride_w == 1 || w.pad_w == 1) && narrow && is_cheap(activation);
+}
+
 // False if the layer is none that strips are for.
 bool depthwise_strips(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
                       int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
   const Window& w = layer.window;
-  if (!layer.tiles || w.kernel_w != 3 || (w.stride_w == 2 && w.pad_w != 1) ||
-      layer.tile_count > kMostStrips * kStripVectors || !is_cheap(args.activation)) {
-    return false;
-  }
+  if (!layer.tiles || !strips_fit(w, args.activation)) return false;
   const Clamp clamp(args.activation);
   const bool capped = args.activation != Activation::kRelu;
   const int64_t count = (layer.tile_count + kStripVectors - 1) / kStripVectors;
@@ -294,6 +297,7 @@ bool depthwise_strips(const DepthwiseArgs& args, int64_t first, int64_t last, in
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
+bool strips_fit(const Window&, Activation) { return false; }
 bool depthwise_strips(const DepthwiseArgs&, int64_t, int64_t, int64_t, int64_t) { return false; }
 
 }  // namespace

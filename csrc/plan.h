@@ -134,7 +134,7 @@ using Ops = std::vector<std::unique_ptr<Op>>;
 
 // Which chains of operations run on bands of rows (plan_bands.h).
 struct Bands {
-  int64_t from = 0;    // bytes of input and output of an operation that is worth it; 0: none is
+  int64_t from = 0;    // bytes of a value that is not to be whole; 0: all may be
   int64_t budget = 0;  // bytes of all bands of a chain, unless its shortest bands take more
 };
 

@@ -164,15 +164,11 @@ void band_operations(Ops* ops, std::vector<Value>* values, const Bands& bands) {
   for (const std::unique_ptr<Op>& op : *ops) {
     for (int v : op->inputs) ++readers[v];
   }
-  const auto bytes = [&](const Op& op) {
-    return bytes_of((*values)[op.inputs[0]]) + bytes_of((*values)[op.output]);
-  };
   const auto chained = [&](const Op& op, const Op& next) {
     const Value& v = (*values)[op.output];
     return op.row_reach().kernel > 0 && next.row_reach().kernel > 0 && op.inputs.size() == 1 &&
            next.inputs.size() == 1 && next.inputs[0] == op.output && readers[op.output] == 1 &&
-           v.place == Place::kImage && v.height > 1 &&
-           std::max(bytes(op), bytes(next)) >= bands.from;
+           v.place == Place::kImage && v.height > 1 && bytes_of(v) >= bands.from;
   };
   Ops banded;
   for (size_t i = 0; i < ops->size();) {

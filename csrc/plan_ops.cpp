@@ -222,7 +222,8 @@ void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) c
 }
 
 RowReach DepthwiseOp::row_reach() const {
-  return reach_of(source.window, depthwise_tile_rows(source.window));
+  const LayerKernels& best = layer_kernels(active_table());
+  return reach_of(source.window, best.depthwise_rows(source.window, activation));
 }
 
 void DepthwiseOp::run_rows(const Frame&, const RowPlaces& places, float*) const {
