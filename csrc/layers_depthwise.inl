@@ -228,8 +228,8 @@ void depthwise_channels(const DepthwiseArgs& args, int64_t first, int64_t last, 
                         int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
   const bool whole = first_row == 0 && last_row == layer.window.out_h;
-  // Small planes are never cut into bands.
-  if (whole && (depthwise_small(args, first, last) || depthwise_pairs(args, first, last))) return;
+  if (whole && depthwise_small(args, first, last)) return;  // such planes are never cut into bands
+  if (depthwise_pairs(args, first, last, first_row, last_row)) return;
   if (depthwise_strips(args, first, last, first_row, last_row)) return;
   const DepthwisePlane plane = pick_depthwise(layer);
   const bool in_registers = layer.tiles && is_cheap(args.activation);

@@ -45,9 +45,11 @@ struct PairOutput {
 // [second row of a, first row of b]
 AEROGEL_INLINE Vec between(Vec a, Vec b) { return _mm512_shuffle_f32x4(a, b, 0x4E); }
 
-void depthwise_pairs_stride1(const DepthwiseArgs& args, int64_t first, int64_t last) {
+void depthwise_pairs_stride1(const DepthwiseArgs& args, int64_t first, int64_t last,
+                             int64_t first_row, int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
-  const int64_t height = layer.window.in_h, width = layer.window.in_w;
+  const int64_t height = smaller(layer.window.in_h, last_row + 1);  // below it is another thread's
+  const int64_t width = layer.window.in_w;
   const __m512i spread = half_lanes(1, 0, width);
   const LaneMask both = half_masks(width, 2);
   const PairOutput output(width);
@@ -61,8 +63,9 @@ void depthwise_pairs_stride1(const DepthwiseArgs& args, int64_t first, int64_t l
       const LaneMask mask = row + 2 <= height ? both : half_masks(width, height - row);
       return _mm512_maskz_permutexvar_ps(mask, spread, load(x + row * width));
     };
-    Vec rows = rows_at(0), above = between(zero(), rows);
-    for (int64_t row = 0; row < height; row += 2) {
+    Vec rows = rows_at(first_row);
+    Vec above = first_row > 0 ? rows_at(first_row - 1) : between(zero(), rows);
+    for (int64_t row = first_row; row < last_row; row += 2) {
       const Vec next = row + 2 < height ? rows_at(row + 2) : zero(), below = between(rows, next);
       Vec sums[3];  // of kernel columns
 #pragma GCC unroll 3
@@ -72,16 +75,18 @@ void depthwise_pairs_stride1(const DepthwiseArgs& args, int64_t first, int64_t l
         sums[kx] = fma(below, taps[6 + kx], sums[kx]);
       }
       const Vec beside = add(shift_up(zero(), sums[0]), shift_down(sums[2], zero()));
-      output(y + row * width, clamp(add(sums[1], beside)), height - row);
+      output(y + row * width, clamp(add(sums[1], beside)), last_row - row);
       rows = next;
       above = below;
     }
   }
 }
 
-void depthwise_pairs_stride2(const DepthwiseArgs& args, int64_t first, int64_t last) {
+void depthwise_pairs_stride2(const DepthwiseArgs& args, int64_t first, int64_t last,
+                             int64_t first_row, int64_t last_row) {
   const DepthwiseLayer& layer = *args.layer;
   const Window& w = layer.window;
+  const int64_t height = smaller(w.in_h, 2 * last_row);
   const __m512i even = half_lanes(2, 0, kLanes), odd = half_lanes(2, 1, kLanes);
   const LaneMask whole = lane_mask(w.in_w);
   const PairOutput output(w.out_w);
@@ -92,10 +97,10 @@ void depthwise_pairs_stride2(const DepthwiseArgs& args, int64_t first, int64_t l
     const TapVectors<9> taps(layer.weight + 9 * c);
     const Vec bias = broadcast(layer.bias[c]);
     const auto row_at = [&](int64_t row) {
-      return row < w.in_h ? load_kept(x + row * w.in_w, whole) : zero();
+      return row < height ? load_kept(x + row * w.in_w, whole) : zero();
     };
-    Vec above = zero();
-    for (int64_t oy = 0; oy < w.out_h; oy += 2) {
+    Vec above = first_row > 0 ? row_at(2 * first_row - 1) : zero();
+    for (int64_t oy = first_row; oy < last_row; oy += 2) {
       const int64_t row = 2 * oy;
       const Vec middle = row_at(row + 1), below = row_at(row + 3);
       const Vec upper[3] = {above, row_at(row), middle}, lower[3] = {middle, row_at(row + 2), below};
@@ -108,14 +113,15 @@ void depthwise_pairs_stride2(const DepthwiseArgs& args, int64_t first, int64_t l
         sums = fma(evens, taps[3 * ky + 1], sums);
         sums = fma(odds, taps[3 * ky + 2], sums);
       }
-      output(y + oy * w.out_w, clamp(add(sums, shift_up(zero(), left))), w.out_h - oy);
+      output(y + oy * w.out_w, clamp(add(sums, shift_up(zero(), left))), last_row - oy);
       above = below;
     }
   }
 }
 
 // False if the layer is none that pairs of rows are for.
-bool depthwise_pairs(const DepthwiseArgs& args, int64_t first, int64_t last) {
+bool depthwise_pairs(const DepthwiseArgs& args, int64_t first, int64_t last, int64_t first_row,
+                     int64_t last_row) {
   const Window& w = args.layer->window;
   const bool padded = w.pad_h == 1 && w.pad_w == 1;
   const int64_t widest = w.stride_w == 1 ? kPairColumns : 2 * kPairColumns;
@@ -123,7 +129,8 @@ bool depthwise_pairs(const DepthwiseArgs& args, int64_t first, int64_t last) {
       !is_cheap(args.activation)) {
     return false;
   }
-  (w.stride_w == 1 ? depthwise_pairs_stride1 : depthwise_pairs_stride2)(args, first, last);
+  (w.stride_w == 1 ? depthwise_pairs_stride1 : depthwise_pairs_stride2)(args, first, last, first_row,
+                                                                       last_row);
   return true;
 }
 
@@ -135,7 +142,7 @@ bool depthwise_pairs(const DepthwiseArgs& args, int64_t first, int64_t last) {
 namespace aerogel::AEROGEL_ISA {
 namespace {
 
-bool depthwise_pairs(const DepthwiseArgs&, int64_t, int64_t) { return false; }
+bool depthwise_pairs(const DepthwiseArgs&, int64_t, int64_t, int64_t, int64_t) { return false; }
 
 }  // namespace
 }  // namespace aerogel::AEROGEL_ISA

@@ -15,6 +15,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kLineFloats = 16;
+constexpr int64_t kPartsApart = 1024;  // floats: prefetchers stay within a page
 constexpr int64_t kJointTokens = 64;    // images of fewer tokens share a panel of columns
 constexpr int64_t kJointColumns = 512;  // columns of a chunk: its planes should stay in L2
 
@@ -208,13 +209,21 @@ struct Block {
   int64_t floats, first, last, offset;
 };
 
-// Greedy by size: large blocks first, each at the lowest offset free during its whole life.
-int64_t pack_blocks(std::vector<Block>* blocks) {
+bool lower(const Block* a, const Block* b) { return a->offset < b->offset; }
+
+// Greedy by size: large blocks first, each at the lowest offset free during its whole life. `fixed`
+// ones have their places.
+int64_t pack_blocks(std::vector<Block>* blocks, std::vector<Block> fixed = {}) {
   std::vector<Block*> order, placed;
   for (Block& b : *blocks) order.push_back(&b);
   std::stable_sort(order.begin(), order.end(),
                    [](const Block* a, const Block* b) { return a->floats > b->floats; });
   int64_t total = 0;
+  for (Block& b : fixed) {
+    placed.push_back(&b);
+    total = std::max(total, b.offset + b.floats);
+  }
+  std::stable_sort(placed.begin(), placed.end(), lower);
   for (Block* block : order) {
     int64_t offset = 0;
     for (const Block* other : placed) {  // by offset
@@ -224,11 +233,7 @@ int64_t pack_blocks(std::vector<Block>* blocks) {
     }
     block->offset = offset;
     total = std::max(total, offset + block->floats);
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
-                                   [](const Block* a, const Block* b) {
-                                     return a->offset < b->offset;
-                                   }),
-                  block);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), block, lower), block);
   }
   return total;
 }
@@ -247,35 +252,70 @@ int replaced_value(const Op& op, const std::vector<Value>& values) {
   return in;
 }
 
-// Offsets for all values of one arena; returns its size in floats.
-int64_t plan_arena(const Ops& ops, Place place, std::vector<Value>* values) {
-  std::vector<int64_t> last_use(values->size(), -1);
-  for (size_t i = 0; i < ops.size(); ++i) {
-    for (int v : ops[i]->inputs) last_use[v] = static_cast<int64_t>(i);
+// The places of all values that operations make in one arena.
+class Arena {
+ public:
+  Arena(const Ops& ops, Place place, std::vector<Value>* values)
+      : place_(place), values_(*values), last_use_(values->size(), -1),
+        block_of_(values->size(), -1) {
+    for (size_t i = 0; i < ops.size(); ++i) {
+      for (int v : ops[i]->inputs) last_use_[v] = static_cast<int64_t>(i);
+    }
+    for (size_t i = 0; i < ops.size(); ++i) add(*ops[i], static_cast<int64_t>(i));
   }
-  std::vector<Block> blocks;
-  std::vector<int> block_of(values->size(), -1);
-  for (size_t i = 0; i < ops.size(); ++i) {
-    const Op& op = *ops[i];
-    const Value& out = (*values)[op.output];
-    if (out.place != place) continue;
-    const int64_t step = static_cast<int64_t>(i), last = std::max(step, last_use[op.output]);
-    if (const int in = replaced_value(op, *values); in >= 0) {
-      if (block_of[in] >= 0 && last_use[in] == step) {
-        block_of[op.output] = block_of[in];
-        blocks[block_of[in]].last = std::max(blocks[block_of[in]].last, last);
-        continue;
+
+  // Offsets for all of them; returns the size in floats. What one thread makes of values in parts lies
+  // together: the cache lines stay with its core from one value to the next. Every second thread's
+  // memory is the other way round, so that what two of them do not use is one piece, for whole values.
+  int64_t lay_out() {
+    const int64_t floats = pack_blocks(&parts_), stride = floats + kPartsApart;
+    std::vector<Block> fixed;
+    for (size_t v = 0; v < values_.size(); ++v) {
+      Value& value = values_[v];
+      if (block_of_[v] < 0 || value.parts == 1) continue;
+      const Block& block = parts_[block_of_[v]];
+      value.offset = block.offset;
+      value.part_stride = stride;
+      value.odd_shift = floats - 2 * block.offset - block.floats;
+      for (int64_t part = 0; part < value.parts; ++part) {
+        Block own = block;
+        own.offset += value.part_offset(part);
+        fixed.push_back(own);
       }
     }
-    block_of[op.output] = static_cast<int>(blocks.size());
-    blocks.push_back({round_up(out.floats(), kLineFloats), step, last, 0});
+    const int64_t total = pack_blocks(&blocks_, std::move(fixed));
+    for (size_t v = 0; v < values_.size(); ++v) {
+      Value& value = values_[v];
+      if (block_of_[v] >= 0 && value.parts == 1) value.offset = blocks_[block_of_[v]].offset;
+    }
+    return total;
   }
-  const int64_t total = pack_blocks(&blocks);
-  for (size_t v = 0; v < values->size(); ++v) {
-    if (block_of[v] >= 0) (*values)[v].offset = blocks[block_of[v]].offset;
+
+ private:
+  void add(const Op& op, int64_t step) {
+    const Value& out = values_[op.output];
+    if (out.place != place_) return;
+    std::vector<Block>& blocks = out.parts > 1 ? parts_ : blocks_;
+    const int64_t last = std::max(step, last_use_[op.output]);
+    if (const int in = replaced_value(op, values_); in >= 0) {
+      if (block_of_[in] >= 0 && last_use_[in] == step) {
+        Block& block = blocks[block_of_[in]];
+        block_of_[op.output] = block_of_[in];
+        block.last = std::max(block.last, last);
+        return;
+      }
+    }
+    block_of_[op.output] = static_cast<int>(blocks.size());
+    const int64_t floats = out.parts > 1 ? out.part_floats : out.floats();
+    blocks.push_back({round_up(floats, kLineFloats), step, last, 0});
   }
-  return total;
-}
+
+  const Place place_;
+  std::vector<Value>& values_;
+  std::vector<int64_t> last_use_;
+  std::vector<int> block_of_;  // of a value, among those of its kind
+  std::vector<Block> blocks_, parts_;
+};
 
 }  // namespace
 
@@ -343,8 +383,8 @@ Plan::Plan(Graph graph)
 
   if (graph.bands.from > 0) band_operations(&image_ops_, &values_, graph.bands);
   if (graph.parts > 1 && batch_ == 1) part_planes(&image_ops_, &values_, graph.parts);
-  image_floats_ = plan_arena(image_ops_, Place::kImage, &values_);
-  joint_floats_ = plan_arena(joint_ops_, Place::kJoint, &values_);
+  image_floats_ = Arena(image_ops_, Place::kImage, &values_).lay_out();
+  joint_floats_ = Arena(joint_ops_, Place::kJoint, &values_).lay_out();
   for (Value& v : values_) {
     if (v.place != Place::kStaged) continue;
     v.offset = joint_floats_;

@@ -43,12 +43,14 @@ struct Value {
   int64_t stride = 0;  // floats from image to image (kStaged, kInput, kOutput)
   float* constant = nullptr;
   // Rows that are apart, a part for each thread, with room for rows of its neighbours (plan_parts.h).
-  int64_t parts = 1, part_stride = 0;
+  int64_t parts = 1, part_floats = 0;
+  int64_t part_stride = 0, odd_shift = 0;  // from part to part; of every second one, beyond that
   int64_t lead = 0;              // floats of a channel before the part's own rows
   int64_t above = 0, below = 0;  // rows of the neighbours
 
   int64_t columns() const { return height * width; }
-  int64_t floats() const { return parts > 1 ? parts * part_stride : channels * ld; }
+  int64_t floats() const { return channels * ld; }  // of one piece
+  int64_t part_offset(int64_t part) const { return part * part_stride + part % 2 * odd_shift; }
 };
 
 // Where a value is at run time.
@@ -124,8 +126,14 @@ class Op {
   virtual RowReach row_reach() const { return {}; }
   // Makes some output rows.
   virtual void run_rows(const Frame&, const RowPlaces&, float* /*scratch*/) const {}
+  // From now on only rows are made, all outputs of them by one thread. Called before `prepare`.
+  virtual void keep_outputs_together() {}
+  // A stage of a chain that runs on bands, if planes are large.
+  virtual bool in_bands() const { return row_reach().kernel > 0; }
   // run_rows takes inputs that lie in parts.
   virtual bool reads_parts() const { return false; }
+  // run takes inputs that lie in parts: it puts their rows together.
+  virtual bool joins_parts() const { return false; }
   // Writes its output once, not sum upon sum.
   virtual bool writes_once() const { return true; }
 };

@@ -32,6 +32,7 @@ BandOp::BandOp(Ops stages, int64_t budget, std::vector<Value>* values) : stages_
   height_ = (*values)[output].height;
   for (const std::unique_ptr<Op>& op : stages_) {
     const Value& v = (*values)[op->output];
+    op->keep_outputs_together();
     buffers_.push_back({op->row_reach(), v.channels, v.height, v.width, 0, v.ld, 0});
   }
   // The most rows of the last output for which all bands fit.
@@ -166,9 +167,9 @@ void band_operations(Ops* ops, std::vector<Value>* values, const Bands& bands) {
   }
   const auto chained = [&](const Op& op, const Op& next) {
     const Value& v = (*values)[op.output];
-    return op.row_reach().kernel > 0 && next.row_reach().kernel > 0 && op.inputs.size() == 1 &&
-           next.inputs.size() == 1 && next.inputs[0] == op.output && readers[op.output] == 1 &&
-           v.place == Place::kImage && v.height > 1 && bytes_of(v) >= bands.from;
+    return op.in_bands() && next.in_bands() && op.inputs.size() == 1 && next.inputs.size() == 1 &&
+           next.inputs[0] == op.output && readers[op.output] == 1 && v.place == Place::kImage &&
+           v.height > 1 && bytes_of(v) >= bands.from;
   };
   Ops banded;
   for (size_t i = 0; i < ops->size();) {

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
+
+#include "plan_parts.h"
 
 namespace aerogel {
 
@@ -10,6 +11,7 @@ namespace {
 
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
+constexpr int64_t kJoinedChannels = 16;  // whose planes are put together in the first cache
 constexpr int64_t kDirectChannels = 16;  // more repay a gathered panel
 constexpr int64_t kTasksPerThread = 6;  // enough for a thread that loses its core for a while
 
@@ -51,10 +53,6 @@ bool ConvOp::pointwise() const {
 }
 
 namespace {
-
-RowReach reach_of(const Window& w, int64_t tile) {
-  return {(w.kernel_h - 1) * w.dilation_h + 1, w.stride_h, w.pad_h, w.in_h, tile};
-}
 
 // Few channels, and rows that fill their vectors.
 bool runs_by_rows(const ConvSource& source, int64_t lanes) {
@@ -167,12 +165,33 @@ void ConvOp::run_rows(const Frame& frame, const RowPlaces& places, float* scratc
   kernels->conv_direct(args, places.rows.first, places.rows.last, scratch);
 }
 
+// planes in parts, put together for operations that want them whole
+
+namespace {
+
+// Floats from channel to channel, or 0 for a value that lies in one piece.
+int64_t joined_row_of(const Value& v) { return v.parts > 1 ? padded_row(v.columns()) : 0; }
+
+int64_t joined_floats(int64_t row) { return row ? kJoinedChannels * row + 2 * kReadSlack : 0; }
+
+// At most kJoinedChannels of them; returns where channel 0 would be.
+const float* joined_planes(const Frame& frame, int value, Span channels, int64_t row,
+                           float* scratch) {
+  join_parts(frame, value, channels, scratch + kReadSlack, row);
+  return scratch + kReadSlack - channels.first * row;
+}
+
+}  // namespace
+
 // depthwise convolution
 
-void DepthwiseOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+void DepthwiseOp::prepare(const std::vector<Value>& values, const KernelTable& table) {
   kernels = &layer_kernels(table);
   weight = std::make_unique<DepthwiseWeight>(source, table.lanes);
+  joined_row = joined_row_of(values[inputs[0]]);
 }
+
+int64_t DepthwiseOp::scratch_floats() const { return joined_floats(joined_row); }
 
 namespace {
 
@@ -212,13 +231,23 @@ int64_t DepthwiseOp::tasks(const Frame& frame) const {
   return (wanted + bands - 1) / bands * bands;
 }
 
-void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+void DepthwiseOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
   const Window& w = source.window;
   const int64_t tile = depthwise_tile_rows(w), bands = band_count(w, tile, frame.threads);
-  const BandTask part = band_task(w, y.channels, tile, bands, task, tasks);
-  kernels->depthwise({&weight->layer(), x.data, x.ld, y.data, y.ld, activation},
-                     part.channels.first, part.channels.last, part.rows.first, part.rows.last);
+  const auto [channels, rows] = band_task(w, y.channels, tile, bands, task, tasks);
+  DepthwiseArgs args = {&weight->layer(), x.data, x.ld, y.data, y.ld, activation};
+  if (joined_row == 0) {
+    return kernels->depthwise(args, channels.first, channels.last, rows.first, rows.last);
+  }
+  args.ldx = joined_row;
+  const int64_t multiplier = args.layer->multiplier;  // outputs of an input
+  for (int64_t first = channels.first; first < channels.last; first += kJoinedChannels) {
+    const int64_t last = std::min(first + kJoinedChannels, channels.last);
+    const Span read = {first / multiplier, (last - 1) / multiplier + 1};
+    args.x = joined_planes(frame, inputs[0], read, joined_row, scratch);
+    kernels->depthwise(args, first, last, rows.first, rows.last);
+  }
 }
 
 RowReach DepthwiseOp::row_reach() const {
@@ -275,110 +304,6 @@ void LinearOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scrat
   kernels->gemv(args, n.first, n.last);
 }
 
-// sparse 1x1 convolution, linear
-
-SpmmOp::SpmmOp(const BlockRows& source, const float* bias_data, const SpmmVariant& variant,
-               Epilogue epilogue)
-    : source(source), variant(variant), epilogue(epilogue) {
-  if (bias_data) bias.assign(bias_data, bias_data + source.rows);
-}
-
-void SpmmOp::prepare(const std::vector<Value>& values, const KernelTable&) {
-  weight = std::make_unique<SpmmWeight>(source, variant, values[inputs[0]].ld);
-}
-
-namespace {
-
-SpmmArgs product_args(const Op& op, const Frame& frame, const std::vector<float>& bias,
-                      Epilogue epilogue) {
-  const Operand x = frame.operand(op.inputs[0]), y = frame.operand(op.output);
-  SpmmArgs args;
-  args.bias = bias.empty() ? nullptr : bias.data();
-  args.x = x.data;
-  args.ldx = x.ld;
-  args.y = y.data;
-  args.ldy = y.ld;
-  if (epilogue.residual) {
-    const Operand residual = frame.operand(op.inputs[1]);
-    args.residual = residual.data;
-    args.ldr = residual.ld;
-  }
-  args.columns = y.columns;
-  args.activation = epilogue.activation;
-  return args;
-}
-
-}  // namespace
-
-// Planes of fewer are shared by outputs. A row of them is a few cache lines, and cores that wrote halves
-// of it would take lines from each other.
-constexpr int64_t kSharedPixels = 256;
-
-SpmmArgs SpmmOp::args(const Frame& frame) const {
-  SpmmArgs args = product_args(*this, frame, bias, epilogue);
-  args.weight = weight.get();
-  args.padded = args.ldx > 1 && args.ldy > 1;
-  if (frame.values[output].height > 1) args.shared_columns = kSharedPixels;
-  return args;
-}
-
-int64_t SpmmOp::tasks(const Frame& frame) const {
-  return spmm_task_count(args(frame), frame.threads);
-}
-
-void SpmmOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
-  spmm_run_task(args(frame), task, tasks);
-}
-
-RowReach SpmmOp::row_reach() const {
-  return {1, 1, 0, std::numeric_limits<int64_t>::max(), 1};
-}
-
-void SpmmOp::run_rows(const Frame& frame, const RowPlaces& places, float*) const {
-  const Value& value = frame.values[output];
-  const int64_t first = places.rows.first * value.width;
-  SpmmArgs args = product_args(*this, frame, bias, epilogue);
-  args.weight = weight.get();
-  args.x = places.x.data + first;
-  args.ldx = places.x.ld;
-  args.y = places.y.data + first;
-  args.ldy = places.y.ld;
-  if (epilogue.residual) {
-    args.residual = places.residual.data + first;
-    args.ldr = places.residual.ld;
-  }
-  args.columns = places.rows.last * value.width - first;
-  // Else the last vector would go over rows of another thread, or over the next channel's first ones.
-  const bool to_end = places.rows.last == value.height && first % kLineFloats == 0;
-  args.padded = places.spare || args.columns % kLineFloats == 0 || to_end;
-  const int64_t tasks = spmm_task_count(args, 1);
-  for (int64_t task = 0; task < tasks; ++task) spmm_run_task(args, task, tasks);
-}
-
-// sparse convolution
-
-SparseConvOp::SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
-                           const Window& window, const SpmmVariant& variant, Epilogue epilogue)
-    : source(source), groups(groups), window(window), variant(variant), epilogue(epilogue) {
-  if (bias_data) bias.assign(bias_data, bias_data + source.rows);
-}
-
-void SparseConvOp::prepare(const std::vector<Value>&, const KernelTable&) {
-  weight = std::make_unique<SparseConvWeight>(source, groups, window, variant);
-}
-
-SparseConvArgs SparseConvOp::args(const Frame& frame) const {
-  return {weight.get(), product_args(*this, frame, bias, epilogue)};
-}
-
-int64_t SparseConvOp::tasks(const Frame& frame) const {
-  return sparse_conv_task_count(args(frame), frame.threads);
-}
-
-void SparseConvOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
-  sparse_conv_run_task(args(frame), task, tasks);
-}
-
 // pooling
 
 void PoolOp::prepare(const std::vector<Value>&, const KernelTable& table) {
@@ -401,9 +326,12 @@ void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const 
                 part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
-void MeanOp::prepare(const std::vector<Value>&, const KernelTable& table) {
+void MeanOp::prepare(const std::vector<Value>& values, const KernelTable& table) {
   kernels = &layer_kernels(table);
+  joined_row = joined_row_of(values[inputs[0]]);
 }
+
+int64_t MeanOp::scratch_floats() const { return joined_floats(joined_row); }
 
 int64_t MeanOp::tasks(const Frame& frame) const {
   constexpr int64_t kSumAcross = 4;  // of a vector: as long as so many loads
@@ -411,10 +339,17 @@ int64_t MeanOp::tasks(const Frame& frame) const {
   return worthwhile_tasks(x.channels, kSumAcross * x.channels * x.columns, frame.threads);
 }
 
-void MeanOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+void MeanOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
   const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
   const Range c = share(x.channels, task, tasks);
-  kernels->channel_mean(x.data, x.ld, x.columns, y.data, y.ld, c.first, c.last);
+  if (joined_row == 0) {
+    return kernels->channel_mean(x.data, x.ld, x.columns, y.data, y.ld, c.first, c.last);
+  }
+  for (int64_t first = c.first; first < c.last; first += kJoinedChannels) {
+    const int64_t last = std::min(first + kJoinedChannels, c.last);
+    const float* planes = joined_planes(frame, inputs[0], {first, last}, joined_row, scratch);
+    kernels->channel_mean(planes, joined_row, x.columns, y.data, y.ld, first, last);
+  }
 }
 
 // element by element

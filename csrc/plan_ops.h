@@ -11,6 +11,11 @@ namespace aerogel {
 // How many tasks are worth their hand-out for so much work (in multiply-adds or moved floats).
 int64_t worthwhile_tasks(int64_t units, int64_t work, int threads);
 
+// Of a window whose rows are made `tile` at a time.
+inline RowReach reach_of(const Window& w, int64_t tile) {
+  return {(w.kernel_h - 1) * w.dilation_h + 1, w.stride_h, w.pad_h, w.in_h, tile};
+}
+
 // What operations with a bias, an activation and perhaps a residual (their second input) share.
 struct Epilogue {
   Activation activation = Activation::kNone;
@@ -45,15 +50,18 @@ struct DepthwiseOp : Op {
       : source(source), activation(activation) {}
   bool reads_bare(size_t) const override { return false; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t scratch_floats() const override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
 
   RowReach row_reach() const override;
   void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
   bool reads_parts() const override { return true; }
+  bool joins_parts() const override { return true; }
 
   ConvSource source;
   Activation activation;
+  int64_t joined_row = 0;  // floats from channel to channel of an input put together, else 0
   const LayerKernels* kernels = nullptr;
   std::unique_ptr<DepthwiseWeight> weight;
 };
@@ -87,6 +95,7 @@ struct SpmmOp : Op {
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
   RowReach row_reach() const override;
   void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
+  void keep_outputs_together() override { variant.row_tiles = 1; }
   bool reads_parts() const override { return true; }
   bool writes_once() const override { return variant.k_blocks == 1; }
   SpmmArgs args(const Frame& frame) const;
@@ -106,6 +115,12 @@ struct SparseConvOp : Op {
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
+  void keep_outputs_together() override { variant.row_tiles = 1; }
+  bool reads_parts() const override { return true; }
+  bool in_bands() const override { return false; }
+  bool writes_once() const override { return variant.k_blocks == 1; }
   SparseConvArgs args(const Frame& frame) const;
 
   BlockRows source;
@@ -131,9 +146,12 @@ struct PoolOp : Op {
 
 struct MeanOp : Op {
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
+  int64_t scratch_floats() const override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  bool joins_parts() const override { return true; }
 
+  int64_t joined_row = 0;  // as in DepthwiseOp
   const LayerKernels* kernels = nullptr;
 };
 

@@ -8,10 +8,11 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kLineFloats = 16;
-constexpr int64_t kApart = 1024;   // floats between parts: prefetchers stay within a page
 // Of a part, and floats of a row. Smaller ones would be mostly borders; kernels that take small planes
 // as a whole sum up in another order, and results do not depend on the number of threads.
-constexpr int64_t kLeastRows = 7, kLeastWidth = 9;
+constexpr int64_t kLeastRows = 3, kLeastWidth = 7;
+constexpr int64_t kQuad = 4;  // floats that are copied at a time
+static_assert(kQuad <= kLeastWidth);
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -23,12 +24,15 @@ Span needed_rows(const RowReach& reach, Span rows) {
   return {first_needed(reach, rows.first), end_needed(reach, rows.last)};
 }
 
+// Output rows of a part may need input rows of another one.
+bool looks_beyond(const RowReach& reach) { return reach.kernel > 1 || reach.stride > 1; }
+
 Operand part_of(const Frame& frame, int id, int64_t part) {
   const Value& v = frame.values[id];
   Operand operand = frame.operand(id);
   if (v.parts > 1) {
     const int64_t first = part_rows(v.height, part, v.parts).first;
-    operand.data += part * v.part_stride + v.lead - first * v.width;
+    operand.data += v.part_offset(part) + v.lead - first * v.width;
   }
   return operand;
 }
@@ -40,15 +44,18 @@ struct Edges {
 
 Edges edges_of(const Frame& frame, int id, int64_t part) {
   const Value& v = frame.values[id];
-  float* const last = frame.operand(id).data + part * v.part_stride + v.channels * v.ld;
+  float* const last = frame.operand(id).data + v.part_offset(part) + v.channels * v.ld;
   return {last, last + v.channels * v.above * v.width};
 }
 
+// Of every channel so many floats, none or at least kQuad: a call of memcpy for each would take longer.
 void copy_rows(const float* from, int64_t from_ld, float* to, int64_t to_ld, int64_t channels,
                int64_t floats) {
   if (floats == 0) return;
-  for (int64_t c = 0; c < channels; ++c) {
-    std::memcpy(to + c * to_ld, from + c * from_ld, static_cast<size_t>(floats) * sizeof(float));
+  const int64_t last = floats - kQuad;
+  for (int64_t c = 0; c < channels; ++c, from += from_ld, to += to_ld) {
+    for (int64_t i = 0; i < last; i += kQuad) std::memcpy(to + i, from + i, kQuad * sizeof(float));
+    std::memcpy(to + last, from + last, kQuad * sizeof(float));
   }
 }
 
@@ -83,17 +90,28 @@ void take_edges(const Frame& frame, int id, int64_t part) {
 
 }  // namespace
 
+void join_parts(const Frame& frame, int id, Span channels, float* to, int64_t ld) {
+  const Value& v = frame.values[id];
+  for (int64_t part = 0; part < v.parts; ++part) {
+    const Span rows = part_rows(v.height, part, v.parts);
+    const int64_t first = rows.first * v.width;
+    copy_rows(part_of(frame, id, part).data + channels.first * v.ld + first, v.ld, to + first, ld,
+              channels.last - channels.first, rows.last * v.width - first);
+  }
+}
+
 PartOp::PartOp(std::unique_ptr<Op> made, int64_t parts) : op_(std::move(made)), parts_(parts) {
   name = op_->name;
   inputs = op_->inputs;
   output = op_->output;
+  op_->keep_outputs_together();
 }
 
 void PartOp::run(const Frame& frame, int64_t task, int64_t, float* scratch) const {
   const Value &from = frame.values[inputs[0]], &to = frame.values[output];
   RowPlaces places;
   places.rows = part_rows(to.height, task, parts_);
-  if (from.parts > 1 && op_->row_reach().kernel > 1) take_edges(frame, inputs[0], task);
+  if (from.parts > 1 && looks_beyond(op_->row_reach())) take_edges(frame, inputs[0], task);
   places.x = part_of(frame, inputs[0], task);
   places.y = part_of(frame, output, task);
   places.residual = inputs.size() > 1 ? part_of(frame, inputs[1], task) : Operand{};
@@ -126,9 +144,11 @@ class Parting {
     }
   }
 
-  bool touches(const Op& op) const {
-    return split_[op.output] ||
-           std::any_of(op.inputs.begin(), op.inputs.end(), [&](int v) { return split_[v]; });
+  // Whether an operation runs part by part.
+  bool parts(const Op& op) const {
+    const bool reads =
+        std::any_of(op.inputs.begin(), op.inputs.end(), [&](int v) { return split_[v]; });
+    return split_[op.output] || (reads && makes_rows(op));
   }
 
  private:
@@ -138,7 +158,7 @@ class Parting {
       split_[op->output] = makes_rows(*op) && v.place == Place::kImage && !v.tokens;
     }
     for (const std::unique_ptr<Op>& op : ops_) {
-      const bool reads = makes_rows(*op) && op->reads_parts();
+      const bool reads = makes_rows(*op) ? op->reads_parts() : op->joins_parts();
       for (int v : op->inputs) split_[v] = split_[v] && reads;
     }
     for (size_t v = 0; v < values_.size(); ++v) {
@@ -165,7 +185,7 @@ class Parting {
     const Value& v = values_[id];
     Margins most;
     for (const std::unique_ptr<Op>& op : ops_) {
-      if (op->inputs[0] != id || op->row_reach().kernel <= 1) continue;
+      if (op->inputs[0] != id || !makes_rows(*op) || !looks_beyond(op->row_reach())) continue;
       const int64_t height = values_[op->output].height;
       for (int64_t part = 0; part < parts_; ++part) {
         const Span rows = part_rows(v.height, part, parts_);
@@ -187,8 +207,7 @@ class Parting {
     // Own rows begin with a cache line, and whole vectors may be written behind them.
     v.lead = round_up(v.above * v.width, kLineFloats);
     v.ld = padded_row(v.lead + (own + v.below) * v.width + kLineFloats);
-    v.part_stride = v.channels * (v.ld + (v.above + v.below) * v.width) + kApart;
-    v.part_stride = round_up(v.part_stride, kLineFloats);
+    v.part_floats = round_up(v.channels * (v.ld + (v.above + v.below) * v.width), kLineFloats);
   }
 
   const Ops& ops_;
@@ -202,7 +221,7 @@ class Parting {
 void part_planes(Ops* ops, std::vector<Value>* values, int64_t parts) {
   const Parting parting(*ops, values, parts);
   for (std::unique_ptr<Op>& op : *ops) {
-    if (parting.touches(*op)) op = std::make_unique<PartOp>(std::move(op), parts);
+    if (parting.parts(*op)) op = std::make_unique<PartOp>(std::move(op), parts);
   }
 }
 

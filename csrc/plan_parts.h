@@ -2,7 +2,7 @@
 // the others. In one plane, a channel's rows are a few cache lines, and the half of another thread
 // begins in the middle of them: what the prefetchers of one core fetch beyond its own half is taken
 // from the core that is writing there, again and again. Rows that a window needs beyond its own part
-// are copied from the neighbours first.
+// are copied from the neighbours first. Operations that want planes whole put the parts together.
 #pragma once
 
 #include "plan.h"
@@ -26,6 +26,9 @@ class PartOp : public Op {
   std::unique_ptr<Op> op_;
   int64_t parts_;
 };
+
+// Channels [first, last) of a value that lies in parts, in one piece: each `ld` floats from the next.
+void join_parts(const Frame& frame, int value, Span channels, float* to, int64_t ld);
 
 // Puts the planes of one image that are made and read by rows in parts, and wraps the operations
 // around them.

@@ -258,6 +258,17 @@ void sparse_conv_run_task(const SparseConvArgs& args, int64_t task, int64_t task
   spmm_run_task(group_product(args, task / each), task % each, each);
 }
 
+void sparse_conv_run_rows(const SparseConvArgs& args, const Window& rows) {
+  for (size_t g = 0; g < args.weight->groups().size(); ++g) {
+    SpmmArgs product = group_product(args, static_cast<int64_t>(g));
+    SpmmWindow window = *product.window;
+    window.window = &rows;
+    product.window = &window;
+    const int64_t tasks = spmm_task_count(product, 1);
+    for (int64_t task = 0; task < tasks; ++task) spmm_run_task(product, task, tasks);
+  }
+}
+
 void sparse_conv_run(const SparseConvArgs& args, int threads) {
   const int64_t tasks = sparse_conv_task_count(args, threads);
   parallel_tasks(tasks, threads, [&](int64_t task) { sparse_conv_run_task(args, task, tasks); });

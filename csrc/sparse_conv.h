@@ -81,6 +81,10 @@ void sparse_conv_check(const SparseConvArgs& args);
 int64_t sparse_conv_task_count(const SparseConvArgs& args, int threads);
 void sparse_conv_run_task(const SparseConvArgs& args, int64_t task, int64_t tasks);
 
+// Some rows of the outputs, all channels: `rows` is the weight's window with only these rows, x and y
+// begin with its first ones.
+void sparse_conv_run_rows(const SparseConvArgs& args, const Window& rows);
+
 // All of it on `threads` threads.
 void sparse_conv_run(const SparseConvArgs& args, int threads);
 

@@ -41,6 +41,26 @@ def pointwise(
     )  # fmt: skip
 
 
+def sparse_conv(
+    b: PlanBuilder,
+    x: Value,
+    rows: int,
+    variant: SpmmVariant,
+    residual: Value | None = None,
+    kernel: int = 3,
+    padding: int = 1,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Value:
+    columns = x.shape[0] // groups * kernel * kernel
+    weight = torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.4) / kernel
+    return b.sparse_conv2d(
+        x, BlockRowWeight.pack(weight, block=1), kernel, torch.randn(rows), stride, padding,
+        dilation, groups, "relu", residual, variant,
+    )  # fmt: skip
+
+
 def built(build: Callable[[PlanBuilder], None], threads: int, batch: int = 1) -> Plan:
     torch.manual_seed(0)
     torch.set_num_threads(
@@ -62,15 +82,15 @@ def assert_same(plan: Plan, alone: Plan, x: Tensor) -> None:
                 assert torch.equal(y, e)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObject) -> None:
     channels = data.draw(st.integers(1, 6))
-    height, width = data.draw(st.integers(12, 60)), data.draw(st.integers(8, 40))
+    height, width = data.draw(st.integers(6, 60)), data.draw(st.integers(6, 40))
     steps = data.draw(
         st.lists(
             st.tuples(
-                st.sampled_from(("depthwise", "pointwise", "residual")),
+                st.sampled_from(("depthwise", "pointwise", "sparse", "residual")),
                 st.sampled_from(((3, 1, 1), (3, 1, 2), (5, 2, 1), (5, 2, 2), (2, 1, 1), (1, 0, 3))),
                 st.sampled_from(
                     (SpmmVariant(2), SpmmVariant(1, 2, 2), SpmmVariant(2, 1, 3, 2, True))
@@ -81,6 +101,8 @@ def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObje
         )
     )
 
+    pooled = data.draw(st.booleans())
+
     def build(b: PlanBuilder) -> None:
         x = depthwise(b, b.input((channels, height, width)), 3, 1, 1)
         for i, (kind, (kernel, padding, stride), variant) in enumerate(steps):
@@ -89,10 +111,14 @@ def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObje
                     x = depthwise(b, x, kernel, stride, padding)
             elif kind == "pointwise":
                 x = pointwise(b, x, 2 + i, variant)
+            elif kind == "sparse":
+                if min(x.shape[1:]) >= 5:
+                    packed = variant._replace(pack=True)
+                    x = sparse_conv(b, x, 3 + i, packed, None, kernel, padding, stride)
             else:
                 wide = depthwise(b, pointwise(b, x, 2 + i, variant), 3, 1, 1)
                 x = pointwise(b, wide, x.shape[0], variant, residual=x)
-        b.output(x)
+        b.output(b.global_avg_pool(x) if pooled else x)
 
     threads = data.draw(st.sampled_from(THREADS))
     assert_same(built(build, threads), built(build, 1), torch.randn(1, channels, height, width))
@@ -114,6 +140,82 @@ def test_parts_of_a_mobile_network(threads: int) -> None:
     if threads == 2:  # planes of 16 rows are in parts, which lie apart
         assert plan.arena_bytes > alone.arena_bytes
     assert_same(plan, alone, torch.randn(1, 3, 64, 64))
+
+
+# (kernel, padding, stride, dilation, groups): rows of a part begin within the padding, on the first
+# row of a tap, between two; taps overlap, are apart, are none of the neighbour's.
+WINDOWS = (
+    (3, 1, 1, 1, 1),
+    (3, 1, 2, 1, 2),
+    (3, 0, 1, 1, 1),
+    (3, 2, 1, 2, 1),
+    (5, 2, 2, 1, 1),
+    (1, 0, 2, 1, 1),
+    (2, 1, 3, 1, 2),
+    (3, 4, 1, 1, 1),
+)
+SPARSE = (
+    SpmmVariant(2, 1, 2, 1, True, 3),
+    SpmmVariant(1, 4, 1, 3, True),
+    SpmmVariant(8, 1, 3, 1, True),
+)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (19, 33), (31, 12)], ids=str)
+def test_sparse_convolutions_make_rows_by_themselves(
+    window: tuple[int, ...], size: tuple[int, int], instruction_set: str
+) -> None:
+    for variant in SPARSE:
+
+        def build(b: PlanBuilder, variant: SpmmVariant = variant) -> None:
+            x = pointwise(b, b.input((4, *size)), 6, SpmmVariant(2))
+            kernel, padding, stride, dilation, groups = window
+            y = sparse_conv(b, x, 8, variant, None, kernel, padding, stride, dilation, groups)
+            y = sparse_conv(b, y, 8, variant, y)  # with a residual in parts
+            b.output(pointwise(b, y, 5, SpmmVariant(2)))
+
+        for threads in (2, 3):
+            assert_same(built(build, threads), built(build, 1), torch.randn(1, 4, *size))
+
+
+def parts_of(build: Callable[[PlanBuilder], None], threads: int = 2) -> bool:
+    """Whether any value of the network lies in parts."""
+    return built(build, threads).arena_bytes != built(build, 1).arena_bytes
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", [7, 8, 9, 13, 14, 16])
+def test_small_planes_are_cut_between_any_rows(
+    stride: int, width: int, instruction_set: str
+) -> None:
+    for height in (6, 7, 9, 12, 13, 14):
+
+        def build(b: PlanBuilder, height: int = height) -> None:
+            x = pointwise(b, b.input((3, height, width)), 21, SpmmVariant(2, 1, 2))
+            x = depthwise(b, depthwise(b, x, 3, 1, 1), 3, stride, 1)
+            b.output(pointwise(b, x, 5, SpmmVariant(2)))
+
+        assert parts_of(build)
+        for threads in THREADS:
+            assert_same(built(build, threads), built(build, 1), torch.randn(1, 3, height, width))
+
+
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+def test_planes_are_put_together_for_what_wants_them_whole(multiplier: int) -> None:
+    """A depthwise layer with too few rows to share them, and a mean."""
+    channels = 37  # more than are put together at a time, and no multiple of it
+
+    def build(b: PlanBuilder) -> None:
+        x = pointwise(b, b.input((3, 9, 11)), channels, SpmmVariant(2, 1, 3))
+        weight = torch.randn(channels * multiplier, 1, 3, 3)
+        y = b.conv2d(x, weight, torch.randn(len(weight)), 2, 1, groups=channels)  # of five rows
+        b.output(y)
+        b.output(b.global_avg_pool(x))
+
+    assert parts_of(build)
+    for threads in (2, 3):
+        assert_same(built(build, threads), built(build, 1), torch.randn(1, 3, 9, 11))
 
 
 def test_an_image_of_a_batch_is_in_one_piece() -> None:

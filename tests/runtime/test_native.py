@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from fakes import build_with
 from torch import Tensor, nn
 
-from aerogel.runtime.layer import token_tile
+from aerogel import kernels
+from aerogel.runtime.candidates import candidates_for
+from aerogel.runtime.layer import Layer, token_tile
+from aerogel.runtime.native import LayerProbe
 from aerogel.runtime.strategies import PLANS
 from networks import sparsify_
 
@@ -107,3 +111,27 @@ def test_global_pool_of_a_single_pixel_stays_in_the_plan() -> None:
     assert compiled.explain().chosen == "native plans"
     assert not any("no native plan" in note for note in compiled.explain().notes)
     torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_layer_is_timed_by_itself(
+    threads: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among others where they decide how several threads work on it, without their time."""
+    weight = torch.randn(6, 8, 1, 1) * (torch.rand(6, 8, 1, 1) < 0.3)
+    shapes = (images, 8, 14, 14), (images, 6, 14, 14)
+    layer = Layer("model.conv", "conv2d", weight, None, "relu", True, *shapes)
+    x, residual = layer.example()
+    for candidate in candidates_for(layer, threads):
+        if candidate.emit is None:
+            continue
+        probe = LayerProbe(layer, candidate, threads)
+        others = 3 if threads > 1 and images == 1 and kernels.native_in_use() is not None else 0
+        assert len(probe._plan.describe()) == 1 + others
+        seconds = probe.kernel_seconds(x, residual)
+        assert seconds() > 0
+        if kernels.native_in_use() is not None:
+            steps = [(name, 1.0) for name, _ in probe._plan.profile([x, residual])]
+            monkeypatch.setattr(probe._plan, "profile", Mock(return_value=steps))
+            assert seconds() == 1.0

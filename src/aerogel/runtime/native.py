@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from aerogel import kernels
@@ -134,6 +135,10 @@ def _output(builder: kernels.PlanBuilder, value: Any) -> None:
     builder.output(value, layout="tokens" if len(value.shape) == 2 else "channels")
 
 
+# No module path: the steps around a layer that is timed.
+_AROUND = "(around)"
+
+
 class LayerProbe:
     """A plan of a single layer, to time its kernel under a plan's conditions.
 
@@ -153,14 +158,21 @@ class LayerProbe:
         if layer.has_residual:
             residual, shape = _input(builder, family, layer.output_shape)
             self._shapes.append(shape)
-        _output(builder, candidate.emit(builder, value, residual))
+        # Where several threads work on one image, each makes rows by itself if those of the layers
+        # around are its own, too.
+        around = family == SPATIAL and images == 1 and (threads or torch.get_num_threads()) > 1
+        if around and kernels.native_in_use() is not None:
+            value, residual = _pass_on(builder, value), residual and _pass_on(builder, residual)
+            _output(builder, _pass_on(builder, candidate.emit(builder, value, residual)))
+        else:
+            _output(builder, candidate.emit(builder, value, residual))
         self._plan = builder.build()
 
     def kernel_seconds(self, x: Tensor, residual: Tensor | None) -> Callable[[], float]:
         """A callable that runs the plan and returns what the layer's own step took."""
         operands = [x] if residual is None else [x, residual]
         given = [_shaped(each, shape) for each, shape in zip(operands, self._shapes, strict=True)]
-        kernel = {info.name for info in self._plan.describe()}
+        kernel = {info.name for info in self._plan.describe()} - {_AROUND}
 
         def run() -> float:
             if kernels.native_in_use() is None:
@@ -171,3 +183,10 @@ class LayerProbe:
             return sum(seconds for name, seconds in steps if name in kernel)
 
         return run
+
+
+def _pass_on(builder: kernels.PlanBuilder, x: kernels.Value) -> kernels.Value:
+    """The same planes, made row by row; vectors as they are."""
+    if len(x.shape) != 3:
+        return x
+    return builder.conv2d(x, torch.ones(x.shape[0], 1, 1, 1), groups=x.shape[0], name=_AROUND)
