@@ -326,6 +326,16 @@ void PoolOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const 
                 part.channels.first, part.channels.last, part.rows.first, part.rows.last);
 }
 
+RowReach PoolOp::row_reach() const { return reach_of(window, 1); }
+
+void PoolOp::run_rows(const Frame&, const RowPlaces& places, float*) const {
+  const Operand &x = places.x, &y = places.y;
+  const PoolArgs args = {kind, window, taps.x.data(), taps.y.data(), x.data, x.ld, y.data, y.ld};
+  const int64_t begin = y.channels * places.part / places.parts;
+  kernels->pool(args, begin, y.channels, places.rows.first, places.rows.last);
+  kernels->pool(args, 0, begin, places.rows.first, places.rows.last);
+}
+
 void MeanOp::prepare(const std::vector<Value>& values, const KernelTable& table) {
   kernels = &layer_kernels(table);
   joined_row = joined_row_of(values[inputs[0]]);

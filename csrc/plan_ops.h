@@ -137,6 +137,8 @@ struct PoolOp : Op {
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
 
   Pool kind;
   Window window;

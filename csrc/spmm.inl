@@ -348,13 +348,17 @@ struct PanelPrefetch {
   const char* next = nullptr;
   int64_t row_bytes = 0;  // from row to row
   int64_t rows = 0;
-  int64_t width = 0;     // bytes wanted of each row
+  int64_t width = 0;     // bytes wanted of each piece of a row
   int64_t per_run = 0;   // rows a run
+  int64_t pieces = 1, piece_bytes = 0;  // of a row; from piece to piece
 
   AEROGEL_INLINE void advance() {
     const int64_t n = rows < per_run ? rows : per_run;
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < width; j += kLineBytes) __builtin_prefetch(next + j, 0, 2);
+      const char* piece = next;
+      for (int64_t k = 0; k < pieces; ++k, piece += piece_bytes) {
+        for (int64_t j = 0; j < width; j += kLineBytes) __builtin_prefetch(piece + j, 0, 2);
+      }
       next += row_bytes;
     }
     rows -= n;

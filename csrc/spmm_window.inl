@@ -32,14 +32,17 @@ AEROGEL_INLINE Vec load_strided(const float* from, int64_t left) {
 }
 
 // A channel's rows, of which the first `whole` are written in whole vectors: in ascending order, and
-// what stays zero is padding. Vectors: how many a row takes, or 0 if more than two.
+// what stays zero is padding. Vectors: how many a row takes, or 0 for any number.
 template <int Stride, int Vectors>
 AEROGEL_INLINE void copy_rows(const PhaseRows& p, const float* from, float* to) {
   int64_t r = 0;
   for (; r < p.whole; ++r, from += p.from_step, to += p.to_step) {
     if constexpr (Vectors > 0) {
       constexpr int kLast = (Vectors - 1) * kLanes;
-      if (Vectors == 2) store(to, load_strided<Stride>(from, kLanes));
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kLast; i += kLanes) {
+        store(to + i, load_strided<Stride>(from + Stride * i, kLanes));
+      }
       store(to + kLast, load_strided<Stride>(from + Stride * kLast, p.count - kLast));
     } else {
       for (int64_t i = 0; i < p.count; i += kLanes) {
@@ -52,12 +55,6 @@ AEROGEL_INLINE void copy_rows(const PhaseRows& p, const float* from, float* to) 
       store_upto(to + i, load_strided<Stride>(from + Stride * i, p.count - i), p.count - i);
     }
   }
-}
-
-AEROGEL_INLINE Vec clamp_inline(Vec v, Activation activation) {
-  if (activation == Activation::kNone) return v;
-  v = relu(v);
-  return activation == Activation::kRelu6 ? min(broadcast(6.0f), v) : v;
 }
 
 // Division of non-negative numbers, almost always by one or two.
@@ -120,12 +117,12 @@ AEROGEL_NOINLINE void copy_phase_strided(const Channels& c, const PhaseRows& p, 
 
 template <int Stride>
 AEROGEL_INLINE void copy_phase_by_width(const Channels& channels, const PhaseRows& rows) {
-  if (rows.count <= kLanes) {
-    copy_phase<Stride, 1>(channels, rows);
-  } else if (rows.count <= 2 * kLanes) {
-    copy_phase<Stride, 2>(channels, rows);
-  } else {
-    copy_phase<Stride, 0>(channels, rows);
+  switch ((rows.count + kLanes - 1) / kLanes) {
+    case 1: return copy_phase<Stride, 1>(channels, rows);
+    case 2: return copy_phase<Stride, 2>(channels, rows);
+    case 3: return copy_phase<Stride, 3>(channels, rows);
+    case 4: return copy_phase<Stride, 4>(channels, rows);
+    default: return copy_phase<Stride, 0>(channels, rows);
   }
 }
 
@@ -152,28 +149,56 @@ void copy_slab(const SpmmPanel& p, const StripPanel& panel, int64_t first, int64
   }
 }
 
+// One row of a panel, from the grid to its place. `finish` is the activation.
+template <class Finish>
+AEROGEL_INLINE void unpack_row(const float* from, const float* residual, float* y, int64_t columns,
+                               const Finish& finish) {
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    Vec v = load(from + i);
+    if (residual) v = add(v, load(residual + i));
+    store(y + i, finish(v));
+  }
+  if (i == columns) return;
+  Vec v = load(from + i);
+  if (residual) v = add(v, load_n(residual + i, columns - i));
+  store_n(y + i, finish(v), columns - i);
+}
+
+template <class Finish>
+AEROGEL_INLINE void unpack_channels(const SpmmPanel& p, const StripPanel& panel, const float* grid,
+                                    int64_t begin, int64_t end, const Finish& finish) {
+  const SpmmArgs& a = *p.args;
+  const int64_t out_w = a.window->window->out_w, ldy = a.ldy, ldr = a.ldr;
+  const int64_t pitch = a.window->strips->pitch, channel = a.window->strips->grid();
+  const int64_t first = panel.oy * out_w + panel.ox, columns = panel.columns;
+  // What the hardware does not guess: the beginnings of the channels' rows.
+  constexpr int64_t kAhead = 4, kLine = kLineBytes / static_cast<int64_t>(sizeof(float));
+  const int64_t span = (panel.rows - 1) * out_w + columns;
+  for (int64_t row = begin; row < end; ++row, grid += channel) {
+    float* y = p.y + row * ldy + first;
+    const float* residual = p.residual ? p.residual + row * ldr + first : nullptr;
+    if (row + kAhead < end) {
+      for (int64_t i = 0; i < span; i += kLine) __builtin_prefetch(y + kAhead * ldy + i, 1, 3);
+    }
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      const float* added = residual ? residual + r * out_w : nullptr;
+      unpack_row(grid + r * pitch, added, y + r * out_w, columns, finish);
+    }
+  }
+}
+
 // Output channels [begin, end) from the grid to their rows, with residual and activation.
 AEROGEL_NOINLINE void unpack_grid(const SpmmPanel& p, const StripPanel& panel, const float* grid,
                                   int64_t begin, int64_t end) {
-  const SpmmArgs& a = *p.args;
-  const Strips& s = *a.window->strips;
-  const int64_t out_w = a.window->window->out_w;
-  const bool in_registers = is_inline_activation(a.activation);
-  const Activation cheap = in_registers ? a.activation : Activation::kNone;
-  for (int64_t row = begin; row < end; ++row, grid += s.grid()) {
-    for (int64_t r = 0; r < panel.rows; ++r) {
-      const float* from = grid + r * s.pitch;
-      float* y = p.y + row * a.ldy + (panel.oy + r) * out_w + panel.ox;
-      const float* residual =
-          p.residual ? p.residual + row * a.ldr + (panel.oy + r) * out_w + panel.ox : nullptr;
-      for (int64_t i = 0; i < panel.columns; i += kLanes) {
-        const int64_t n = panel.columns - i;
-        Vec v = load(from + i);
-        if (residual) v = add(v, load_upto(residual + i, n));
-        v = in_registers ? clamp_inline(v, cheap) : activate(v, a.activation);
-        store_upto(y + i, v, n);
-      }
-    }
+  const Activation activation = p.args->activation;
+  if (activation == Activation::kNone) {
+    unpack_channels(p, panel, grid, begin, end, [](Vec v) { return v; });
+  } else if (activation == Activation::kRelu) {
+    unpack_channels(p, panel, grid, begin, end, [](Vec v) { return relu(v); });
+  } else {
+    unpack_channels(p, panel, grid, begin, end,
+                    [activation](Vec v) { return activate(v, activation); });
   }
 }
 
@@ -216,7 +241,14 @@ PanelPrefetch next_strips(const SpmmPanel& p, int64_t slab) {
   if (f.rows == 0 || bottom <= top) return PanelPrefetch{};
   f.next = reinterpret_cast<const char*>(p.x + window.channels[first] * p.args->ldx + top * w.in_w);
   f.row_bytes = p.args->ldx * static_cast<int64_t>(sizeof(float));
-  f.width = (bottom - top) * w.in_w * static_cast<int64_t>(sizeof(float));
+  const int64_t image_row = w.in_w * static_cast<int64_t>(sizeof(float));
+  const int64_t reach = (w.kernel_h - 1) * w.dilation_h + 1;
+  f.width = (bottom - top) * image_row;
+  if (reach < w.stride_h) {  // rows between those that are read
+    f.pieces = (bottom - top - 1) / w.stride_h + 1;
+    f.piece_bytes = w.stride_h * image_row;
+    f.width = smaller(reach, bottom - top) * image_row;
+  }
   int64_t runs = 0;
   for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
     const SpmmSegment* at = s.segments + range * s.slabs + slab;

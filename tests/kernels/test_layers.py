@@ -266,8 +266,8 @@ def test_linear_equals_torch_dense_or_packed_on_vectors_tokens_and_planes(
 @PROPERTY
 @given(
     kind=st.sampled_from(("max", "avg", "avg_valid")),
-    size=st.tuples(st.integers(3, 20), st.integers(3, 40)),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.tuples(st.integers(4, 20), st.one_of(st.integers(4, 80), st.just(4200))),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padded=st.booleans(),
     ceil_mode=st.booleans(),

@@ -44,6 +44,13 @@ def pointwise(b: PlanBuilder, x: Value, rows: int, activation: str, packed: bool
     )  # fmt: skip
 
 
+def pool(b: PlanBuilder, x: Value, kernel: int, stride: int, padding: int, kind: int) -> Value:
+    padding = min(padding, kernel // 2)
+    if kind % 2:
+        return b.avg_pool2d(x, kernel, stride, padding, ceil_mode=kind > 1)
+    return b.max_pool2d(x, kernel, stride, padding, ceil_mode=kind > 1)
+
+
 def both(build: object, budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, Plan]:
     """The same plan with bands and without."""
     made = []
@@ -73,12 +80,13 @@ def test_bands_of_any_chain_give_the_numbers_of_whole_planes(data: st.DataObject
         data.draw(st.integers(5, 40)),
         data.draw(st.sampled_from((10_000, 40_000, 1 << 30))),
     )
-    kinds = data.draw(st.lists(st.sampled_from(("depthwise", "pointwise")), min_size=2, max_size=5))
+    names = ("depthwise", "pointwise", "pool")
+    kinds = data.draw(st.lists(st.sampled_from(names), min_size=2, max_size=5))
     numbers = [
         (*data.draw(st.sampled_from(((3, 1), (5, 2), (3, 0), (2, 1), (1, 0)))), stride, rows)
         for stride, rows in ((data.draw(st.sampled_from((1, 1, 2, 3))), 2 + i) for i in range(5))
     ]
-    names = ("relu", "none", "hardswish")
+    activations = ("relu", "none", "hardswish")
 
     def build(b: PlanBuilder) -> None:
         x = b.input((channels, height, width))
@@ -86,9 +94,13 @@ def test_bands_of_any_chain_give_the_numbers_of_whole_planes(data: st.DataObject
             zip(kinds, numbers, strict=False)
         ):
             if kind == "pointwise":
-                x = pointwise(b, x, rows, names[i % 3], packed=i % 2 == 0)
-            elif min(x.shape[1:]) >= 5:
-                x = depthwise(b, x, kernel, stride, padding, names[i % 3])
+                x = pointwise(b, x, rows, activations[i % 3], packed=i % 2 == 0)
+            elif min(x.shape[1:]) < 5:
+                continue
+            elif kind == "pool":
+                x = pool(b, x, kernel, stride, padding, rows % 4)
+            else:
+                x = depthwise(b, x, kernel, stride, padding, activations[i % 3])
         b.output(x)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -104,6 +116,25 @@ def mobile(b: PlanBuilder) -> None:
     x = pointwise(b, depthwise(b, x, 3, 1, 1, "relu"), 16, "relu6")
     x = pointwise(b, depthwise(b, x, 3, 2, 1, "relu"), 24, "none")
     b.output(x)
+
+
+def residual(b: PlanBuilder) -> None:
+    """The first layers of a network that pools at once."""
+    x = b.input((3, 100, 90))
+    weight = torch.randn(8, 3, 7, 7) / 12
+    x = b.conv2d(x, weight, torch.randn(8), 2, 3, activation="relu", name="stem")
+    b.output(b.max_pool2d(x, 3, 2, 1))
+
+
+@pytest.mark.parametrize("budget", [20_000, 1 << 30])
+def test_a_pool_takes_the_rows_of_the_convolution_before_it(
+    budget: int, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banded, whole = both(residual, budget, monkeypatch)
+    x = torch.randn(2, 3, 100, 90)
+    x[1, 2, 40, 89] = float("nan")
+    assert_same(banded, whole, x)
+    assert banded.arena_bytes < whole.arena_bytes
 
 
 @pytest.mark.parametrize("budget", [70_000, 1 << 30])

@@ -167,6 +167,22 @@ def test_what_scratch_held_before_does_not_matter(size: tuple[int, int], stride:
         assert_close(sparse_conv2d(x, packed, **call), x, weight, **how)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "gelu"])
+@pytest.mark.parametrize("width", [40, 56, 64, 90])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (2, 5)])
+def test_rows_of_several_vectors_equal_torch(
+    kernel: int, stride: int, width: int, activation: str
+) -> None:
+    weight = random_kernel(12, 9, kernel, kernel, 0.4)
+    packed = BlockRowWeight.pack(weight.flatten(1), 1)
+    x = torch.randn(2, 9, 21, width)
+    how = {"stride": stride, "padding": kernel // 2, "activation": activation}
+    how["residual"] = torch.randn_like(F.conv2d(x, weight, None, stride, kernel // 2))
+    for variant in legal_variants(1)[::3]:
+        y = sparse_conv2d(x, packed, kernel_size=kernel, variant=variant, **how)
+        assert_close(y, x, weight, **how)
+
+
 def test_nan_weights_spread_and_empty_rows_give_the_bias() -> None:
     weight = torch.zeros(4, 2, 3, 3)
     weight[1, 1, 1, 1] = NAN
