@@ -218,6 +218,20 @@ def test_planes_are_put_together_for_what_wants_them_whole(multiplier: int) -> N
         assert_same(built(build, threads), built(build, 1), torch.randn(1, 3, 9, 11))
 
 
+@pytest.mark.parametrize("height", [12, 13, 14, 15, 16])
+def test_a_sum_in_the_place_of_its_residual_has_room_for_more_neighbours(height: int) -> None:
+    """Rows of both lie alike, but more of the sum's are handed over."""
+
+    def build(b: PlanBuilder) -> None:
+        x = pointwise(b, b.input((3, height, 7)), 160, SpmmVariant(2))
+        for kernel in (5, 3):
+            y = depthwise(b, x, 3, 1, 1)
+            x = depthwise(b, pointwise(b, y, 160, SpmmVariant(2), x), kernel, 1, kernel // 2)
+        b.output(x)
+
+    assert_same(built(build, 2), built(build, 1), torch.randn(1, 3, height, 7))
+
+
 def test_an_image_of_a_batch_is_in_one_piece() -> None:
     plan, alone = built(inverted_residuals, 2, batch=3), built(inverted_residuals, 1, batch=3)
     assert plan.arena_bytes == alone.arena_bytes
