@@ -113,7 +113,7 @@ def compile(
     Raises:
         ValueError: The example does not fit the model, the model is not on the CPU, or an
             argument is out of range, or the file is not one that `from_onnx` can read.
-        TypeError: `model` is neither a module nor a path.
+        TypeError: `model` is neither a module nor a path, or `threads` is no int.
     """
     if isinstance(model, str | os.PathLike):
         model = _load(Path(model))
