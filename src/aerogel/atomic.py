@@ -23,9 +23,12 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -
         OSError: the folder cannot be written, or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"
-    )
+    try:
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"
+        )
+    except OSError as error:
+        raise _about(path, error) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -33,10 +36,17 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _about(path, error) from None
         raise
+
+
+def _about(path: Path, error: OSError) -> OSError:
+    """The same error, of the file that was asked for."""
+    return OSError(error.errno, error.strerror, str(path)) if error.errno else error
 
 
 def _umask() -> int:

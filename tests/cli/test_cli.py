@@ -100,6 +100,9 @@ def test_version() -> None:
         (["bench", "digits_mlp", "--batch", "0"], "--batch"),
         (["bench", "digits_mlp", "--threads", "-1"], "threads = '-1'"),
         (["bench", "digits_mlp", "--shape", "3xx"], "shape = '3xx'"),
+        (["bench", "digits_mlp", "--shape", "5"], "the model fails on example_inputs"),
+        (["bench", "digits_mlp", "--plot", "none/a.html"], "there is no folder 'none'"),
+        (["compress", "--dense-epochs", "-1"], "--dense-epochs: dense.epochs = -1"),
         (["report", "/nonexistent"], "no results.json"),
         (["systems", "--family", "cooking"], "there are pruning"),
         (["reproduce"], "give slugs, or --all, or --family"),
@@ -210,12 +213,14 @@ def test_bench_times_a_run_and_a_network(
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-def test_ctrl_c_ends_the_engines_of_bench() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_the_engines_of_bench(number: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aerogel", "bench", "digits_mlp", "--against", "torch"]
     parent = subprocess.Popen(
         [*command, "--rounds", "100000"],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 60
@@ -223,9 +228,10 @@ def test_ctrl_c_ends_the_engines_of_bench() -> None:
         time.sleep(0.1)
     engines = children_of(parent.pid)
     time.sleep(1)
-    parent.send_signal(signal.SIGINT)
+    parent.send_signal(number)
     _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 130, said
+    assert parent.returncode == code, said
+    assert not list(tmp_path.iterdir())
     assert "Traceback" not in said
     assert len(engines) == 2
     assert not any(os.path.exists(f"/proc/{pid}") for pid in engines)

@@ -147,3 +147,12 @@ def test_failed_write_leaves_the_old_file_and_no_trash(
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "nowhere" / "results.json", tmp_path / "folder"):
+        with pytest.raises(OSError) as caught:
+            write_atomic(path, "new")
+        assert caught.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["folder"]

@@ -168,3 +168,97 @@ def test_it_can_be_part_of_another_model(model: nn.Module) -> None:
     x = torch.randn(4, 24)
     whole = nn.Sequential(build_with(model, x, strategy=PLANS), nn.Softmax(-1))
     torch.testing.assert_close(whole(x), expect(model, x).softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:aerogel's kernels run on the CPU")
+@pytest.mark.parametrize("strategy", [CALLS, PLANS])
+def test_inputs_that_lie_elsewhere_are_named(model: nn.Module, strategy: str) -> None:
+    compiled = build_with(model, torch.randn(4, 24), strategy=strategy)
+    for batch in (4, 5):  # a shape that is planned, and a new one
+        with pytest.raises(ValueError, match="'input' is on meta, expected it on the CPU"):
+            compiled(torch.empty(batch, 24, device="meta"))
+    with pytest.raises(TypeError, match=r"'input' is torch\.sparse_coo, expected torch\.strided"):
+        compiled(torch.randn(4, 24).to_sparse())
+    with pytest.raises(TypeError, match="'input' is ndarray, expected float32"):
+        compiled(torch.randn(4, 24).numpy())
+
+
+class Scaled(nn.Module):
+    """A layer whose output's dtype depends on the type of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, factor: object) -> tuple[Tensor, Tensor]:
+        return self.layer(x.float()), x * factor
+
+
+def test_numbers_of_another_type_are_other_inputs() -> None:
+    model, x = Scaled(), torch.arange(48).view(2, 24)
+    compiled = build_with(model, x, 1, strategy=CALLS)
+    for factor in (1, 1.0, True):
+        assert compiled(x, factor)[1].dtype == (x * factor).dtype
+
+
+class Box:
+    """An input that torch.export does not know."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x * self.value
+
+
+@pytest.mark.filterwarnings("ignore:torch.export fails")
+def test_objects_that_cannot_be_captured_are_not_planned_for_one_by_one() -> None:
+    model, x = Scaled(), torch.randn(2, 24)
+    compiled = build_with(model, x, Box(1.0))
+    for value in (2.0, 3.0):
+        torch.testing.assert_close(compiled(x, Box(value))[1], x * value)
+    assert len(compiled._programs) == 1
+
+
+@pytest.mark.parametrize("strategy", [CALLS, PLANS])
+def test_autocast_changes_nothing(model: nn.Module, strategy: str) -> None:
+    x = torch.randn(4, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = build_with(model, x, strategy=strategy)
+        result = compiled(x)
+    torch.testing.assert_close(result, expect(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [CALLS, PLANS])
+def test_torchs_default_dtype_and_device_do_not_matter(model: nn.Module, strategy: str) -> None:
+    compiled = build_with(model, torch.randn(4, 24), strategy=strategy)
+    inputs = torch.randn(4, 24), torch.randn(5, 24)
+    wanted = [expect(model, x) for x in inputs]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        results = [compiled(x) for x in inputs]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        results += [compiled(inputs[0])]
+    for result, expected in zip(results, [*wanted, wanted[0]], strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """Two layers over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 24), (2, 0, 24)])
+def test_nothing_at_all_can_be_computed(shape: tuple[int, ...]) -> None:
+    model = Tokens()
+    compiled = build_with(model, torch.randn(2, 3, 24))
+    assert compiled(torch.randn(shape)).shape == shape
+    assert aerogel.compile(model, torch.randn(shape))(torch.randn(2, 3, 24)).shape == (2, 3, 24)

@@ -87,3 +87,6 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         aerogel.export_onnx(perceptron(), torch.randn(2, 23), path)
     with pytest.raises(OSError, match="nowhere"):
         aerogel.export_onnx(perceptron(), torch.randn(2, 24), tmp_path / "nowhere" / "net.onnx")
+    with pytest.raises(ValueError, match="opset = 5: the exporter knows no such file, only 18"):
+        aerogel.export_onnx(perceptron(), torch.randn(2, 24), path, opset=5)
+    assert not path.exists()

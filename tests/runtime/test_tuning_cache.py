@@ -35,6 +35,7 @@ def test_another_environment_or_candidate_is_measured_anew(tmp_path: Path) -> No
         b"",
         b"{",
         b"[]",
+        b"[" * 100_000,
         b"\xff\xfe",
         b'{"format": 99, "entries": {}}',
         b'{"format": 1, "entries": [1]}',

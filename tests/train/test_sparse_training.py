@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,3 +407,62 @@ def test_attention_that_reads_weights_still_works() -> None:
 
 def test_the_face_offers_it() -> None:
     assert aerogel.sparse_training is sparse_training
+
+
+def test_checkpoints_have_the_dense_names_and_the_masks(tmp_path: Path) -> None:
+    source = sparse_training(mlp(), min_sparsity=0.0)
+    update_masks(source, 0.4)  # stored zeros belong to the pattern too
+    aerogel.save(source, tmp_path / "net.safetensors")
+    assert set(aerogel.load(tmp_path / "net.safetensors")) == set(mlp().state_dict())
+    x = torch.randn(9, 20)
+    for target in (mlp(1), sparse_training(prune_(mlp(1), 0.3, seed=5), min_sparsity=0.0)):
+        aerogel.load(tmp_path / "net.safetensors", target)
+        torch.testing.assert_close(target(x), source(x))
+    assert torch.equal(target[0].mask, source[0].mask)
+    aerogel.save(mlp(), tmp_path / "dense.safetensors")
+    aerogel.load(tmp_path / "dense.safetensors", target)
+    assert_same_weights(target, mlp(), 0.0)
+
+
+def test_compile_sees_plain_layers() -> None:
+    model = sparse_training(prune_(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))),
+                            min_sparsity=0.0)  # fmt: skip
+    x = torch.randn(9, 64)
+    compiled = aerogel.compile(model, x, threads=1, cache=False)
+    assert [row.sparsity > 0.7 for row in compiled.explain().rows] == [True, True]
+    torch.testing.assert_close(compiled(x), model(x))
+    assert isinstance(model[0], SparseLinear)
+    lone = aerogel.compile(model[0], x, threads=1, cache=False)
+    assert [row.shape for row in lone.explain().rows] == [(96, 64)]
+
+
+def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(sparse_training(mlp(), min_sparsity=0.0))
+        model(torch.randn(9, 20)).sum().backward()
+        assert model.module[0].values.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_damaged_state_dict_names_its_layer() -> None:
+    model = sparse_training(mlp(), min_sparsity=0.0)
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"^2\.columns: expected indices from 0 to 32"):
+        model.load_state_dict({**state, "2.columns": state["2.columns"] + 100})
+
+
+def test_torchs_default_dtype_does_not_matter() -> None:
+    dense = mlp()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = sparse_training(copy.deepcopy(dense), min_sparsity=0.0)
+        x = torch.randn(9, 20, dtype=torch.float32)
+        result = model(x)
+        result.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(result, dense(x))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from aerogel.bench.inputs import Call, Inputs, NotApplicable
-from aerogel.runtime.module_state import bake_parametrizations
+from aerogel.runtime.module_state import bake_parametrizations, plain_layers
 
 
 class Workspace:
@@ -213,7 +213,8 @@ MODULE_ENGINES = (TorchEager, TorchChannelsLast, TorchCompile, Aerogel)
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode with its parametrizations (masks) baked into the weights."""
-    return bake_parametrizations(copy.deepcopy(model).eval()).requires_grad_(False)
+    plain = plain_layers(bake_parametrizations(copy.deepcopy(model).eval()))
+    return plain.requires_grad_(False)
 
 
 def _channels_last(leaf: Any) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the `aerogel` command."""
-    from aerogel.cli.app import app
+    try:
+        from aerogel.cli.app import app
+    except KeyboardInterrupt:  # before any command could answer
+        raise SystemExit(130) from None
 
     app(prog_name="aerogel")

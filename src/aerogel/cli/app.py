@@ -56,5 +56,6 @@ def _root(
     **aerogel compress** makes a network sparse, keeps its accuracy and shows what was won.
     Without arguments it trains and prunes an image classifier in a few minutes.
 
-    Exit codes: 0 done, 1 a claim did not hold, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 a claim did not hold, 2 bad input, 130 interrupted,
+    143 terminated.
     """

@@ -76,11 +76,13 @@ def bench(
             "rounds": rounds,
             "clock": clock,
         })  # fmt: skip
+        if plot is not None and not plot.parent.is_dir():
+            raise ValueError(f"plot = {str(plot)!r}: there is no folder {str(plot.parent)!r}")
         pair, example = _networks(model, sparsity, pattern, shape, seed)
         found = _measure(pair, example, settings, timeout)
+        _show(found, explain=explain, as_json=as_json)
         if plot is not None:
             _draw(found, plot, f"{model}, {sparsity:.0%} zeros ({pattern})")
-        _show(found, explain=explain, as_json=as_json)
 
 
 def _numbers(flag: str, values: list[str]) -> list[int]:
@@ -120,7 +122,10 @@ def _measure(
     pair: Pair, example: Any, settings: Measurement, timeout: float
 ) -> list[dict[str, Any]]:
     from aerogel import bench, compress
+    from aerogel.runtime.calls import run_example
 
+    for size in settings.batches:  # an input of a wrong shape is no failure of an engine
+        run_example(pair.dense, example(size), {})
     found = []
     with terminal.Terminal().task("bench") as task, bench.Workers(timeout) as workers:
         for size, count in compress.settings_of(settings):

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 # A log file gets a line this often instead of a moving bar.
 LOG_INTERVAL_SECONDS = 15.0
 
@@ -51,12 +51,13 @@ def print_json(value: Any) -> None:
 def guarded(after_interrupt: str = "Nothing half written was left behind.") -> Iterator[None]:
     """Turn bad input into one paragraph and exit code 2, Ctrl-C into a line and exit code 130.
 
-    A bug keeps its traceback. `AEROGEL_TRACEBACK=1` shows that of bad input as well.
+    A polite request to end (SIGTERM) is followed with exit code 143, temporary files removed. A bug
+    keeps its traceback. `AEROGEL_TRACEBACK=1` shows that of bad input as well.
 
     Args:
         after_interrupt: What to tell a person who pressed Ctrl-C.
     """
-    with _interrupts() as interrupted:
+    with _termination(), _interrupts() as interrupted:
         try:
             yield
         except BrokenPipeError:
@@ -72,6 +73,27 @@ def guarded(after_interrupt: str = "Nothing half written was left behind.") -> I
             if int(os.environ.get("RANK", "0")) == 0:
                 stderr().print(f"[red]error:[/] {escape(_sentence(error))}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT) from None
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM leaves as an exception does, through everything that cleans up.
+
+    Not in one process of several: cleaning up would wait for others that may be gone.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or "RANK" in os.environ or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

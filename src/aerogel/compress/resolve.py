@@ -122,6 +122,8 @@ def _flag_source(flags: dict[str, Any]) -> Source:
             inner = inner.setdefault(parent, {})
         inner[last] = value
         shown = parents[-1] if last == "name" else last
+        if parents and parents[-1] in ("dense", "prune"):
+            shown = f"{parents[-1]}-{last}"
         places[(*parents, last)] = f"--{shown.replace('_', '-')}"
     return Source("command line", values, flags=places)
 

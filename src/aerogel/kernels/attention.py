@@ -148,7 +148,7 @@ def attention_forward(
             seed=seed,
         )
     o = _like_rows(call.q, call.v.shape[-1])
-    lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+    lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device="cpu")
     args = _arguments(call)
     args.o(o.data_ptr(), *o.stride()[:3])
     args.lse(lse.data_ptr())
@@ -281,7 +281,7 @@ def attention_backward(
     args.grad_o(do.data_ptr(), *do.stride()[:3])
     args.grad_q(dq.data_ptr(), *dq.stride()[:3])
     args.lse(lse.data_ptr())
-    dbias = None if tile_bias is None else torch.zeros(args.bias_copies(), kind.numel())
+    dbias = None if tile_bias is None else lse.new_zeros(args.bias_copies(), kind.numel())
     args.grads(address(dlse), dk.data_ptr(), dv.data_ptr(), address(dbias))
     args.backward(call.threads)
     dim, value_dim = call.k.shape[-1], call.v.shape[-1]
@@ -356,7 +356,7 @@ def _like_rows(q: Tensor, dim: int) -> Tensor:
 
 def _key_gradient(x: Tensor) -> Tensor:
     padded = -(-x.shape[-1] // _PAD) * _PAD
-    return torch.empty(*x.shape[:3], padded, dtype=torch.float32)
+    return torch.empty(*x.shape[:3], padded, dtype=torch.float32, device="cpu")
 
 
 def _arguments(call: AttentionCall) -> Any:

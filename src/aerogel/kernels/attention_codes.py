@@ -174,7 +174,7 @@ class CodedTokens:
         q = q if q.stride(-1) == 1 else q.contiguous()
         value_dim = values.codes.shape[3] * 8 // values.bits
         o = q.new_empty(*q.shape[:3], value_dim)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
         args = native().AttendArgs()
         args.sizes(_TYPES[q.dtype], batch, q.shape[1], heads, q.shape[2], 0, dim, value_dim)
         args.q(q.data_ptr(), *q.stride()[:3])

@@ -255,12 +255,12 @@ def _native_shape(shape: TileShape) -> Any:
 def _stream(lowered: Any, shape: TileShape, separate: bool) -> TileStream:
     tiles = lowered.tiles
     stream = TileStream(
-        torch.empty(shape.rows + 1, dtype=torch.int64),
-        torch.empty(tiles, dtype=torch.uint8),
-        torch.empty(tiles, dtype=torch.int32),
-        torch.empty(tiles, dtype=torch.int16),
-        torch.empty(lowered.gathers, dtype=torch.int32),
-        torch.empty(tiles, dtype=torch.int32) if separate else None,
+        torch.empty(shape.rows + 1, dtype=torch.int64, device="cpu"),
+        torch.empty(tiles, dtype=torch.uint8, device="cpu"),
+        torch.empty(tiles, dtype=torch.int32, device="cpu"),
+        torch.empty(tiles, dtype=torch.int16, device="cpu"),
+        torch.empty(lowered.gathers, dtype=torch.int32, device="cpu"),
+        torch.empty(tiles, dtype=torch.int32, device="cpu") if separate else None,
     )
     lowered.copy(*map(address, stream))
     return stream

@@ -68,7 +68,7 @@ def label_scores(
     _check_labels(query, labels, span, bits)
     if not selects_natively(query, labels, span) or labels.dtype not in (*_TYPES, torch.uint8):
         return label_scores_reference(query, labels, span, bits=bits)
-    scores = torch.empty(*query.shape[:3], labels.shape[2])
+    scores = torch.empty(*query.shape[:3], labels.shape[2], dtype=torch.float32, device="cpu")
     args, _keep = _label_args(query, labels, span, bits)
     native().label_scores(args, scores.data_ptr(), _threads(threads))
     return scores
@@ -117,8 +117,8 @@ def choose_by_labels(
     known = labels.dtype in (*_TYPES, torch.uint8)
     if not known or not selects_natively(query, labels, span, key_padding):
         return choose_by_labels_reference(query, labels, span, bits, key_padding, rule)
-    keys = torch.empty(*query.shape[:3], rule.keys, dtype=torch.int32)
-    found = torch.empty(query.shape[:3], dtype=torch.int64)
+    keys = torch.empty(*query.shape[:3], rule.keys, dtype=torch.int32, device="cpu")
+    found = torch.empty(query.shape[:3], dtype=torch.int64, device="cpu")
     args, _keep = _label_args(query, labels, span, bits)
     padding = None if key_padding is None else key_padding.contiguous()
     native().choose_by_labels(
@@ -142,7 +142,7 @@ def chosen_tiles(keys: Tensor, found: Tensor) -> TileStream:
     rows, most = found.numel(), keys.shape[-1]
     begin, start, tile_ptr, kind = _tile_frame(rows, most)
     if selects_natively(found) and found.is_contiguous():
-        length = torch.empty(start.numel(), dtype=torch.int16)
+        length = torch.empty(start.numel(), dtype=torch.int16, device="cpu")
         native().tile_lengths(found.data_ptr(), rows, most, _TILE_KEYS, length.data_ptr())
     else:
         length = (found.view(-1, 1) - begin).clamp_(0, _TILE_KEYS).to(torch.int16).flatten()
@@ -227,7 +227,7 @@ def largest_keys(scores: Tensor, k: int, *, threads: int | None = None) -> Tenso
     if not selects_natively(scores):
         return largest_keys_reference(scores, k)
     flat = scores.to(torch.float32).contiguous()
-    keys = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
+    keys = torch.empty(*scores.shape[:-1], k, dtype=torch.int64, device="cpu")
     if keys.numel():
         rows = keys.numel() // k
         native().largest_keys(flat.data_ptr(), rows, n, k, keys.data_ptr(), _threads(threads))
@@ -272,8 +272,8 @@ def choose_blocks(
     dense = None if dense_from is None else dense_from.to(torch.int64).contiguous()
     rows = batch * heads * n
     whole = 0 if dense is None else heads * int((n - dense).clamp_(0, n).sum())
-    col = torch.empty(count * (rows - whole) + n * whole, dtype=torch.int32)
-    row_ptr = torch.zeros(batch, heads, n + 1, dtype=torch.int64)
+    col = torch.empty(count * (rows - whole) + n * whole, dtype=torch.int32, device="cpu")
+    row_ptr = torch.zeros(batch, heads, n + 1, dtype=torch.int64, device="cpu")
     total = native().choose_blocks(
         flat.data_ptr(),
         batch * heads,
@@ -313,7 +313,9 @@ def pool_rows(
         return pool_rows_reference(x, block, poolings)
     x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
-    pooled = torch.empty(batch, heads, -(-length // block), dim * len(order))
+    pooled = torch.empty(
+        batch, heads, -(-length // block), dim * len(order), dtype=torch.float32, device="cpu"
+    )
     places = {name: pooled.data_ptr() + 4 * dim * at for at, name in enumerate(order)}
     native().pool_rows(
         x.data_ptr(),
@@ -349,8 +351,8 @@ def pack_codes(x: Tensor, bits: int, *, threads: int | None = None) -> tuple[Ten
     if not selects_natively(x):
         return pack_codes_reference(x, bits)
     x = x.to(torch.float32).contiguous()
-    codes = torch.empty(*x.shape[:-1], width * bits // 8, dtype=torch.uint8)
-    span = torch.empty(*x.shape[:-1], 2)
+    codes = torch.empty(*x.shape[:-1], width * bits // 8, dtype=torch.uint8, device="cpu")
+    span = torch.empty(*x.shape[:-1], 2, dtype=torch.float32, device="cpu")
     rows = x.numel() // width
     native().pack_codes(
         x.data_ptr(), rows, width, bits, codes.data_ptr(), span.data_ptr(), _threads(threads)

@@ -167,7 +167,7 @@ class Filters:
     ) -> Tensor:
         """out_gate * conv(gate * x), or the correlation with the filters; of x's dtype."""
         rows = [None if t is None else _floats(t) for t in (x, gate, out_gate)]
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
         native().fft_convolve(
             self.plan,
             *map(_rows, rows),
@@ -193,7 +193,7 @@ def native_correlate(
     """(channels, taps): the gradient of the filters, float32."""
     plan, weights = native_plan(route)
     rows = [None if t is None else _floats(t) for t in (x, x_gate, dy, dy_gate)]
-    dk = torch.empty(x.shape[1], taps)
+    dk = torch.empty(x.shape[1], taps, dtype=torch.float32, device="cpu")
     native().fft_correlate(
         plan,
         *map(_rows, rows),

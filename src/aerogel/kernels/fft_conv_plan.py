@@ -163,7 +163,7 @@ def native_plan(route: Route) -> tuple[Any, Tensor | None]:
     plan = native().fft_conv_plan(*route[:-1])
     if route.mask is None:
         return plan, None
-    bins = torch.empty(plan.spectrum_floats // 2, dtype=torch.int64)
+    bins = torch.empty(plan.spectrum_floats // 2, dtype=torch.int64, device="cpu")
     plan.bins(bins.data_ptr())
     weights = route.mask.weights(route.n) if route.mirrored else route.mask.kept(route.n)
     spread = weights.float()[bins].view(route.blocks, -1, 1, GROUP)

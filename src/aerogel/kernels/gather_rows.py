@@ -43,7 +43,7 @@ def gather_rows(values: Tensor, columns: Tensor, row_ptr: Tensor, ids: Tensor, d
         ids, wide = ids.to("cpu", torch.int64), True
     if not ids.is_contiguous():
         ids = ids.contiguous()
-    out = torch.empty((*ids.shape, dim))
+    out = torch.empty((*ids.shape, dim), dtype=torch.float32, device="cpu")
     inside = native.gather_rows(
         values.data_ptr(),
         half,
@@ -90,7 +90,7 @@ def gather_rows_reference(
     shape, ids = ids.shape, ids.reshape(-1).long()
     begin = row_ptr[ids]
     length = row_ptr[ids + 1] - begin
-    out = torch.zeros(len(ids), dim, device=values.device)
+    out = torch.zeros(len(ids), dim, dtype=torch.float32, device=values.device)
     row = torch.repeat_interleave(length)
     first = length.cumsum(0) - length
     source = torch.arange(len(row), device=row.device) + (begin - first)[row]
@@ -115,8 +115,8 @@ def entries_above(matrix: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tenso
     matrix, limits = matrix.contiguous(), limits.contiguous()
     room = max(_ROOM, len(limits))
     while True:
-        places, found = torch.empty(2, room, dtype=torch.int64), torch.empty(room)
-        at_row, at_column = places
+        at_row, at_column = torch.empty(2, room, dtype=torch.int64, device="cpu")
+        found = matrix.new_empty(room)
         count = native.entries_above(
             matrix.data_ptr(),
             *matrix.shape,

@@ -38,7 +38,7 @@ def largest_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         return largest_mask_reference(score, k, among)
     values = score.detach().float().contiguous()
     competing = None if among is None else among.to(values.device).contiguous()
-    mask = torch.empty(values.shape, dtype=torch.bool)
+    mask = torch.empty(values.shape, dtype=torch.bool, device="cpu")
     native.largest(
         values.data_ptr(),
         0 if competing is None else competing.data_ptr(),

@@ -64,7 +64,7 @@ def nm_mask(
     if not _runs_natively(score, m):
         return nm_mask_reference(score.abs() if magnitude else score, n, m, axis)
     values = score.detach().float().contiguous()
-    mask = torch.empty(values.shape, dtype=torch.bool)
+    mask = torch.empty(values.shape, dtype=torch.bool, device="cpu")
     axis %= values.dim()
     outer, length, inner = (
         values.shape[:axis].numel(),

@@ -150,7 +150,7 @@ class Plan:
         tensors = self._checked(inputs)
         if native_in_use() is None:
             return self._run_reference(tensors)
-        outputs = [torch.empty(shape) for shape in self._output_shapes]
+        outputs = self._empty_outputs()
         self._run_native([x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs])
         return outputs
 
@@ -205,7 +205,7 @@ class Plan:
         tensors = self._checked(inputs)
         if reference_mode():
             raise RuntimeError("profile: AEROGEL_KERNELS=reference runs no native steps")
-        outputs = [torch.empty(shape) for shape in self._output_shapes]
+        outputs = self._empty_outputs()
         addresses = [x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs]
         threads = self.threads or torch.get_num_threads()
         apart = threads if self.batch >= threads and not self.way.together else 1
@@ -239,6 +239,10 @@ class Plan:
     def _outer_shape(self, port: Port) -> Shape:
         shape = self._shapes[port.value]
         return (self.batch, *(shape[::-1] if port.layout == "tokens" else shape))
+
+    def _empty_outputs(self) -> list[Tensor]:
+        # Whatever torch's default dtype and device are: addresses of float32 memory are wanted.
+        return [torch.empty(s, dtype=torch.float32, device="cpu") for s in self._output_shapes]
 
     def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         if isinstance(inputs, Tensor) or len(inputs) != len(self._input_shapes):

@@ -156,7 +156,7 @@ class RingStep:
             self._call = (q.shape, q.stride(), q.dtype, scale, softcap)
         batch, heads = q.shape[:2]
         o = q.new_empty(batch, heads, 1, self._stored[1].shape[2])
-        lse = torch.empty(batch, heads, 1)
+        lse = torch.empty(batch, heads, 1, dtype=torch.float32, device="cpu")
         self._attend.step(q.data_ptr(), o.data_ptr(), lse.data_ptr(), torch.get_num_threads())
         return o, lse
 

@@ -156,7 +156,7 @@ class Attention(Layer):
         weights = scores.softmax(-1)
         if self.empty_is_zero:
             empty = (scores == -math.inf).all(-1, keepdim=True)
-            weights = torch.where(empty, torch.zeros(()), weights)
+            weights = torch.where(empty, weights.new_zeros(()), weights)
         y = (weights @ of_v).permute(0, 2, 4, 1, 3)  # [batch, heads, size, sequences, queries]
         return y.reshape(y.shape[0], self.q.count * self.v.size, -1)
 

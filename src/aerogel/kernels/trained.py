@@ -202,7 +202,9 @@ class TrainedPattern:
             )
         full = int(row_ptr[shape[0] // block])
         count = full * block + len(columns) - full
-        pattern = BlockRowWeight(torch.zeros(count), columns, row_ptr, shape, block)
+        pattern = BlockRowWeight(
+            torch.zeros(count, dtype=torch.float32, device="cpu"), columns, row_ptr, shape, block
+        )
         pattern.check()
         self.pattern = pattern
         self.shape = shape
@@ -277,7 +279,7 @@ def _transposed(pattern: BlockRowWeight) -> tuple[BlockRowWeight, Tensor]:
     order = torch.argsort(column * max(rows, 1) + row)
     counts = torch.bincount(column, minlength=cols)
     turned = BlockRowWeight(
-        values=torch.zeros(len(order)),
+        values=torch.zeros(len(order), dtype=torch.float32, device="cpu"),
         columns=row[order].to(torch.int32),
         row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         shape=(cols, rows),

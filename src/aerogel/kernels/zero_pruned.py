@@ -27,7 +27,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         (4 * ceil(entries / 32),) uint8 on the CPU; entry i is bit i % 8 of byte i / 8.
     """
     bits = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
-    words = torch.zeros(-(-mask.numel() // 32) * 4, dtype=torch.uint8)
+    words = torch.zeros(-(-mask.numel() // 32) * 4, dtype=torch.uint8, device="cpu")
     words[: bits.size] = torch.from_numpy(bits)
     return words
 

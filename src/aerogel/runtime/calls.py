@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+# Inputs whose values torch.export writes into the graph.
+_CONSTANTS = (
+    *(int, float, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
 
 def normalize_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Accept one tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
@@ -69,8 +75,9 @@ def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 def describe_leaf(leaf: Any) -> str:
     """One input in a few words."""
     if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return type(leaf).__name__ if isinstance(leaf, list | dict | tuple) else repr(leaf)
+        layout = "" if leaf.layout is torch.strided else f"{leaf.layout} ".removeprefix("torch.")
+        return f"{layout}{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, _CONSTANTS) else type(leaf).__name__
 
 
 class CallPattern:
@@ -122,9 +129,10 @@ class CallPattern:
         """Refuse what no replanning can serve; inputs of another structure are the model's matter.
 
         Raises:
-            ValueError: A tensor of another rank.
-            TypeError: A tensor of another dtype, or no tensor where there was one.
+            ValueError: A tensor of another rank, or not on the CPU.
+            TypeError: A tensor of another dtype or layout, or no tensor where there was one.
         """
+        self.check_places(leaves)
         if spec != self.spec:
             return
         for name, leaf, expected in zip(self.names, leaves, self.leaves, strict=True):
@@ -144,6 +152,27 @@ class CallPattern:
                     f"input {name!r} has shape {tuple(leaf.shape)}, expected "
                     f"{expected.dim()} dimensions as in {tuple(expected.shape)}"
                 )
+
+    def check_places(self, leaves: Sequence[Any]) -> None:
+        """Refuse tensors that do not lie as the example's did; the message names the first.
+
+        Raises:
+            ValueError: Not on the CPU.
+            TypeError: Of another layout, sparse say.
+        """
+        layouts = [each.layout if isinstance(each, Tensor) else None for each in self.leaves]
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            name = self.name_of(index)
+            if leaf.device.type != "cpu":
+                raise ValueError(f"input {name!r} is on {leaf.device}, expected it on the CPU")
+            if len(leaves) == len(layouts) and layouts[index] not in (None, leaf.layout):
+                raise TypeError(f"input {name!r} is {leaf.layout}, expected {layouts[index]}")
+
+    def name_of(self, index: int) -> str:
+        """What an error calls the input with this number among the leaves."""
+        return self.names[index] if index < len(self.names) else f"input {index}"
 
     def _names_of(self, args: tuple[Any, ...]) -> list[str] | None:
         """Parameter names of the positional inputs; None where *args swallows some of them."""
@@ -174,5 +203,11 @@ def _abstract(leaf: Any) -> Any:
 
 
 def leaf_key(leaf: Any) -> Any:
-    """What a program is specialised on: shape and dtype of a tensor, the value of anything else."""
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    """What a program is specialised on.
+
+    Shape and dtype of a tensor, the value of what torch.export takes as a constant (1, 1.0 and True
+    are three), and of all else, which it refuses, the type.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, _CONSTANTS) else type(leaf)

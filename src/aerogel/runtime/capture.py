@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import TreeSpec
 
 from aerogel.runtime import graph
-from aerogel.runtime.module_state import bake_parametrizations
+from aerogel.runtime.module_state import bake_parametrizations, plain_layers
 from aerogel.runtime.passes.remove_mutation import mutates, remove_mutation
 
 
@@ -49,7 +49,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             # A mask hook leaves its product on the module: a non-leaf tensor refuses deepcopy.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    clone = bake_parametrizations(copy.deepcopy(model, memo).eval())
+    clone = plain_layers(bake_parametrizations(copy.deepcopy(model, memo).eval()))
     with torch.no_grad():
         for module in clone.modules():
             _apply_prune_hooks(module)

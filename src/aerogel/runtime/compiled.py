@@ -45,13 +45,14 @@ class CompiledModule(nn.Module):
     """What `aerogel.compile` returns.
 
     Called with the original's arguments, it returns the original's outputs, structure included,
-    detached from autograd. Other input sizes are planned on their first call (seconds) and kept
-    for later ones; beyond `MAX_PROGRAMS` the least recently used is dropped. Calls from several
-    threads are safe. Where several cores are used, a few calls now and then run on one, or the
-    other way round, and what is faster is kept: a core that another process has taken is not waited
-    for. `state_dict` is that of the original with its masks baked in; new weights need a new
-    `aerogel.compile`. Copies share the plans. Attributes that a compiled model does not have
-    (`config`, ...) are looked up on the original.
+    detached from autograd. Other input sizes are planned on their first call (seconds) and kept for
+    later ones; beyond `MAX_PROGRAMS` the least recently used is dropped. Calls from several threads
+    are safe. Where several cores are used, a few calls now and then run on one, or the other way
+    round, and what is faster is kept: a core that another process has taken is not waited for.
+    Everything is computed in the model's own dtypes: autocast has no effect. `state_dict` is that
+    of the original with its masks baked in; new weights need a new `aerogel.compile`. Copies share
+    the plans. Attributes that a compiled model does not have (`config`, ...) are looked up on the
+    original.
     """
 
     def __init__(
@@ -76,9 +77,13 @@ class CompiledModule(nn.Module):
 
         Raises:
             RuntimeError: An input requires a gradient while gradients are recorded.
-            ValueError: An input has another rank, or sizes that the original refuses.
-            TypeError: An input has another dtype.
+            ValueError: An input has another rank, is not on the CPU, or has sizes that the original
+                refuses.
+            TypeError: An input has another dtype or layout.
         """
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(*args, **kwargs)
         key, args, kwargs, leaves = self._read(args, kwargs)
         if torch.is_grad_enabled():
             self._refuse_gradients(leaves)
@@ -96,9 +101,13 @@ class CompiledModule(nn.Module):
         program = self._lookup(key)
         if program is None:
             program = self._replan(key, args, kwargs, leaves)
-        if program.out_spec is None:
-            return program.run(*args, **kwargs)
-        outputs = program.run(*leaves)
+        try:
+            if program.out_spec is None:
+                return program.run(*args, **kwargs)
+            outputs = program.run(*leaves)
+        except Exception:
+            self._pattern.check_places(leaves)  # the key does not tell: every call would pay
+            raise
         if program.only_output:
             return outputs[0]
         return pytree.tree_unflatten(outputs, program.out_spec)
@@ -165,11 +174,10 @@ class CompiledModule(nn.Module):
     def _refuse_gradients(self, leaves: tuple[Any, ...] | list[Any]) -> None:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                names = self._pattern.names
-                name = names[index] if index < len(names) else f"input {index}"
                 raise RuntimeError(
-                    f"{name!r} requires a gradient, but a compiled model is for inference: call "
-                    "it under torch.no_grad(), detach the input, or train the original model"
+                    f"{self._pattern.name_of(index)!r} requires a gradient, but a compiled model "
+                    "is for inference: call it under torch.no_grad(), detach the input, or train "
+                    "the original model"
                 )
 
     def train(self, mode: bool = True) -> CompiledModule:
@@ -195,7 +203,7 @@ class CompiledModule(nn.Module):
         raise RuntimeError("load weights into the original model, then call aerogel.compile again")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModule:
-        probe = fn(torch.zeros(1))
+        probe = fn(torch.zeros(1, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
             raise RuntimeError(
                 f"a compiled model stays on the CPU in its dtypes, cannot move to {probe.device}, "

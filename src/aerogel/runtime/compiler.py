@@ -113,7 +113,7 @@ def compile(
     Raises:
         ValueError: The example does not fit the model, the model is not on the CPU, or an
             argument is out of range, or the file is not one that `from_onnx` can read.
-        TypeError: `model` is neither a module nor a path.
+        TypeError: `model` is neither a module nor a path, or `threads` is no int.
     """
     if isinstance(model, str | os.PathLike):
         model = _load(Path(model))
@@ -136,7 +136,12 @@ def build(
     """Compile an already frozen model with explicit settings."""
 
     def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        with _COMPILING, torch.no_grad(), _torch_threads(settings.threads):
+        with (
+            _COMPILING,
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            _torch_threads(settings.threads),
+        ):
             return _plan(original, args, kwargs, settings)
 
     pattern = CallPattern(original, args, kwargs)
@@ -157,6 +162,8 @@ def check_arguments(model: object, threads: int | None, tolerance: float) -> Non
     """Refuse what cannot be compiled; warn of weights that are not finite."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if threads is not None and type(threads) is not int:
+        raise TypeError(f"threads must be an int or None, got {threads!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not tolerance > 0:

@@ -158,18 +158,25 @@ class Layer:
     def example(self) -> tuple[Tensor, Tensor | None]:
         """Random activations (input, residual) of the example's shapes, the same every time."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.input_shape, generator=generator)
-        residual = torch.randn(self.output_shape, generator=generator)
+        shapes = self.input_shape, self.output_shape
+        x, residual = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in shapes
+        )
         return x, residual if self.has_residual else None
 
 
 def read_layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
-    """Describe a fused layer node; None where weights are not float32 constants."""
+    """Describe a fused layer node; None where weights are not float32 constants, or nothing is
+    computed: of an empty batch or sequence.
+    """
     plain = plain_arguments(node)
     weight, bias = graph.constant(gm, plain[1]), graph.constant(gm, plain[2])
     if weight is None or (plain[2] is not None and bias is None):
         return None
     if weight.dtype != torch.float32 or not (graph.is_float32(plain[0]) and graph.is_float32(node)):
+        return None
+    if 0 in graph.shape(plain[0]) or 0 in graph.shape(node):
         return None
     activation, residual = epilogue(node)
     geometry = {}

@@ -88,7 +88,8 @@ def _watching(model: nn.Module, found: dict[str, Layer]) -> Iterator[None]:
 def _watcher(name: str, found: dict[str, Layer]) -> Any:
     def watch(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer = _layer(name, module, inputs[0], output)
-        if layer.is_pointwise and output.dtype == torch.float32 and output.dim() >= 2:
+        fits = layer.is_pointwise and output.dtype == torch.float32 and output.dim() >= 2
+        if fits and inputs[0].numel() and output.numel():
             found.setdefault(name, layer)
 
     return watch

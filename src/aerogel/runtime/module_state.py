@@ -1,4 +1,9 @@
-"""A module as a dict of dense tensors, and back, whatever parametrizations it wears."""
+"""A module as a dict of dense tensors, and back, whatever parametrizations it wears.
+
+Layers that store only what is not zero count as the plain ones they stand for. Such is any module
+with `mask`, `set_mask(mask)` and `to_dense()`, which gives the plain layer, that also loads the
+plain layer's state dict: `aerogel.train.SparseLayer` does.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,30 @@ from torch.nn.utils import parametrize
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the very same memory, seen the same way."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stores_sparse(module: nn.Module) -> bool:
+    # Asked of the class: `mask` is made anew on each access.
+    return all(hasattr(type(module), name) for name in ("mask", "set_mask", "to_dense"))
+
+
+def plain_layers(model: nn.Module) -> nn.Module:
+    """Put plain layers in the place of those that store only what is not zero.
+
+    Returns:
+        The model; another object only if the model itself is one layer.
+    """
+    plain: dict[int, Any] = {
+        id(m): m.to_dense()  # type: ignore[operator]
+        for m in model.modules()
+        if _stores_sparse(m)
+    }
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in plain:
+                parent._modules[name] = plain[id(child)]
+    result: nn.Module = plain.get(id(model), model)
+    return result
 
 
 def _is_mask(buffer: Tensor | None, shape: torch.Size) -> bool:
@@ -51,7 +80,15 @@ def dense_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         f"{prefix}parametrizations.{name}.": (prefix, module, name)
         for prefix, module, name in _parametrized(model)
     }
+    sparse = _sparse_layers(model)
+    plain = {id(module): module.to_dense() for module in sparse.values()}
     for key, value in model.state_dict().items():
+        stem = key.rpartition(".")[0]
+        if stem in sparse:
+            layer = sparse[stem]
+            state.update(plain[id(layer)].state_dict(prefix=f"{stem}." if stem else ""))
+            masks[f"{stem}.weight" if stem else "weight"] = layer.mask
+            continue
         owner = next((owners[stem] for stem in _stems(key) if stem in owners), None)
         if owner is None:
             state[key] = value
@@ -64,6 +101,12 @@ def dense_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         for mask in _masks_of(module, name, tensor.shape):
             masks[dense] = masks[dense] & mask if dense in masks else mask
     return state, masks
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers that store only what is not zero, shared ones by each name."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if _stores_sparse(module)}
 
 
 def _stems(key: str) -> Iterator[str]:
@@ -128,6 +171,11 @@ def fill(
                 f"the model's has {tuple(expected[name].shape)}"
             )
     plain = {name: value for name, value in state.items() if name in expected}
+    for prefix, layer in _sparse_layers(model).items():
+        name = f"{prefix}.weight" if prefix else "weight"
+        if name in plain:
+            kept = masks.get(name)
+            layer.set_mask(plain[name] != 0 if kept is None else torch.from_numpy(kept))
     for prefix, module, name in list(_parametrized(model)):
         if f"{prefix}{name}" in plain:
             value = plain.pop(f"{prefix}{name}")

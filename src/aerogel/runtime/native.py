@@ -63,6 +63,8 @@ def family_of(node: fx.Node, chosen: Mapping[fx.Node, Candidate]) -> str | None:
         return None
     if (is_layer(node) and node not in chosen) or not graph.is_float32(node):
         return None
+    if 0 in graph.shape(node):  # plans compute something
+        return None
     return _OPS[node.target].family(node)
 
 

@@ -107,7 +107,10 @@ def _operand(node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     if len(shape) not in (2, 3) or graph.arguments(node).get("alpha", 1) != 1:
         return None
     for x, other in (node.args[:2], node.args[1::-1]):
-        constant = torch.tensor(float(other)) if isinstance(other, int | float) else _weight(other)
+        if isinstance(other, int | float):
+            constant: Tensor | None = torch.tensor(float(other), dtype=torch.float32)
+        else:
+            constant = _weight(other)
         if not isinstance(x, fx.Node) or constant is None or x.op == "get_attr":
             continue
         if not graph.is_float32(x) or graph.shape(x) != shape or constant.dim() > len(shape):

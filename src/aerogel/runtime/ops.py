@@ -127,7 +127,9 @@ def additive_mask(mask: Tensor, fill: float, batch: int) -> Tensor:
     """
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape).masked_fill_(~mask, fill)
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(
+            ~mask, fill
+        )
     return mask.expand(batch, *mask.shape[1:])
 
 

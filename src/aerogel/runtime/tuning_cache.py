@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
             return {}
         entries = document["entries"]
         return {key: entry for key, entry in entries.items() if _is_valid(entry)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

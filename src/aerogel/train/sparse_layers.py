@@ -150,12 +150,11 @@ class SparseLayer(nn.Module):
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if isinstance(saved, Tensor) and saved.shape != own.shape:
                 own.data = own.new_empty(saved.shape)
-        for name in ("columns", "row_ptr"):
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor):
-                setattr(self, name, getattr(self, name).to(saved.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._trained = self._prepared(None)
+        try:
+            self._trained = self._prepared(None)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error
 
     def _unpack_dense(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace a dense weight in a state dict by values, and take its pattern if need be."""
@@ -179,7 +178,8 @@ class SparseLayer(nn.Module):
         matrix = mask.reshape(self.weight_shape[:2]).float()
         # Blocks only where they are full: every stored weight is one that the mask keeps.
         packed = BlockRowWeight.pack(matrix, "auto", min_fill=1.0)
-        self.columns, self.row_ptr = packed.columns, packed.row_ptr
+        # Gloo, and so DistributedDataParallel on CPUs, cannot send 16-bit integers.
+        self.columns, self.row_ptr = packed.columns.to(torch.int32), packed.row_ptr
         self.block = torch.tensor(packed.block, device=mask.device)
         self._trained = self._prepared(self._trained)
 

@@ -73,7 +73,7 @@ def export_onnx(
         model: Any module on the CPU, or a compiled one (its original is written). Left alone.
         example_inputs: One tensor, a tuple of positional inputs, or a dict of keyword inputs.
         path: Of the file.
-        opset: Version of the standard operators; by default the exporter's own.
+        opset: Version of the standard operators, 18 or newer; by default the exporter's own.
         tolerance: Largest deviation of any output, relative to its largest magnitude.
 
     Returns:
@@ -149,6 +149,8 @@ def _written(
         file = Path(folder) / "model.onnx"
         written.save(str(file), external_data=False)
         versions = [v for domain, v in written.model.opset_imports.items() if domain == ""]
+        if opset not in (None, versions[0]):
+            raise OnnxError(f"opset = {opset}: the exporter knows no such file, only {versions[0]}")
         return file.read_bytes(), int(versions[0])
 
 

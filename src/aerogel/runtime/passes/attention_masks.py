@@ -67,7 +67,11 @@ class Masks:
     def _causal(self, queries: int, keys: int, before: fx.Node) -> fx.Node:
         made = self._made.get((queries, keys))
         if made is None:
-            hidden = torch.full((queries, keys), -math.inf).triu(1).view(1, 1, queries, keys)
+            hidden = (
+                torch.full((queries, keys), -math.inf, dtype=torch.float32)
+                .triu(1)
+                .view(1, 1, queries, keys)
+            )
             made = graph.add_constant(self._gm, "causal_mask", hidden, before)
             self._made[queries, keys] = made
         return made
@@ -133,4 +137,4 @@ def _same_rank(node: fx.Node) -> bool:
 
 def _example(mask: fx.Node, batch: int) -> Tensor:
     shape = (1,) * (4 - len(graph.shape(mask))) + graph.shape(mask)
-    return torch.empty((batch, *shape[1:]), device="meta")
+    return torch.empty((batch, *shape[1:]), dtype=torch.float32, device="meta")
