@@ -52,7 +52,7 @@ def loss_gradients(
                 totals[name] += gradient.detach()
             count += 1
     if count == 0:
-        raise ValueError("batches is empty")
+        raise ValueError("batches is empty: gradients need at least one batch")
     return {name: total / count for name, total in totals.items()}
 
 
@@ -76,7 +76,7 @@ def hessian_gradients(
         Wang et al., GraSP, arXiv 2002.07376.
     """
     if not batches:
-        raise ValueError("batches is empty")
+        raise ValueError("batches is empty: gradients need at least one batch")
     leaves = _leaves(selection)
     first = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     product = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
