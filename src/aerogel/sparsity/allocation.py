@@ -68,6 +68,8 @@ def allocate(
         Mocanu et al. 2018 (ER); Evci et al., RigL, arXiv 1911.11134 (ERK).
     """
     check_number("density", density, "(0, 1]")
+    check_number("power", power)
+    check_number("last_density", last_density, "(0, 1]")
     if kind not in get_args(AllocationKind):
         raise ValueError(unknown_name("allocation", kind, get_args(AllocationKind)))
     if kind == "uniform":
@@ -163,7 +165,6 @@ def _erdos_renyi(
 def _with_fixed_last(
     selection: ParamSelection, density: float, raw: dict[str, float], last_density: float
 ) -> dict[str, float]:
-    check_number("last_density", last_density, "(0, 1]")
     *others, last = selection
     rest = _remaining(selection, density, {last: last_density}, "the last layer")
     shared = _erdos_renyi(selection, rest, {name: raw[name] for name in others})

@@ -268,6 +268,9 @@ def nm_training_flops(
         raise ValueError(unknown_name("mode", mode, NM_TRAINING_MODES))
     check_count("m", m)
     check_count("n", n, 1, m)
+    for name, flops in (("forward", forward), ("backward", backward), ("update", update)):
+        if flops is not None:
+            check_number(name, flops, "[0, inf)")
     f_b = forward if backward is None else backward
     f_w = forward if update is None else update
     share = n / m

@@ -206,6 +206,9 @@ class SRSTE(Coupling):
     decoupled: bool = False
     name: ClassVar[str] = "sr_ste"
 
+    def __post_init__(self) -> None:
+        check_number("lam", self.lam, "[0, inf)")
+
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask, straight=True)
 
@@ -238,6 +241,8 @@ class Soft(Coupling):
     def __post_init__(self) -> None:
         if self.grad not in ("ste", "chain"):
             raise ValueError(f"grad must be 'ste' or 'chain', got {self.grad!r}")
+        if not isinstance(self.beta, Schedule):
+            check_number("beta", self.beta, "[0, 1]")
 
     def parametrization(self, mask: Tensor) -> nn.Module:
         return SoftMaskedWeight(mask, self._value(0), self.grad)

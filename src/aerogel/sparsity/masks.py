@@ -60,6 +60,7 @@ def build_masks(
             names or shapes that do not match.
     """
     check_choice("scope", scope, get_args(Scope))
+    check_choice("pool", pool, get_args(Pool))
     patterns = _per_name("pattern", pattern, scores)
     for name, score in scores.items():
         require_finite(score, name)

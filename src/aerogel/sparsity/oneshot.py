@@ -233,6 +233,7 @@ def wanda_mask(
 
     Reference: arXiv 2306.11695, equation 2.
     """
+    check_number("sparsity", sparsity, "[0, 1)")
     score = weight.abs().float() * stats.per_weight(stats.norm, weight.shape).to(weight.device)
     return row_mask(score, sparsity, pattern, name=name)
 

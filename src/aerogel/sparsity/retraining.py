@@ -22,7 +22,7 @@ Le & Hua, arXiv 2105.03193 (SLR, CLR).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -51,6 +51,8 @@ class RetrainingCurve:
     name = ""
 
     def __init__(self, original: Sequence[float], steps: int) -> None:
+        if isinstance(original, (str, Mapping)) or not isinstance(original, Iterable):
+            raise TypeError(f"original must be a sequence of learning rates, got {original!r}")
         values = tuple(float(v) for v in original)
         if not values:
             raise ValueError("original is empty; it must hold one learning rate per training step")
@@ -187,9 +189,9 @@ def retraining_curve(
     Raises:
         ValueError: unknown name (lists the nearest).
     """
-    kind = RETRAINING_CURVES.get(name.upper())
+    kind = RETRAINING_CURVES.get(str(name).upper())
     if kind is None:
-        near = get_close_matches(name.upper(), RETRAINING_CURVES, n=3, cutoff=0.1)
+        near = get_close_matches(str(name).upper(), RETRAINING_CURVES, n=3, cutoff=0.1)
         raise ValueError(
             f"unknown retraining schedule {name!r}; expected one of {', '.join(RETRAINING_CURVES)}"
             + (f" (nearest: {', '.join(near)})" if near else "")
@@ -240,6 +242,8 @@ def learning_rate_curve(
         lr: initial learning rate.
         steps: number of steps T of the original training.
     """
+    check_number("lr", lr, "[0, inf)")
+    check_count("steps", steps)
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=lr)
     scheduler = make_scheduler(optimizer)
     values = []

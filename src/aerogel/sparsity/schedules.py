@@ -190,6 +190,11 @@ class NMLadder:
     axis_length: int | None = None
 
     def __post_init__(self) -> None:
+        check_count("m", self.m)
+        check_count("n", self.n, 1, self.m)
+        check_count("end", self.end, 0)
+        if self.axis_length is not None:
+            check_count("axis_length", self.axis_length)
         _check_window(self.begin, self.end, 1)
         if not self.rungs:
             raise ValueError("an N:M ladder needs at least one rung")
@@ -265,7 +270,7 @@ class Cosine:
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_number("z0", self.z0)
+        check_number("z0", self.z0, "[0, inf)")
         _check_window(self.begin, self.end, self.every)
 
     def value(self, t: int) -> float:
@@ -288,8 +293,8 @@ class CosineFloor:
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_number("z0", self.z0)
-        check_number("z_min", self.z_min)
+        check_number("z0", self.z0, "[0, inf)")
+        check_number("z_min", self.z_min, "[0, inf)")
         check_count("T", self.T, 1)
         check_count("every", self.every, 1)
 
@@ -309,6 +314,7 @@ class Linear:
     begin: int = 0
 
     def __post_init__(self) -> None:
+        check_count("begin", self.begin, 0)
         check_number("k", self.k, "(0, inf)")
 
     def value(self, t: int) -> float:
@@ -326,6 +332,7 @@ class Exponential:
     begin: int = 0
 
     def __post_init__(self) -> None:
+        check_count("begin", self.begin, 0)
         check_number("k", self.k, "(0, inf)")
 
     def value(self, t: int) -> float:
@@ -346,7 +353,7 @@ class InversePower:
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_number("z0", self.z0)
+        check_number("z0", self.z0, "[0, inf)")
         check_number("k", self.k, "(0, inf)")
         check_count("T", self.T, 1)
         check_count("every", self.every, 1)

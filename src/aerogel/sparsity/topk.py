@@ -46,6 +46,8 @@ def pruned_count(
     Raises:
         ValueError: sparsity outside [0, 1], or an unknown rounding.
     """
+    check_count("numel", numel, 0)
+    check_count("min_keep", min_keep, 0)
     check_number("sparsity", sparsity, "[0, 1]")
     check_choice("rounding", rounding, get_args(Rounding))
     if rounding == "round_kept":
@@ -53,6 +55,7 @@ def pruned_count(
     else:
         count = _round_as(_snap(numel * sparsity), rounding)
     if max_pruned_fraction is not None:
+        check_number("max_pruned_fraction", max_pruned_fraction, "[0, 1]")
         count = min(count, math.floor(_snap(max_pruned_fraction * numel)))
     return max(0, min(count, numel - min(min_keep, numel)))
 
