@@ -222,6 +222,20 @@ def test_causal_sums_are_those_of_a_loop(length, group, lag):
         torch.testing.assert_close(denominator, matrix.sum(-1))
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 0.3])
+def test_features_are_those_of_the_formula(eps):
+    x = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    features = PositiveRandomFeatures(16, 24, eps=eps).double()
+    projected = x @ features.projection.T * 16**-0.25
+    both = torch.cat([projected, -projected], -1)
+    want = torch.exp(both - x.square().sum(-1, keepdim=True) / 8) / 24**0.5
+    for phi, log_scale in (features.queries(x), features.keys(x)):
+        # eps / sqrt(m) in units of the largest feature, as in the authors' code.
+        shifted = want * torch.exp(-log_scale) + eps / 24**0.5
+        torch.testing.assert_close(phi, shifted)
+        assert float(phi.max()) == pytest.approx(1.0 + eps / 24**0.5)
+
+
 def test_features_of_padding_are_zero_whatever_it_holds():
     x = torch.randn(2, 3, 7, 16)
     real = torch.arange(7) < torch.tensor([[7], [4]])

@@ -31,7 +31,7 @@ class PositiveRandomFeatures(nn.Module):
         orthogonal: rows of the projection are orthogonal in groups of `dim`.
         norm: length of a row: that of a "gaussian" vector, or "sqrt_d" always.
         softmax_scale: factor of the logits, default ``dim ** -0.5``.
-        eps: added to every scaled feature, so that none is 0.
+        eps: ``eps / sqrt(num_features)`` is added to every scaled feature, so that none is 0.
         generator: draws the projection; default torch's own.
 
     Raises:
@@ -104,7 +104,7 @@ class PositiveRandomFeatures(nn.Module):
     def _shifted(self, u: Tensor, shift: Tensor) -> Tensor:
         """Features from their logarithms, in the place of `u`, which is large."""
         phi = u.sub_(shift).exp_()
-        return phi + self.eps if self.eps else phi
+        return phi + self.eps / math.sqrt(self.num_features) if self.eps else phi
 
 
 def linear_attention(
