@@ -269,10 +269,10 @@ def test_a_bank_hides_the_keys_that_do_not_exist():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: CombinerSelector("strided"), "variant='strided'"),
-        (lambda: CombinerSelector("fixed", 0), "seg_len=0"),
-        (lambda: CombinerSelector("mixture", 1), "seg_len=1"),
-        (lambda: CombinerSelector("fixed", 4, "median"), "summary='median'"),
+        (lambda: CombinerSelector("strided"), "variant must be one of .*, got 'strided'"),
+        (lambda: CombinerSelector("fixed", 0), "seg_len must be at least 1, got 0"),
+        (lambda: CombinerSelector("mixture", 1), "seg_len must be at least 2, got 1"),
+        (lambda: CombinerSelector("fixed", 4, "median"), "summary must be one of .*, got 'median'"),
         (lambda: CombinerSelector("axial", 4), "d_model=None"),
         (lambda: CombinerAttention(32, 4, variant="axial", causal=False), "causal=False"),
         (lambda: CombinerAttention(32, 4, variant="logsparse", causal=False), "causal=False"),

@@ -330,11 +330,11 @@ def test_shared_labels_follow_the_mean_rank():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heavy_tokens": 0}, "heavy_tokens=0"),
+        ({"heavy_tokens": 0}, "heavy_tokens must be at least 1, got 0"),
         ({"heavy_tokens": 1, "offload": True}, "at least 2 with offload"),
         ({"group_factor": 3}, "group_factor=3"),
         ({"label_bits": 5}, "label_bits=5"),
-        ({"run": 0}, "run=0"),
+        ({"run": 0}, "run must be at least 1, got 0"),
         ({"run": 200}, "run=200"),
     ],
 )

@@ -142,7 +142,7 @@ def test_plan_files_and_options_survive_a_round_trip(tmp_path):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match=r"beta=1\.5"):
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\], got 1\.5"):
         ElasticSpan(0, 1.5)
     with pytest.raises(ValueError, match="layer 1, head 0"):
         MIXED.cache_sizes(8, 0)

@@ -197,6 +197,30 @@ def test_centroids_rest_in_eval_and_get_no_gradient():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "l2"])
+def test_queries_and_keys_are_compared_with_the_same_centroids_and_move_them_once(norm):
+    layer = RoutingAttention(32, 2, 0, 4, share_qk=False, norm=norm, init="random", decay=0.5)
+    means, seen = layer.selector.kmeans, []
+    before, learn = means.mu.clone(), means._learn
+
+    def recorded(x, nearest, real):
+        seen.append((x.detach(), nearest, means.mu.clone()))
+        learn(x, nearest, real)
+
+    means._learn = recorded
+    layer(torch.randn(2, 16, 32))
+    ((x, nearest, mu),) = seen
+    assert x.shape[2] == 32
+    assert torch.equal(mu, before)
+    assert torch.equal(nearest, torch.einsum("bhnd,hcd->bhnc", x, before).argmax(-1))
+    count = torch.nn.functional.one_hot(nearest, 4).float().sum((0, 2))
+    if norm == "layernorm":
+        torch.testing.assert_close(means.ema_count, 0.5 * torch.ones(2, 4) + 0.5 * count)
+    spread = ((x - before[torch.arange(2)[:, None], nearest]) ** 2).mean(-1)
+    parts = [part.mean() for part in spread.split(16, 2)]
+    torch.testing.assert_close(layer.auxiliary, means.commitment * sum(parts))
+
+
 def test_lloyd_start_is_as_good_as_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     means = SphericalKMeans(1, 6, 8)
@@ -271,7 +295,7 @@ def test_state_survives_saving():
     [
         (lambda: RoutingSelector(2, 5, 16).plan_prefill(context()), "32 tokens, num_clusters=5"),
         (lambda: RoutingSelector(2, 4, 16, 33).plan_prefill(context()), "window=33"),
-        (lambda: RoutingSelector(2, 4, 16, 0), "window=0"),
+        (lambda: RoutingSelector(2, 4, 16, 0), "window must be at least 1, got 0"),
         (lambda: RoutingSelector(2, 6, 16, routing="hash"), "num_clusters=6"),
         (lambda: RoutingAttention(32, 2, 3, 4), "num_local_heads=3"),
         (lambda: RoutingAttention(32, 2, 0, 4, rel_pos="sines"), "rel_pos='sines'"),
@@ -279,7 +303,7 @@ def test_state_survives_saving():
         (lambda: RoutingAttention(32, 2, 0, 4, rel_pos="cluster", num_mem_kv=1), "num_mem_kv=1"),
         (
             lambda: RoutingAttention(32, 2, 0, 4, rel_pos="cluster", max_relative_position=0),
-            "max_relative_position=0",
+            "max_relative_position must be at least 1, got 0",
         ),
         (
             lambda: RoutingAttention(32, 2, 0, 4, causal=False, rel_pos="cluster")(

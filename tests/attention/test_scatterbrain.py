@@ -222,6 +222,20 @@ def test_causal_sums_are_those_of_a_loop(length, group, lag):
         torch.testing.assert_close(denominator, matrix.sum(-1))
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 0.3])
+def test_features_are_those_of_the_formula(eps):
+    x = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    features = PositiveRandomFeatures(16, 24, eps=eps).double()
+    projected = x @ features.projection.T * 16**-0.25
+    both = torch.cat([projected, -projected], -1)
+    want = torch.exp(both - x.square().sum(-1, keepdim=True) / 8) / 24**0.5
+    for phi, log_scale in (features.queries(x), features.keys(x)):
+        # eps / sqrt(m) in units of the largest feature, as in the authors' code.
+        shifted = want * torch.exp(-log_scale) + eps / 24**0.5
+        torch.testing.assert_close(phi, shifted)
+        assert float(phi.max()) == pytest.approx(1.0 + eps / 24**0.5)
+
+
 def test_features_of_padding_are_zero_whatever_it_holds():
     x = torch.randn(2, 3, 7, 16)
     real = torch.arange(7) < torch.tensor([[7], [4]])
@@ -289,14 +303,14 @@ def test_what_does_not_fit_is_refused():
         (lambda: PositiveRandomFeatures(16, 7), "num_features=7"),
         (lambda: PositiveRandomFeatures(16, 8, norm="l1"), "norm"),
         (lambda: PositiveRandomFeatures(16, 8, eps=-1), "eps"),
-        (lambda: LocalSupport(0), "window=0"),
-        (lambda: TopKSupport(0), "count=0"),
-        (lambda: SmyrfClusters(0), "n_hashes=0"),
+        (lambda: LocalSupport(0), "window must be at least 1, got 0"),
+        (lambda: TopKSupport(0), "count must be at least 1, got 0"),
+        (lambda: SmyrfClusters(0), "n_hashes must be at least 1, got 0"),
         (lambda: SmyrfClusters(1, 10, 20).pairs(q, k, SHAPE), "cluster_size_k=20"),
         (lambda: SmyrfClusters(1, 10).pairs(q * torch.nan, k, SHAPE), "finite"),
         (lambda: BlockSupport(torch.ones(2, 2), 50), "mask"),
         (lambda: BlockSupport(torch.ones(3, 3) > 0, 50).pairs(q, k, SHAPE), "blocks"),
-        (lambda: linear_attention(q, k[:, :, 1:], v, True), "100 queries and 99 keys"),
+        (lambda: linear_attention(q, k[:, :, 1:], v[:, :, 1:], True), "100 queries and 99 keys"),
         (lambda: linear_attention(q, k, v, False, 3), "lag=3"),
         (lambda: scatterbrain_attention(q, k, v, None, None), "at least one"),
         (lambda: scatterbrain_attention(q[:, :, 1:], k, v, fixed(), None, causal=True), "causal"),

@@ -393,8 +393,8 @@ def test_sparsegpt_repairs_outputs_better_than_wanda_and_without_zeros_changes_n
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity=1.0"),
-        ({"sparsity": -0.1}, "sparsity=-0.1"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
         ({"sparsity": 0.6, "pattern": "2:4"}, "contradicts"),
         ({"pattern": "2:5"}, r"layers\.0\.attention\.weight"),
         ({"pattern": "4x1"}, "DSnoT knows"),
@@ -402,10 +402,10 @@ def test_sparsegpt_repairs_outputs_better_than_wanda_and_without_zeros_changes_n
         ({"start": "wands"}, r"start='wands'.*wanda"),
         ({"skip": "attention"}, r"skip='attention'.*mlp"),
         ({"var": "total"}, r"var='total'.*within"),
-        ({"threshold": -1.0}, "threshold=-1.0"),
-        ({"threshold": math.nan}, "threshold=nan"),
-        ({"var_power": -1.0}, "var_power=-1.0"),
-        ({"max_cycles": -1}, "max_cycles=-1"),
+        ({"threshold": -1.0}, r"threshold must be in \[0, inf\), got -1.0"),
+        ({"threshold": math.nan}, r"threshold must be in \[0, inf\), got nan"),
+        ({"var_power": -1.0}, r"var_power must be in \[0, inf\), got -1.0"),
+        ({"max_cycles": -1}, "max_cycles must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_pruned(options, message):

@@ -198,12 +198,12 @@ def test_other_models_offer_their_plain_1x1_convolutions() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity < 1, got 0.0 and 1.0"),
-        ({"sparsity": -0.1}, "0 <= initial_sparsity"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
         ({"initial_sparsity": 0.9}, "initial_sparsity <= sparsity"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"begin": 0.8, "end": 0.5}, "begin < end"),
-        ({"end": 1.0}, "begin < end < 1"),
+        ({"end": 1.0}, r"end must be in \(0, 1\), got 1.0"),
         ({"frequency": 0}, "frequency must be at least 1"),
         ({"blocks": 3}, r"expected one of \(1, 2, 4\)"),
         ({"blocks": "12c4"}, "blocks='12c4': expected 'none'"),

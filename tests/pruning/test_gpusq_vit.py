@@ -405,8 +405,11 @@ def test_the_trainer_refuses_what_it_cannot_do():
         with pytest.raises(ValueError, match=r"nowhere|3:7"):
             GPUSQTrainer(untouched, trainer.optimizer, 10, replace(CONFIG, **change))
     assert untouched.state_dict().keys() == vit().state_dict().keys()
+    optimizer = torch.optim.SGD(untouched.parameters(), 0.1)
+    with pytest.raises(ValueError, match="total_steps must be at least 2, got 1"):
+        GPUSQTrainer(untouched, optimizer, 1, CONFIG)
     with pytest.raises(ValueError, match="leaves a stage empty"):
-        GPUSQTrainer(vit(), torch.optim.SGD(vit().parameters(), 0.1), 1, CONFIG)
+        GPUSQTrainer(untouched, optimizer, 2, CONFIG, quantise_from=0.1)
 
 
 # From a recipe
@@ -539,6 +542,12 @@ def test_what_the_pattern_does_not_fit_is_named_or_left_dense():
         ({"bits": 3}, "experimental=True"),
         ({"bits": 16, "experimental": True}, "bits must be one of"),
         ({"pattern": "4x1"}, "pattern='4x1'"),
+        ({"pattern": "1:4"}, "pattern='1:4': expected '2:4'"),
+        ({"pattern": "2:4:pad"}, "pattern='2:4:pad': expected '2:4'"),
+        ({"pattern": "1:4:pairs"}, "pattern='1:4:pairs': expected '2:4'"),
+        ({"tau": 0.0}, "tau must be in"),
+        ({"gamma": -1.0}, "gamma must be in"),
+        ({"percentile": math.nan}, "percentile must be in"),
         ({"pattern": "2:4:axis0"}, "along inputs"),
         ({"critical_layers": "early"}, "critical_layers"),
         ({"calibration_batches": 0}, "calibration_batches"),
@@ -550,8 +559,13 @@ def test_bad_recipes_are_named(kwargs, match):
 
 
 def test_bad_stages_are_named():
-    for args in ((-1, 1e-3), (1, 0.0), (1, math.nan), (1, 1e-3, -1.0)):
-        with pytest.raises(ValueError, match="expected epochs"):
+    for args, name in (
+        ((-1, 1e-3), "epochs must be at least 0, got -1"),
+        ((1, 0.0), "lr must be in"),
+        ((1, math.nan), "lr must be in .*, got nan"),
+        ((1, 1e-3, -1.0), "weight_decay must be in"),
+    ):
+        with pytest.raises(ValueError, match=name):
             Stage(*args)
 
 

@@ -305,9 +305,9 @@ def test_masks_of_another_architecture_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "rate must be a rate in"),
-        ({"rate": 1.0}, "rate must be a rate in"),
-        ({"rate": {"*": 1.5}}, "rate in"),
+        ({"rate": 0.0}, r"rate must be in \(0, 1\), got"),
+        ({"rate": 1.0}, r"rate must be in \(0, 1\), got"),
+        ({"rate": {"*": 1.5}}, r"rate\['\*'\] must be in \(0, 1\), got 1.5"),
         ({"output_rate": 0.0}, "output_rate"),
         ({"rounds": 0}, "rounds"),
         ({"rewind_to": -1}, "rewind_to"),

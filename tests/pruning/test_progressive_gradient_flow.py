@@ -334,7 +334,7 @@ def test_training_flops_follow_the_rungs():
         ({"m": 5}, "0.weight"),
         ({"kind": "structure", "n": 3, "m": 8}, "power of two"),
         ({"dense_fraction": 0.8, "fine_tune_fraction": 0.3}, "leave none of 40 steps"),
-        ({"k": 0.0}, "k must be above 0, got 0.0"),
+        ({"k": 0.0}, r"k must be in \(0, inf\], got 0.0"),
         ({"include": ()}, "match no weight of Sequential"),
         ({"locations": ("heads",)}, "got 'heads'"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),

@@ -263,7 +263,7 @@ def test_flops_that_cannot_be_met_are_refused():
 
 
 def test_negative_decay_is_refused():
-    with pytest.raises(ValueError, match="weight_decay must be at least 0"):
+    with pytest.raises(ValueError, match="weight_decay must be in"):
         joint_weight_decay(net(), -1.0)
 
 

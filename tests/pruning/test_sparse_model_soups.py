@@ -128,6 +128,15 @@ def test_batch_norm_is_estimated_anew_and_weights_are_left_alone():
     torch.testing.assert_close(cycle.soup["1.running_mean"], inputs.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_fifth_of_the_batches_suffices_by_default():
+    ten = [torch.randn(8, 12, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    found = soups(cycles=1, batches=ten).run().cycles[0]
+    probe = net()
+    probe.load_state_dict(average_models(found.ingredients))
+    assert recalibrate_batchnorm(probe, ten[:2], 1.0) == 2
+    assert equal(dict(probe.state_dict()), found.soup)
+
+
 def test_greedy_soups_are_never_worse_than_their_best_copy():
     for seed in range(3):
         found = soups(net(seed=seed), soup="greedy", score_fn=score, seed=10 * seed).run()
@@ -200,7 +209,11 @@ def test_the_soup_compiles_to_the_same_outputs():
         ({"cycles": 0}, "cycles must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"sparsity": 1.0}, r"sparsity must be in \(0, 1\), got 1.0"),
-        ({"vary": "width"}, "unknown vary 'width'"),
+        ({"vary": "width"}, "vary must be one of 'seed', .*, got 'width'"),
+        ({"vary": "seed", "values": (1, 2, 3)}, r"values: vary='seed' takes none.*\(1, 2, 3\)"),
+        ({"vary": "lr", "values": (0.1, -1.0, 0.2)}, "each of values must be in"),
+        ({"schedule": "LLLR"}, "schedule must be one of .*'LLR'.*, got 'LLLR'"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"vary": "lr", "values": (0.1,)}, "one for each of 3 copies, got 1"),
         ({"soup": "greedy"}, "give score_fn"),
         ({"soup": "thick"}, "got 'thick'"),

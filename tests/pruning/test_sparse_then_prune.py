@@ -347,8 +347,8 @@ def test_recipes_find_the_method():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"lam": -0.1}, "weight=-0.1"),
-        ({"lam": math.nan}, "finite"),
+        ({"lam": -0.1}, r"lam must be in \[0, inf\), got -0.1"),
+        ({"lam": math.nan}, r"lam must be in \[0, inf\), got nan"),
         ({"ratio": 1.0}, "ratio must be in"),
         ({"ratio": -0.1}, "ratio must be in"),
         ({"ratios": (0.5, 2.0)}, "got 2.0"),
@@ -366,14 +366,31 @@ def test_bad_arguments_are_named(kwargs, match: str):
 def test_models_and_data_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"loaders\.train is empty"):
         sparse_then_prune(vit(), Loaders([], batches()), epochs=1)
-    with pytest.raises(ValueError, match="evaluate on is empty"):
-        sparse_then_prune(vit(), Loaders(batches(), []), epochs=0)
+    with pytest.raises(ValueError, match=r"loaders\.train is empty"):
+        sparse_then_prune(vit(), Loaders(iter(()), batches()), epochs=1)
+    with pytest.raises(ValueError, match=r"loaders\.test is empty"):
+        sparse_then_prune(vit(), Loaders(batches(), []), epochs=1)
+    with pytest.raises(ValueError, match=r"loaders\.validation is empty"):
+        sparse_then_prune(vit(), Loaders(batches(), batches(), []), epochs=1)
+    with pytest.raises(ValueError, match="batches is empty"):
+        evaluate(vit(), [])
     with pytest.raises(ValueError, match="no parameter selected"):
         sparse_then_prune(nn.Sequential(nn.ReLU()), loaders(), epochs=0)
     with pytest.raises(ValueError, match=r"blocks.2.attn.core.*NaN"):
         broken = batches(1)
         broken[0][0][0, 0, 0, 0] = math.nan
         sparse_then_prune(vit(), Loaders(broken, broken), epochs=1)
+
+
+def test_a_training_that_fails_gives_back_the_weights():
+    model, good = vit().eval(), batches()
+    before = copy.deepcopy(model.state_dict())
+    good[-1][0].fill_(math.nan)
+    with pytest.raises(ValueError, match=r"loss became|holds NaN"):
+        sparse_then_prune(model, Loaders(good, batches()), lam=0.0, epochs=1)
+    assert not any(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_a_penalty_that_cannot_be_read_says_so():

@@ -270,7 +270,7 @@ def test_a_loop_that_ignores_the_pruner_is_told():
     [
         ({"group": 0}, "group must be at least 1, got 0"),
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
-        ({"rates": {"3.weight": -0.1}}, "3.weight must be in"),
+        ({"rates": {"3.weight": -0.1}}, r"rates\['3.weight'\] must be in"),
         ({"sparsity": 0.0, "rates": {"3.weight": 0.1}}, "rates need a sparsity above 0"),
         ({"patterns": {"conv3x3": "pattern"}}, r"patterns\['conv3x3'\] must be one of"),
         ({"patterns": {"conv5x5": "group"}}, "unknown kind of layer 'conv5x5'; nearest: conv3x3"),

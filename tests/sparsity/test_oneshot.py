@@ -303,7 +303,7 @@ def test_magnitude_follows_its_scope():
 def test_bad_requests_are_refused():
     layer, x = linear(), torch.randn(1, 5, 64)
     for prune in (wanda_, sparsegpt_):
-        with pytest.raises(ValueError, match=r"sparsity=1.0"):
+        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.0"):
             prune(layer, [x], 1.0)
         with pytest.raises(ValueError, match="contradicts"):
             prune(layer, [x], 0.6, "2:4")

@@ -13,6 +13,7 @@ from aerogel.attention.plan import Plan, head_pointers
 from aerogel.attention.ragged import within
 from aerogel.attention.ranges import Pass
 from aerogel.attention.shape import AttentionShape
+from aerogel.sparsity.arguments import check_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,12 @@ def past_summaries(shape: AttentionShape, block: int, summaries: int) -> KeyList
         shape: of the call; positions say which block a query is in.
         block: tokens that one summary stands for.
         summaries: summaries there are.
+
+    Raises:
+        ValueError: a size is out of range.
     """
+    check_count("block", block)
+    check_count("summaries", summaries, 0)
     counts = (shape.positions() // block).clamp(0, summaries)
     _, number = within(counts)
     return KeyListPlan(head_pointers(counts.view(1, 1, -1)), number.int())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aerogel.attention.plan import Plan
 from aerogel.attention.shape import AttentionShape
+from aerogel.sparsity.arguments import check_count, check_number
 
 LARGEST_HEAD = 256
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,12 +81,12 @@ def check_call(call: Call, sink_logit: Tensor | None) -> None:
             f"key_padding: {padding.dtype} {tuple(padding.shape)}, expected bool "
             f"{(shape.batch, shape.k_len)}, True at real keys"
         )
-    if call.window is not None and call.window < 1:
-        raise ValueError(f"window={call.window}: expected at least 1")
-    if call.softcap is not None and call.softcap <= 0:
-        raise ValueError(f"softcap={call.softcap}: expected above 0")
-    if not 0 <= call.dropout_p < 1:
-        raise ValueError(f"dropout_p={call.dropout_p}: expected in [0, 1)")
+    if call.window is not None:
+        check_count("window", call.window)
+    if call.softcap is not None:
+        check_number("softcap", call.softcap, "(0, inf)")
+    check_number("scale", call.scale)
+    check_number("dropout_p", call.dropout_p, "[0, 1)")
     if call.dropout_p and shape.causal and shape.q_len == 1 and shape.k_len > 1:
         raise ValueError(f"dropout_p={call.dropout_p}: expected 0 in decoding")
     if sink_logit is not None and sink_logit.shape != (shape.q_heads,):

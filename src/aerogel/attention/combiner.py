@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.bank_plan import Bank, BankPlan
-from aerogel.attention.combiner_base import SummarisingSelector, Variant, check_choice
+from aerogel.attention.combiner_base import SummarisingSelector, Variant
 from aerogel.attention.combiner_grid import axial_banks, mixture_banks
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, add_selector, configured
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.summaries import Pooling, Summaries, others_plan, run_plan
+from aerogel.sparsity.arguments import check_choice, check_count
 
 RowSummary = Literal["proj", "wsum", "none"]
 ROW_SUMMARIES = ("proj", "wsum", "none")
@@ -86,6 +87,10 @@ class CombinerSelector(SummarisingSelector):
         dropout: float = 0.0,
         relu: bool = False,
     ) -> None:
+        sizes = {"head_dim": head_dim, "key_heads": key_heads, "d_model": d_model}
+        for name, value in sizes.items():
+            if value is not None:
+                check_count(name, value)
         size = _known("head_dim", head_dim, "deepset") if deepset else None
         super().__init__(
             variant, seg_len, summary, share_summary_over_group=share_summary_over_group,

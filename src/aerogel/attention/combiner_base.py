@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aerogel.attention.selector import Selector
 from aerogel.attention.summaries import POOLINGS, Pooling, Summaries, combiner_summary
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 Variant = Literal["fixed", "logsparse", "axial", "mixture"]
 VARIANTS = ("fixed", "logsparse", "axial", "mixture")
@@ -46,8 +47,8 @@ class SummarisingSelector(Selector):
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         check_choice("summary", summary, POOLINGS)
-        if seg_len < 1 or (variant == "mixture" and seg_len < 2):
-            raise ValueError(f"seg_len={seg_len}: expected at least 1, and 2 for 'mixture'")
+        check_count("seg_len", seg_len, 2 if variant == "mixture" else 1)
+        check_number("dropout", dropout, "[0, 1)")
         self.variant, self.seg_len, self.summary = variant, seg_len, summary
         self.share_summary_over_group, self.relu = share_summary_over_group, relu
         self.query_map = self.key_map = None
@@ -71,9 +72,3 @@ class SummarisingSelector(Selector):
 
     def _dropped(self) -> float:
         return self.dropout.p if self.training else 0.0
-
-
-def check_choice(name: str, value: str, names: tuple[str, ...]) -> None:
-    """Raises ValueError unless an option's value is one of its names."""
-    if value not in names:
-        raise ValueError(f"{name}={value!r}: expected one of {names}")

@@ -16,6 +16,7 @@ from aerogel.attention.engine import attend
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.summaries import Pooling
+from aerogel.sparsity.arguments import check_count, check_number
 
 
 class CombinerAttention(nn.Module):
@@ -52,6 +53,10 @@ class CombinerAttention(nn.Module):
     ) -> None:
         super().__init__()
         key_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_count("d_model", d_model)
+        check_count("num_heads", num_heads)
+        check_count("num_kv_heads", key_heads)
+        check_number("dropout", dropout, "[0, 1)")
         if d_model % num_heads or num_heads % key_heads:
             raise ValueError(
                 f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={key_heads}: expected "

@@ -32,6 +32,7 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.shape import AttentionShape
 from aerogel.kernels import KeyRule
+from aerogel.sparsity.arguments import check_count
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
 # What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how
@@ -89,13 +90,11 @@ class DoubleSparsitySelector(Selector):
         dense_when_short: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "heavy_tokens": heavy_tokens,
-            "group_factor": group_factor,
-            "run": run,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        check_count("heavy_tokens", heavy_tokens)
+        check_count("group_factor", group_factor)
+        check_count("run", run)
+        for layer in dense_layers:
+            check_count("each of dense_layers", layer, 0)
         if label_bits not in LABEL_BITS:
             raise ValueError(f"label_bits={label_bits}: expected one of {LABEL_BITS}")
         if run > heavy_tokens:

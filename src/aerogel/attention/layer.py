@@ -11,6 +11,7 @@ from aerogel.attention.engine import attend
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector, select
 from aerogel.attention.shape import AttentionShape
+from aerogel.sparsity.arguments import check_count
 
 PlanFunction = Callable[..., Plan]
 
@@ -44,6 +45,9 @@ class SparseSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_count("d_model", d_model)
+        check_count("num_heads", num_heads)
+        check_count("num_kv_heads", num_kv_heads)
         if d_model % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 f"d_model={d_model}, num_heads={num_heads}, num_kv_heads={num_kv_heads}: "

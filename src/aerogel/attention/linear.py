@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.attention.softmax import accumulator
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 _CHUNK = 128  # rows between two kept prefix sums
 _SCANNED = 64  # the same where one sum is carried along: its tensors then stay in the second cache
@@ -30,7 +31,7 @@ class PositiveRandomFeatures(nn.Module):
         orthogonal: rows of the projection are orthogonal in groups of `dim`.
         norm: length of a row: that of a "gaussian" vector, or "sqrt_d" always.
         softmax_scale: factor of the logits, default ``dim ** -0.5``.
-        eps: added to every scaled feature, so that none is 0.
+        eps: ``eps / sqrt(num_features)`` is added to every scaled feature, so that none is 0.
         generator: draws the projection; default torch's own.
 
     Raises:
@@ -53,14 +54,16 @@ class PositiveRandomFeatures(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_count("dim", dim)
         if num_features is None:
             num_features = max(2, int(dim * math.log(dim)) // 2 * 2)
-        if num_features < 2 or num_features % 2:
+        check_count("num_features", num_features, 2)
+        check_choice("norm", norm, ("gaussian", "sqrt_d"))
+        check_number("eps", eps, "[0, inf)")
+        if softmax_scale is not None:
+            check_number("softmax_scale", softmax_scale, "(0, inf)")
+        if num_features % 2:
             raise ValueError(f"num_features={num_features}: expected an even number of at least 2")
-        if norm not in ("gaussian", "sqrt_d"):
-            raise ValueError(f"norm={norm!r}: expected 'gaussian' or 'sqrt_d'")
-        if eps < 0:
-            raise ValueError(f"eps={eps}: expected at least 0")
         self.dim, self.num_features, self.eps = dim, num_features, eps
         self.softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
         rows = _rows(num_features // 2, dim, orthogonal, norm, generator)
@@ -101,7 +104,7 @@ class PositiveRandomFeatures(nn.Module):
     def _shifted(self, u: Tensor, shift: Tensor) -> Tensor:
         """Features from their logarithms, in the place of `u`, which is large."""
         phi = u.sub_(shift).exp_()
-        return phi + self.eps if self.eps else phi
+        return phi + self.eps / math.sqrt(self.num_features) if self.eps else phi
 
 
 def linear_attention(
@@ -120,9 +123,23 @@ def linear_attention(
         numerator (B, Hq, Lq, Dv) and denominator (B, Hq, Lq), in the type of `phi_q`.
 
     Raises:
-        ValueError: causal with other lengths, or a lag below 0 or without `causal`.
+        ValueError: shapes that do not fit, causal with other lengths, or a lag below 0 or without
+            `causal`.
     """
-    if lag < 0 or (lag and not causal):
+    check_count("lag", lag, 0)
+    shapes = [tuple(t.shape) for t in (phi_q, phi_k, v)]
+    fits = all(len(shape) == 4 for shape in shapes) and (
+        shapes[1][:3] == shapes[2][:3]
+        and shapes[0][0] == shapes[1][0]
+        and shapes[0][3] == shapes[1][3]
+        and shapes[0][1] % max(1, shapes[1][1]) == 0
+    )
+    if not fits:
+        raise ValueError(
+            "phi_q {}, phi_k {}, v {}: expected (B, Hq, Lq, m), (B, Hkv, Lk, m), "
+            "(B, Hkv, Lk, Dv)".format(*shapes)
+        )
+    if lag and not causal:
         raise ValueError(f"lag={lag}, causal={causal}: expected 0, or at least 0 if causal")
     heads = phi_k.shape[1]
     q, v = phi_q.unflatten(1, (heads, -1)), v.to(phi_q.dtype)  # q: [B, Hkv, G, Lq, m]

@@ -13,6 +13,7 @@ from torch import Tensor
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.sparsity.arguments import check_count
 
 
 class Coverage(NamedTuple):
@@ -72,16 +73,20 @@ class LocalStridePattern:
     position: Literal["absolute", "relative"] | None = None
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.block & (self.block - 1):
+        for name, least in (("block", 1), ("stride", 1), ("num_heads", 1), ("num_kv_heads", 1)):
+            check_count(name, getattr(self, name), least)
+        check_count("dense_heads", self.dense_heads, 0)
+        check_count("head_offset", self.head_offset, 0)
+        if self.step is not None:
+            check_count("step", self.step, 0)
+        if self.block & (self.block - 1):
             raise ValueError(f"block={self.block}: expected a power of two")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride}: expected at least 1")
         self._check_window()
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: expected a multiple"
             )
-        if not 0 <= self.dense_heads <= self.num_kv_heads:
+        if self.dense_heads > self.num_kv_heads:
             raise ValueError(
                 f"dense_heads={self.dense_heads}: expected 0 to num_kv_heads={self.num_kv_heads}"
             )
@@ -89,7 +94,11 @@ class LocalStridePattern:
             raise ValueError(f"dense_heads={self.dense_heads}: expected 0 with homo_head=True")
 
     def _check_window(self) -> None:
-        even = isinstance(self.local_blocks, int)
+        even = not isinstance(self.local_blocks, tuple)
+        for each in self.local_blocks if isinstance(self.local_blocks, tuple) else self.window:
+            check_count("local_blocks", each, 0)
+        if isinstance(self.local_blocks, tuple) and len(self.local_blocks) != 2:
+            raise ValueError(f"local_blocks={self.local_blocks}: expected a number, or two")
         if self.causal and not even:
             raise ValueError(
                 f"local_blocks={self.local_blocks}: expected a number with causal=True"
@@ -102,7 +111,7 @@ class LocalStridePattern:
     @property
     def window(self) -> tuple[int, int]:
         """Blocks of the window to the left and to the right, the own one in both."""
-        if isinstance(self.local_blocks, int):
+        if not isinstance(self.local_blocks, tuple):
             return self.local_blocks, 1 if self.causal else self.local_blocks
         left, right = self.local_blocks
         return left, right
@@ -212,7 +221,8 @@ class CustomBlockPattern:
             raise ValueError(
                 f"mask: {mask.dtype} {tuple(mask.shape)}, expected bool (heads, blocks, blocks)"
             )
-        if block < 1 or block & (block - 1):
+        check_count("block", block)
+        if block & (block - 1):
             raise ValueError(f"block={block}: expected a power of two")
         if not bool(mask.any(-1).all()):
             head, row = (~mask.any(-1)).nonzero()[0].tolist()

@@ -32,11 +32,13 @@ from aerogel.attention.prompt_patterns import (
     PooledBlockSelector,
     PromptSelector,
     VerticalSlashSelector,
+    check_sizes,
 )
 from aerogel.attention.selector import AttentionContext, add_selector
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.sparsity.arguments import check_count, check_number
 
 _NEARLY_ALL = 0.85  # of the causal pairs: dense attention is faster from here on
 
@@ -76,12 +78,17 @@ class MInferenceSelector(PromptSelector):
         block: int = 64,
     ) -> None:
         super().__init__()
-        if ratio <= 0:
-            raise ValueError(f"ratio={ratio}: expected above 0")
+        check_number("ratio", ratio, "(0, inf)")
+        check_count("starting_layer", starting_layer, -1)
+        if dense_below is not None:
+            check_count("dense_below", dense_below, 0)
+        check_sizes(last_q, force_first, force_local, block)
         if isinstance(config, (str, Path)):
             config = load_patterns(config)
         if isinstance(config, list):
             config = PatternConfig.from_json(config)
+        if config is not None and not isinstance(config, PatternConfig):
+            raise TypeError(f"config must be a PatternConfig, a path or its JSON, got {config!r}")
         self.config, self.starting_layer, self.ratio = config, starting_layer, ratio
         self.dense_below, self.last_q = dense_below, last_q
         self.force_first, self.force_local, self.block = force_first, force_local, block

@@ -30,6 +30,7 @@ from aerogel.attention.token_plan import (
     heads_as_batch,
 )
 from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
+from aerogel.sparsity.arguments import check_choice, check_count
 
 Mode = Literal["quant", "evict"]
 
@@ -275,7 +276,5 @@ def check_cache_options(bits_important: int, bits_other: int, stream_gap: int, k
     for name, bits in (("bits_important", bits_important), ("bits_other", bits_other)):
         if bits not in BITS:
             raise ValueError(f"{name}={bits}: expected one of {BITS}")
-    if stream_gap < 1:
-        raise ValueError(f"stream_gap={stream_gap}: expected at least 1")
-    if kv not in ("quant", "evict"):
-        raise ValueError(f"kv={kv!r}: expected 'quant' or 'evict'")
+    check_count("stream_gap", stream_gap)
+    check_choice("kv", kv, ("quant", "evict"))

@@ -31,6 +31,7 @@ from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.sparsity.arguments import check_count, check_number
 
 
 @dataclass(frozen=True, order=True)
@@ -49,8 +50,8 @@ class ElasticSpan:
     beta: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta={self.beta}: expected 0 to 1")
+        check_number("alpha", self.alpha)
+        check_number("beta", self.beta, "[0, 1]")
 
     def tokens(self, length: int) -> float:
         """The span at a length."""
@@ -86,7 +87,9 @@ class MoAPlan:
             raise ValueError(
                 f"alphas, betas: heads per layer {shapes[0]} and {shapes[1]}, expected equal"
             )
-        if self.block < 1 or self.sink < 0 or self.sink % self.block:
+        check_count("block", self.block)
+        check_count("sink", self.sink, 0)
+        if self.sink % self.block:
             raise ValueError(
                 f"block={self.block}, sink={self.sink}: expected a multiple of the block"
             )
@@ -207,8 +210,11 @@ class MoASelector(Selector):
         sink: int = 64,
     ) -> None:
         super().__init__()
-        if max_new < 0 or (length is not None and length < 1):
-            raise ValueError(f"max_new={max_new}, length={length}: expected none negative")
+        check_count("max_new", max_new, 0)
+        check_count("block", block)
+        check_count("sink", sink, 0)
+        if length is not None:
+            check_count("length", length)
         if isinstance(plan, dict):
             alphas, betas = (tuple(tuple(a) for a in plan[n]) for n in ("alphas", "betas"))
             plan = MoAPlan(alphas, betas, block, sink)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aerogel.attention.softmax import masked_attention
 from aerogel.attention.topk import topk_mass
+from aerogel.sparsity.arguments import check_count, check_number
 
 
 def probe_rows(
@@ -22,7 +23,15 @@ def probe_rows(
         random: share drawn from the others, without replacement.
         most: rows at most; both shares shrink alike.
         seed: the same for the same rows.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
+    check_count("length", length, 0)
+    check_number("recent", recent, "[0, 1]")
+    check_number("random", random, "[0, 1]")
+    check_count("most", most)
+    check_count("seed", seed, 0)
     count = math.ceil(recent * length), math.ceil(random * length)
     if sum(count) > most:
         shrink = most / sum(count)
@@ -82,6 +91,5 @@ def mass_budget(scores: Tensor, tau: float) -> Tensor:
     Raises:
         ValueError: `tau` is out of range.
     """
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau={tau}: expected a share in (0, 1]")
+    check_number("tau", tau, "(0, 1]")
     return topk_mass(scores, tau).sum(-1)

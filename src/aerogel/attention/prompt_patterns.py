@@ -20,6 +20,7 @@ from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
 from aerogel.attention.topk import stable_topk
 from aerogel.attention.vertical_slash import diagonal_sums, vertical_slash_plan
+from aerogel.sparsity.arguments import check_count
 
 _FEWEST_DIAGONALS = 50
 
@@ -37,6 +38,14 @@ class PromptSelector(Selector):
     def plan_heads(self, ctx: AttentionContext, heads: Tensor) -> Plan:
         """The plan of some query heads."""
         raise NotImplementedError
+
+
+def check_sizes(last_q: int, force_first: int, force_local: int, block: int) -> None:
+    """Raises an error unless they are sizes of a vertical-slash pattern."""
+    check_count("last_q", last_q)
+    check_count("force_first", force_first, 0)
+    check_count("force_local", force_local, 0)
+    check_count("block", block)
 
 
 class VerticalSlashSelector(PromptSelector):
@@ -68,17 +77,9 @@ class VerticalSlashSelector(PromptSelector):
         merge: str = "official",
     ) -> None:
         super().__init__()
-        sizes = {
-            "vertical": vertical,
-            "slash": slash,
-            "force_first": force_first,
-            "force_local": force_local,
-        }
-        for name, size in sizes.items():
-            if size < 0:
-                raise ValueError(f"{name}={size}: expected at least 0")
-        if min(last_q, block) < 1:
-            raise ValueError(f"last_q={last_q}, block={block}: expected at least 1")
+        check_count("vertical", vertical, 0)
+        check_count("slash", slash, 0)
+        check_sizes(last_q, force_first, force_local, block)
         self.vertical, self.slash, self.last_q = vertical, slash, last_q
         self.force_first, self.force_local = force_first, force_local
         self.block, self.merge = block, merge

@@ -19,6 +19,7 @@ from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
+from aerogel.sparsity.arguments import check_count, check_number
 
 if TYPE_CHECKING:
     from aerogel.attention.cache import SelectorCacheLayer
@@ -78,14 +79,21 @@ class RoutingAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or d_model % num_heads or d_model < num_heads:
+        check_count("d_model", d_model)
+        check_count("num_heads", num_heads)
+        check_count("num_local_heads", num_local_heads, 0)
+        check_count("local_window", local_window)
+        check_count("max_relative_position", max_relative_position)
+        if num_mem_kv is not None:
+            check_count("num_mem_kv", num_mem_kv, 0)
+        if scale is not None:
+            check_number("scale", scale)
+        if d_model % num_heads:
             raise ValueError(f"d_model={d_model}: expected a multiple of num_heads={num_heads}")
-        if not 0 <= num_local_heads <= num_heads:
+        if num_local_heads > num_heads:
             raise ValueError(
                 f"num_local_heads={num_local_heads}: expected 0 to num_heads={num_heads}"
             )
-        if local_window < 1:
-            raise ValueError(f"local_window={local_window}: expected at least 1")
         if rel_pos not in REL_POS:
             raise ValueError(f"rel_pos={rel_pos!r}: expected one of {REL_POS}")
         self.head_dim = d_model // num_heads
@@ -93,7 +101,7 @@ class RoutingAttention(nn.Module):
             raise ValueError(f"head size {self.head_dim}: expected even for rel_pos={rel_pos!r}")
         share_qk = causal if share_qk is None else share_qk
         if rel_pos == "cluster":
-            _check_ranks(max_relative_position, causal, share_qk, num_mem_kv)
+            _check_ranks(causal, share_qk, num_mem_kv)
         self.num_heads, self.num_local_heads = num_heads, num_local_heads
         self.local_window, self.share_qk, self.causal = local_window, share_qk, causal
         self.rel_pos, self.scale, self.update = rel_pos, scale, update
@@ -204,12 +212,18 @@ class RoutingAttention(nn.Module):
         assert self.selector is not None
         kmeans = self.selector.kmeans
         update = self.training and self.update
-        of_keys, _, loss = kmeans(k, update, key_padding)
-        of_queries = of_keys
-        if not self.share_qk:
-            own = key_padding if q.shape[2] == k.shape[2] else None
-            of_queries, _, more = kmeans(kmeans.normalise(q), update, own)
-            loss = loss + more
+        if self.share_qk:
+            of_keys, _, loss = kmeans(k, update, key_padding)
+            of_queries = of_keys
+        else:  # one update by both, so that both are compared with the same centroids
+            both, real = torch.cat([k, kmeans.normalise(q)], 2), None
+            if key_padding is not None:
+                same = q.shape[2] == k.shape[2]
+                own = key_padding if same else key_padding.new_ones(q.shape[0], q.shape[2])
+                real = torch.cat([key_padding, own], 1)
+            similarity, _, loss = kmeans(both, update, real)
+            of_keys, of_queries = similarity.split([k.shape[2], q.shape[2]], 2)
+            loss = 2 * loss  # the sum of the means over keys and over queries, if equally many
         self.auxiliary = loss if self.training else None
         return of_queries, of_keys
 
@@ -275,9 +289,7 @@ class RoutingAttention(nn.Module):
         return rank.expand(plan.q_idx.shape)
 
 
-def _check_ranks(most: int, causal: bool, share_qk: bool, num_mem_kv: int | None) -> None:
-    if most < 1:
-        raise ValueError(f"max_relative_position={most}: expected at least 1")
+def _check_ranks(causal: bool, share_qk: bool, num_mem_kv: int | None) -> None:
     if causal and not share_qk:
         raise ValueError(
             "rel_pos='cluster' with share_qk=False: expected share_qk=True if causal, as ranks in "

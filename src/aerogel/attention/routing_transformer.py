@@ -29,6 +29,7 @@ from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector
 from aerogel.attention.spherical_kmeans import SphericalKMeans, hash_centroids
 from aerogel.attention.topk import stable_topk
+from aerogel.sparsity.arguments import check_count
 
 
 class RoutingSelector(Selector):
@@ -74,8 +75,8 @@ class RoutingSelector(Selector):
         if routing not in ("kmeans", "hash"):
             raise ValueError(f"routing={routing!r}: expected 'kmeans' or 'hash'")
         for name, size in (("window", window), ("context_window", context_window)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size}: expected at least 1")
+            if size is not None:
+                check_count(name, size)
         self.window, self.context_window = window, context_window
         self.share_qk, self.mask_self = share_qk, mask_self
         self.causal_selection, self.fit = causal_selection, fit

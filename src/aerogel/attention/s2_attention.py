@@ -27,6 +27,7 @@ from aerogel.attention.local_stride import LocalStridePattern, block_mask_plan
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.selector_file import model_fingerprint
+from aerogel.sparsity.arguments import check_count
 
 
 @add_selector
@@ -71,7 +72,7 @@ class S2Selector(Selector):
         position: str | None = None,
     ) -> None:
         super().__init__()
-        even = isinstance(local_blocks, int)
+        even = not isinstance(local_blocks, Sequence) or isinstance(local_blocks, str)
         self.sizes: dict[str, Any] = {
             "block": block,
             "local_blocks": local_blocks if even else tuple(local_blocks),  # type: ignore[arg-type]
@@ -83,8 +84,11 @@ class S2Selector(Selector):
             "position": position,
         }
         self.dense_layers = tuple(dense_layers)
+        for layer in self.dense_layers:
+            check_count("each of dense_layers", layer, 0)
         self._q_heads: int | None = None
         self._patterns: dict[tuple[int, int, bool], LocalStridePattern] = {}
+        check_count("dense_heads", dense_heads, 0)
         LocalStridePattern(max(1, dense_heads), max(1, dense_heads), **self.sizes, causal=even)
 
     def options(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.attention.call import check_tensors
 from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
 from aerogel.attention.lowering import TileStream
 from aerogel.attention.ops import tile_attention
@@ -38,6 +39,7 @@ from aerogel.attention.supports import (
 from aerogel.attention.tiled_pairs import Pairs
 from aerogel.kernels import native_in_use
 from aerogel.kernels.attention_call import MAX_DIM
+from aerogel.sparsity.arguments import check_count, check_number
 
 SupportName = Literal["lsh", "local", "block", "topk"]
 _SMALLEST = 1e-24  # of a low-rank sum without its support, in units of its scale
@@ -77,7 +79,7 @@ def scatterbrain_attention(
         ValueError: neither features nor support, lengths or scale that do not fit, or a batch
             element without a real key.
     """
-    scale = _checked(q, k, features, support, scale, causal, key_padding)
+    scale = _checked(q, k, v, features, support, scale, causal, key_padding)
     shape = AttentionShape.of(q, k, causal=causal)
     tiles = None
     if features is not None and support is not None and _native(q, v, features):
@@ -189,6 +191,7 @@ def _dropped(weights: Tensor, p: float) -> Tensor:
 def _checked(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     features: PositiveRandomFeatures | None,
     support: Support | None,
     scale: float | None,
@@ -196,6 +199,7 @@ def _checked(
     key_padding: Tensor | None,
 ) -> float:
     """The factor of the logits."""
+    check_tensors(q, k, v)
     if features is None and support is None:
         raise ValueError("features=None, support=None: expected at least one of them")
     if causal and q.shape[2] != k.shape[2]:
@@ -278,10 +282,11 @@ class ScatterbrainAttention(nn.Module):
         ortho_scaling: bool = False,
     ) -> None:
         super().__init__()
+        check_count("d_model", d_model)
+        check_count("num_heads", num_heads)
+        check_number("dropout", dropout, "[0, 1)")
         if d_model % num_heads:
             raise ValueError(f"d_model={d_model}: expected a multiple of num_heads={num_heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: expected 0 to below 1")
         self.head_dim, self.causal, self.dropout = d_model // num_heads, causal, dropout
         self.features = None
         if num_features != 0:
@@ -353,6 +358,9 @@ class ScatterbrainSelector(Selector):
         }  # fmt: skip
         if support == "block":
             raise ValueError("support='block': expected 'lsh', 'local' or 'topk' in a model")
+        if num_features is not None:
+            check_count("num_features", num_features, 0)
+        check_count("seed", seed, 0)
         if num_features is not None and num_features % 2:
             raise ValueError(f"num_features={num_features}: expected an even number")
         self.num_features, self.seed = num_features, seed

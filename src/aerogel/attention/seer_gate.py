@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.kernels import pool_rows
+from aerogel.sparsity.arguments import check_count, check_number
 
 POOLINGS = ("max", "min", "avg")
 BLOCKS = (16, 32, 64, 128)
@@ -75,13 +76,19 @@ class _Gate(nn.Module):
         rope_theta: float | None,
     ) -> None:
         super().__init__()
-        if min(num_q_heads, num_kv_heads) < 1 or num_q_heads % num_kv_heads:
+        check_count("num_q_heads", num_q_heads)
+        check_count("num_kv_heads", num_kv_heads)
+        check_count("head_dim", head_dim)
+        check_count("gate_dim", gate_dim, 2)
+        if rope_theta is not None:
+            check_number("rope_theta", rope_theta, "(0, inf)")
+        if num_q_heads % num_kv_heads:
             raise ValueError(
                 f"num_q_heads={num_q_heads}, num_kv_heads={num_kv_heads}: expected a multiple"
             )
         if block_size not in BLOCKS:
             raise ValueError(f"block_size={block_size}: expected one of {BLOCKS}")
-        if gate_dim < 2 or gate_dim % 2:
+        if gate_dim % 2:
             raise ValueError(f"gate_dim={gate_dim}: expected an even number")
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.gate_dim, self.block_size = gate_dim, block_size

@@ -35,6 +35,7 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.seer_gate import SeerDecodeGate, SeerGate, pool_blocks, real_blocks
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.topk import stable_topk
+from aerogel.sparsity.arguments import check_choice, check_count
 
 
 class Lesson(NamedTuple):
@@ -100,8 +101,11 @@ class SeerAttentionSelector(Selector):
         start_layer: int = 0,
     ) -> None:
         super().__init__()
-        if mode not in ("prefill", "decode"):
-            raise ValueError(f"mode={mode!r}: expected 'prefill' or 'decode'")
+        check_choice("mode", mode, ("prefill", "decode"))
+        check_choice("method", method, ("threshold", "ratio", "token_budget"))
+        check_count("start_layer", start_layer, 0)
+        if budget is not None:
+            check_count("budget", budget)
         wanted: type[Gate] = SeerGate if mode == "prefill" else SeerDecodeGate
         made = _made(gates, wanted) if "layers" in gates else dict(gates)
         if not made or any(not isinstance(gate, wanted) for gate in made.values()):

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
+
 _LLOYD_STEPS = 10
 _SMOOTHING = 1e-5  # added to every count, so that an empty cluster divides by no zero
 _NORM_EPS = 1e-6
@@ -56,19 +58,13 @@ class SphericalKMeans(nn.Module):
         ema: bool = True,
     ) -> None:
         super().__init__()
-        if min(num_heads, num_clusters, dim) < 1:
-            raise ValueError(
-                f"num_heads={num_heads}, num_clusters={num_clusters}, dim={dim}: expected at least "
-                "1 each"
-            )
-        if not 0 <= decay < 1 or commitment < 0:
-            raise ValueError(
-                f"decay={decay}, commitment={commitment}: expected in [0, 1) and at least 0"
-            )
-        if norm not in ("layernorm", "l2") or init not in ("lloyd", "random"):
-            raise ValueError(
-                f"norm={norm!r}, init={init!r}: expected 'layernorm' or 'l2', 'lloyd' or 'random'"
-            )
+        check_count("num_heads", num_heads)
+        check_count("num_clusters", num_clusters)
+        check_count("dim", dim)
+        check_number("decay", decay, "[0, 1)")
+        check_number("commitment", commitment, "[0, inf)")
+        check_choice("norm", norm, ("layernorm", "l2"))
+        check_choice("init", init, ("lloyd", "random"))
         self.decay, self.commitment, self.norm, self.frozen = decay, commitment, norm, frozen
         self.ema = ema
         mu = self.normalise(torch.randn(num_heads, num_clusters, dim))

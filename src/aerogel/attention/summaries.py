@@ -13,9 +13,11 @@ from torch.nn.functional import pad
 
 from aerogel.attention.bank_plan import Bank
 from aerogel.attention.block_plan import BlockPlan
+from aerogel.attention.call import check_tensors
 from aerogel.attention.engine import attend
 from aerogel.attention.plan import Plan
 from aerogel.kernels.attention_call import MAX_BLOCK_Q
+from aerogel.sparsity.arguments import check_choice, check_count
 
 Pooling = Literal["max", "mean", "sum"]
 POOLINGS = ("max", "mean", "sum")
@@ -133,6 +135,9 @@ def combiner_summary(
     Returns:
         Summaries of ceil(L / size) runs.
     """
+    check_tensors(q, k, v)
+    check_count("size", size)
+    check_choice("how", how, ("max", "mean", "sum"))
     from_q, from_k = (q, k) if pooled_from is None else pooled_from
     queries, keys = (pool(x, size, how, key_padding) for x in (from_q, from_k))
     if share_over_group:

@@ -17,6 +17,7 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.tiled_pairs import ListedPairs, Pairs, TiledPairs
+from aerogel.sparsity.arguments import check_count
 
 _TILE = 64  # query rows of a tile of a window
 _SCORED = 1 << 22  # scores held at a time by an exact top-k
@@ -68,8 +69,7 @@ class LocalSupport(Support):
     """
 
     def __init__(self, window: int) -> None:
-        if window < 1:
-            raise ValueError(f"window={window}: expected at least 1")
+        check_count("window", window)
         self.window = window
 
     def plan(
@@ -127,8 +127,7 @@ class BlockSupport(Support):
             raise ValueError(
                 f"mask: {mask.dtype} {tuple(mask.shape)}, expected bool (nQ, nK) or (heads, nQ, nK)"
             )
-        if block < 1:
-            raise ValueError(f"block={block}: expected at least 1")
+        check_count("block", block)
         self.mask, self.block = mask if mask.dim() == 3 else mask[None], block
 
     def plan(
@@ -180,8 +179,7 @@ class TopKSupport(Support):
     """
 
     def __init__(self, count: int, channels: Tensor | None = None) -> None:
-        if count < 1:
-            raise ValueError(f"count={count}: expected at least 1")
+        check_count("count", count)
         self.count, self.channels = count, channels
 
     @torch.no_grad()
@@ -248,11 +246,11 @@ class SmyrfClusters(Support):
         seed: int | None = None,
     ) -> None:
         cluster_size_k = cluster_size_q if cluster_size_k is None else cluster_size_k
-        if min(n_hashes, cluster_size_q, cluster_size_k) < 1:
-            raise ValueError(
-                f"n_hashes={n_hashes}, cluster_size_q={cluster_size_q}, "
-                f"cluster_size_k={cluster_size_k}: expected at least 1"
-            )
+        check_count("n_hashes", n_hashes)
+        check_count("cluster_size_q", cluster_size_q)
+        check_count("cluster_size_k", cluster_size_k)
+        if seed is not None:
+            check_count("seed", seed, 0)
         self.n_hashes, self.seed = n_hashes, seed
         self.cluster_size_q, self.cluster_size_k = cluster_size_q, cluster_size_k
 

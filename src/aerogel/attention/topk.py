@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels import largest_keys, selects_natively
+from aerogel.sparsity.arguments import check_count, check_number
 
 _SORTED_BELOW = 256  # entries: sorting all of them is as fast as finding the largest
 
@@ -25,8 +26,7 @@ def stable_topk(x: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k is out of range.
     """
-    if not 0 <= k <= x.shape[-1]:
-        raise ValueError(f"k={k}: expected 0 to {x.shape[-1]}")
+    check_count("k", k, 0, x.shape[-1])
     if k in (0, x.shape[-1]):
         return torch.arange(k, device=x.device).expand(*x.shape[:-1], k).clone()
     if x.dtype != torch.float64 and x.is_floating_point() and selects_natively(x):
@@ -56,8 +56,8 @@ def topk_mass(x: Tensor, mass: float, *, min_keep: int = 1) -> Tensor:
     Raises:
         ValueError: mass is out of range.
     """
-    if not 0 < mass <= 1:
-        raise ValueError(f"mass={mass}: expected a share in (0, 1]")
+    check_number("mass", mass, "(0, 1]")
+    check_count("min_keep", min_keep, 0)
     x = x.float()
     ordered, order = torch.sort(x, dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
@@ -80,6 +80,7 @@ def share_over_group(
     Returns:
         (batch, kv_heads, ...).
     """
+    check_count("kv_heads", kv_heads)
     if scores.shape[1] % kv_heads:
         raise ValueError(f"scores: {scores.shape[1]} heads, expected a multiple of {kv_heads}")
     grouped = scores.unflatten(1, (kv_heads, -1))

@@ -27,6 +27,7 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.token_plan import TokenPlan, heads_as_batch
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 
 @add_selector
@@ -96,6 +97,8 @@ class ZipVLSelector(Selector):
             if name != "self" and not name.startswith("_")
         }
         _check(tau, probe_recent, probe_random, probe_max, keep_last, keep_first, normalizer)
+        check_count("seed", seed, 0)
+        check_count("dense_layers", dense_layers, 0)
         if kv != "full":
             from aerogel.attention.mixed_cache import check_cache_options
 
@@ -268,17 +271,12 @@ def _check(
     keep_first: int,
     normalizer: str,
 ) -> None:
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau={tau}: expected a share in (0, 1]")
-    for name, share in (("probe_recent", probe_recent), ("probe_random", probe_random)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}={share}: expected a share in [0, 1]")
+    check_number("tau", tau, "(0, 1]")
+    check_number("probe_recent", probe_recent, "[0, 1]")
+    check_number("probe_random", probe_random, "[0, 1]")
     if probe_recent == probe_random == 0:
         raise ValueError("probe_recent=0, probe_random=0: expected one above 0")
-    for name, value, least in (
-        ("probe_max", probe_max, 1), ("keep_last", keep_last, 0), ("keep_first", keep_first, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}")
-    if normalizer not in ("probe", "full"):
-        raise ValueError(f"normalizer={normalizer!r}: expected 'probe' or 'full'")
+    check_count("probe_max", probe_max)
+    check_count("keep_last", keep_last, 0)
+    check_count("keep_first", keep_first, 0)
+    check_choice("normalizer", normalizer, ("probe", "full"))

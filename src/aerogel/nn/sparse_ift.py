@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
+from aerogel.sparsity.arguments import check_number
+
 UV = Literal["nonlinear_relu", "batchnorm", "linear"]
 Norm = Callable[[int], nn.Module]
 
@@ -79,9 +81,8 @@ def doped_rank(inputs: int, outputs: int, sparsity: float) -> int:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise `ValueError` unless it is in [0, 1)."""
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    """Raise an error unless it is a number in [0, 1)."""
+    check_number("sparsity", sparsity, "[0, 1)")
 
 
 class IsoFlopLayer(nn.Module):

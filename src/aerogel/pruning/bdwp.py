@@ -34,6 +34,7 @@ from torch import nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.nm_training import NMTrainer
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.cost import inference_flops, nm_training_flops
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, SRSTE, Bidirectional, Coupling
@@ -92,8 +93,7 @@ class BidirectionalNM(NMTrainer):
     ) -> None:
         if mode not in MODES:
             raise ValueError(unknown_name("mode", mode, MODES))
-        if not sr_ste_lambda >= 0.0:
-            raise ValueError(f"sr_ste_lambda must be at least 0, got {sr_ste_lambda}")
+        check_number("sr_ste_lambda", sr_ste_lambda, "[0, inf)")
         self.mode, self.n, self.m = mode, n, m
         self._model = model
         forward, backward = NM(n, m, axis=1), NM(n, m, axis=0)

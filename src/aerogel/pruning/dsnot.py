@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, OneShotMethod, call_with_inputs
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import ForwardFn, find_blocks, run_batch
 from aerogel.sparsity.calibrate import TokenMask
 from aerogel.sparsity.input_stats import InputStats
@@ -265,12 +266,9 @@ class _Options:
     keep_sign: bool | None
 
     def __post_init__(self) -> None:
-        if self.max_cycles < 0:
-            raise ValueError(f"max_cycles={self.max_cycles!r} must be >= 0")
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold={self.threshold!r} must be >= 0")
-        if not self.var_power >= 0:
-            raise ValueError(f"var_power={self.var_power!r} must be >= 0")
+        check_count("max_cycles", self.max_cycles, 0)
+        check_number("threshold", self.threshold, "[0, inf)")
+        check_number("var_power", self.var_power, "[0, inf)")
         _check_choice("var", self.var, get_args(Variance))
 
 

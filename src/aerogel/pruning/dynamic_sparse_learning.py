@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import GradScaler, MaskController
 from aerogel.sparsity.coupling import HardDenseGrad
@@ -226,21 +227,21 @@ def _check(
     decay: str,
     grad_accum: int,
 ) -> None:
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must be in (0, 1], got {density}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-    if not 1 <= update_every <= total_steps:
+    check_number("density", density, "(0, 1]")
+    check_count("total_steps", total_steps)
+    check_count("update_every", update_every)
+    check_count("grad_accum", grad_accum)
+    if update_every > total_steps:
         raise ValueError(
             f"update_every must be in [1, total_steps = {total_steps}], got {update_every}"
         )
-    if not 0.0 < z0 < 1.0:
-        raise ValueError(f"z0 must be in (0, 1), got {z0}")
-    if not 0.0 <= z_min <= z0:
+    check_number("z0", z0, "(0, 1)")
+    check_number("z_min", z_min, "[0, 1)")
+    if z_min > z0:
         raise ValueError(f"z_min must be in [0, z0 = {z0}], got {z_min}")
     if decay not in ("cosine", "linear"):
         raise ValueError(f"decay must be 'cosine' or 'linear', got {decay!r}")
-    if not 1 <= grad_accum <= update_every:
+    if grad_accum > update_every:
         raise ValueError(
             f"grad_accum must be in [1, update_every = {update_every}], got {grad_accum}"
         )

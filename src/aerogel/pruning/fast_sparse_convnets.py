@@ -44,6 +44,7 @@ from torch import nn
 from aerogel.pruning.callbacks import PrunerCallback
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import ScheduledPruner
+from aerogel.sparsity.arguments import check_count, check_names, check_number
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen
 from aerogel.sparsity.masks import MaskSet
@@ -240,10 +241,11 @@ def _named(modules: Mapping[str, nn.Module], globs: Sequence[str]) -> list[str]:
     def fits(name: str) -> bool:
         return is_pointwise(modules[name]) or isinstance(modules[name], nn.Linear)
 
+    check_names("layers", globs)
     for glob in globs:
         matched = [name for name in modules if fnmatchcase(name, glob)]
         if not matched:
-            raise ValueError(unknown_name("layer", glob, modules))
+            raise ValueError(f"layers: {unknown_name('layer', glob, modules)}")
         if not any(map(fits, matched)):
             raise ValueError(
                 f"layers: {matched[0]!r} is {modules[matched[0]]}, expected a plain 1x1 "
@@ -269,8 +271,10 @@ def block_patterns(
         widths = dict.fromkeys(selection, blocks)
     elif isinstance(blocks, str):
         widths = _numbered_widths(selection, *parse_blocks(blocks))
-    else:
+    elif isinstance(blocks, Mapping):
         widths = _globbed_widths(selection, blocks)
+    else:
+        raise TypeError(f"blocks must be a width, a notation or a mapping, got {blocks!r}")
     patterns: dict[str, Pattern] = {}
     for name, width in widths.items():
         if width not in BLOCK_WIDTHS:
@@ -331,16 +335,18 @@ def _ramp(
     frequency: int,
     power: float,
 ) -> Cubic:
-    if not 0.0 <= initial <= sparsity < 1.0:
+    check_number("sparsity", sparsity, "[0, 1)")
+    check_number("initial_sparsity", initial, "[0, 1)")
+    check_number("begin", begin, "[0, 1)")
+    check_number("end", end, "(0, 1)")
+    check_count("steps", steps, 2)
+    check_count("frequency", frequency)
+    if initial > sparsity:
         raise ValueError(
             f"expected 0 <= initial_sparsity <= sparsity < 1, got {initial} and {sparsity}"
         )
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}")
-    if not 0.0 <= begin < end < 1.0:
+    if begin >= end:
         raise ValueError(f"expected 0 <= begin < end < 1 (of the steps), got {begin} and {end}")
-    if frequency < 1:
-        raise ValueError(f"frequency must be at least 1, got {frequency}")
     first = min(round(begin * steps), steps - 2)
     last = max(min(round(end * steps), steps - 1), first + 1)
     every = min(frequency, last - first)

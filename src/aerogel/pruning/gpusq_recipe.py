@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from aerogel.pruning.gpusq_student import block_stages, parse_nm
+from aerogel.sparsity.arguments import check_count, check_names, check_number
 from aerogel.sparsity.distillation import (
     DistillationObjective,
     Scores,
@@ -39,8 +40,9 @@ class Stage:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or not self.lr > 0 or not self.weight_decay >= 0:
-            raise ValueError(f"expected epochs >= 0, lr > 0 and weight_decay >= 0, got {self}")
+        check_count("epochs", self.epochs, 0)
+        check_number("lr", self.lr, "(0, inf)")
+        check_number("weight_decay", self.weight_decay, "[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,15 @@ class GPUSQConfig:
                 f"bits must be one of {allowed}, got {self.bits!r} "
                 "(experimental=True allows 3 and 2)"
             )
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be >= 1, got {self.calibration_batches}")
-        if isinstance(self.critical_layers, str) and self.critical_layers != LATE:
+        for name in ("alpha", "beta", "gamma"):
+            check_number(name, getattr(self, name), "[0, inf)")
+        check_number("tau", self.tau, "(0, inf)")
+        if self.percentile is not None:
+            check_number("percentile", self.percentile, "(0, 100]")
+        check_count("calibration_batches", self.calibration_batches)
+        if not isinstance(self.critical_layers, str):
+            check_names("critical_layers", self.critical_layers)
+        elif self.critical_layers != LATE:
             raise ValueError(
                 f"critical_layers must be 'late' or names, got {self.critical_layers!r}"
             )

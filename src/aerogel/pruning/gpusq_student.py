@@ -49,16 +49,14 @@ PAIR = "pair"
 
 
 def parse_nm(pattern: str | Pattern) -> NM | NMPairs:
-    """The n:m pattern along inputs that "2:4", "pair" or "2:4:pairs" names.
+    """The pattern along inputs that "2:4", "pair" or "2:4:pairs" names: what the hardware has.
 
     Raises:
         ValueError: another pattern.
     """
     parsed = NMPairs(2, 4) if pattern == PAIR else parse_pattern(pattern)
-    along_inputs = isinstance(parsed, NMPairs) or (isinstance(parsed, NM) and parsed.axis == 1)
-    if not along_inputs:
+    if not (isinstance(parsed, (NM, NMPairs)) and parsed in (NM(2, 4), NMPairs(2, 4))):
         raise ValueError(f"pattern={str(pattern)!r}: expected '2:4' along inputs, or 'pair'")
-    assert isinstance(parsed, (NM, NMPairs))
     return parsed
 
 

@@ -62,6 +62,7 @@ from aerogel.pruning.gpusq_student import (
     student_masks,
 )
 from aerogel.pruning.method import Goal, TrainingMethod
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import find_blocks
 from aerogel.sparsity.distillation import (
     DistillationObjective,
@@ -236,6 +237,8 @@ class GPUSQTrainer:
         *,
         quantise_from: float = QUANTISE_FROM,
     ) -> None:
+        check_count("total_steps", total_steps, 2)
+        check_number("quantise_from", quantise_from, "(0, 1)")
         self.first_quantised = round(quantise_from * total_steps)
         if not 0 < self.first_quantised < total_steps:
             raise ValueError(
@@ -364,9 +367,11 @@ def _train(
     """One stage; returns the mean errors of the layers over its last epoch."""
     if stage.epochs == 0:
         return {}
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be an iterable of batches, got {loader!r}")
     steps = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
     if steps == 0:
-        raise ValueError("the loader is empty: it gave no batch")
+        raise ValueError("loader is empty: expected at least one batch in every epoch")
     optimizer = _optimizer(student, stage)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * stage.epochs)
     sums: dict[str, float] = {}

@@ -35,6 +35,7 @@ from torch import nn
 from aerogel.pruning.callbacks import PrunerCallback, PrunerFactory, make_trainer_callback
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import ScheduledPruner
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen, make_coupling
 from aerogel.sparsity.masks import Scope
@@ -188,8 +189,7 @@ def _in_place_factory(config: Mapping[str, Any]) -> PrunerFactory:
 
 def _check_sparsities(initial: float, final: float, allow_decrease: bool) -> None:
     for argument, value in (("final_sparsity", final), ("initial_sparsity", initial)):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{argument} must be in [0, 1), got {value}")
+        check_number(argument, value, "[0, 1)")
     if initial > final and not allow_decrease:
         raise ValueError(
             f"initial_sparsity {initial} is above final_sparsity {final}; "
@@ -215,12 +215,11 @@ def _schedule(
     frequency: int,
     power: float,
 ) -> Cubic | OneShot:
-    if begin < 0:
-        raise ValueError(f"begin_step must be at least 0, got {begin}")
+    check_count("begin_step", begin, 0)
+    check_count("end_step", end, 0)
+    check_count("frequency", frequency)
     if end <= begin:
         raise ValueError(f"end_step must be after begin_step, got {end} <= {begin}")
-    if frequency < 1:
-        raise ValueError(f"frequency must be at least 1, got {frequency}")
     if pattern.fixed_density is not None:
         if abs(1.0 - pattern.fixed_density - final) > 1e-6:
             raise ValueError(

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from aerogel.kernels import kth_largest
 from aerogel.pruning.method import Goal, TrainingMethod
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Hard, Shrink
@@ -335,10 +336,10 @@ def _first_stage(variant: Variant, alpha: float, prune_steps: int) -> Coupling:
 
 
 def _check_steps(prune_steps: int, total_steps: int | None, sample: int) -> None:
-    if prune_steps < 1:
-        raise ValueError(f"prune_steps must be at least 1, got {prune_steps}")
-    if sample < 1:
-        raise ValueError(f"sample must be at least 1, got {sample}")
+    check_count("prune_steps", prune_steps)
+    check_count("sample", sample)
+    if total_steps is not None:
+        check_count("total_steps", total_steps)
     if total_steps is not None and prune_steps >= total_steps:
         warnings.warn(
             f"prune_steps = {prune_steps} leaves none of total_steps = {total_steps} to train with "
@@ -353,8 +354,7 @@ def _checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
         if fixed is None:
             raise ValueError(f"sparsity must be given: pattern {pattern} does not fix it")
         return fixed
-    if not 0.0 < sparsity < 1.0:
-        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
+    check_number("sparsity", sparsity, "(0, 1)")
     if fixed is not None and abs(sparsity - fixed) > 1e-6:
         raise ValueError(f"pattern {pattern} has sparsity {fixed:g}, got sparsity={sparsity}")
     return sparsity

@@ -36,11 +36,12 @@ from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, SearchMethod, Trainings
 from aerogel.pruning.rounds import RoundFiles, RoundResult, SavedRound, State, same_state
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.masks import MaskSet, build_masks
 from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.schedules import Geometric
 from aerogel.sparsity.scores import compute_scores
-from aerogel.sparsity.select import ParamSelection, select_parameters, unknown_name
+from aerogel.sparsity.select import ParamSelection, select_parameters
 from aerogel.sparsity.topk import pruned_count
 
 Reset = Literal["every_round", "at_end"]
@@ -354,20 +355,19 @@ def _check_plan(
     rate: float | Mapping[str, float],
     output_rate: float | None,
 ) -> None:
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if rewind_to < 0:
-        raise ValueError(f"rewind_to must be at least 0, got {rewind_to}")
-    if scope not in _SCOPES:
-        raise ValueError(unknown_name("scope", scope, _SCOPES))
-    if reset not in _RESETS:
-        raise ValueError(unknown_name("reset", reset, _RESETS))
-    named = dict(rate) if isinstance(rate, Mapping) else {"rate": rate}
+    check_count("rounds", rounds)
+    check_count("rewind_to", rewind_to, 0)
+    check_choice("scope", scope, _SCOPES)
+    check_choice("reset", reset, _RESETS)
+    named: dict[str, float]
+    if isinstance(rate, Mapping):
+        named = {f"rate[{glob!r}]": each for glob, each in rate.items()}
+    else:
+        named = {"rate": rate}
     if output_rate is not None:
         named["output_rate"] = output_rate
     for name, value in named.items():
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"{name} must be a rate in (0, 1), got {value}")
+        check_number(name, value, "(0, 1)")
     if scope == "global" and (isinstance(rate, Mapping) or output_rate is not None):
         raise ValueError(
             "scope='global' ranks all weights together, so it has one rate: no rates per layer, "

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import to_device
 from aerogel.sparsity.masks import MaskSet
 
@@ -51,6 +52,15 @@ class Goal:
     updates: int = 40
     power: float = 3.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("sparsity", self.sparsity, "[0, 1)")
+        check_number("initial_sparsity", self.initial_sparsity, "[0, 1)")
+        check_number("begin", self.begin, "[0, 1]")
+        check_number("end", self.end, "[0, 1]")
+        check_number("power", self.power, "(0, inf)")
+        check_count("steps", self.steps)
+        check_count("updates", self.updates)
 
     @property
     def generator(self) -> torch.Generator:

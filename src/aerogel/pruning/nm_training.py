@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, Coupling
@@ -193,8 +194,7 @@ class SRSTE(STE):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        if not lam >= 0.0:
-            raise ValueError(f"lam must be at least 0, got {lam}")
+        check_number("lam", lam, "[0, inf)")
         coupling = SRSTECoupling(lam, decoupled)
         self._start(model, optimizer, NM(n, m, axis), coupling, include, exclude)
 

@@ -41,6 +41,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.nm_training import NMTrainer
+from aerogel.sparsity.arguments import check_count, check_names, check_number
 from aerogel.sparsity.controller import GradScaler
 from aerogel.sparsity.cost import FlopReport
 from aerogel.sparsity.coupling import STE, Coupling, Soft
@@ -315,8 +316,7 @@ def track_gradient_noise(
     Raises:
         ValueError: a decay out of range.
     """
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    check_number("decay", decay, "[0, 1)")
     leaves = [ref.parameter for ref in _noisy(model)]
 
     @torch.no_grad()
@@ -374,11 +374,9 @@ class _Flow(Soft):
 
 def _phases(total_steps: int, dense: float, fine_tune: float) -> tuple[int, int]:
     """First step of the middle phase and of the fine-tuning phase."""
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    check_count("total_steps", total_steps)
     for argument, value in (("dense_fraction", dense), ("fine_tune_fraction", fine_tune)):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{argument} must be in [0, 1), got {value}")
+        check_number(argument, value, "[0, 1)")
     begin, end = round(dense * total_steps), total_steps - round(fine_tune * total_steps)
     if begin >= end:
         raise ValueError(
@@ -393,8 +391,7 @@ def _rate(k: float | None, decay: Decay, steps: int) -> float:
         raise ValueError(f"decay must be 'exponential' or 'linear', got {decay!r}")
     if k is None:
         return (EXPONENTIAL_DECAY if decay == "exponential" else LINEAR_DECAY) / steps
-    if not k > 0.0:
-        raise ValueError(f"k must be above 0, got {k}")
+    check_number("k", k, "(0, inf]")
     return k
 
 
@@ -406,6 +403,7 @@ def _selected(
     exclude: Sequence[str],
 ) -> tuple[ParamSelection, dict[str, str]]:
     """The weights, and the location whose pattern each takes."""
+    check_names("locations", locations)
     wanted = dict.fromkeys([*locations, *(["qkv"] if with_qkv else [])])
     unknown = [name for name in wanted if name not in LOCATIONS]
     if unknown:

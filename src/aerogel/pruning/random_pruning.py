@@ -197,7 +197,7 @@ def layerwise_report(
         ValueError: no masks, one of model and batch without the other, or masks that do not fit.
     """
     if not masks:
-        raise ValueError("masks is empty: there is nothing to report")
+        raise ValueError("masks is empty: expected one of a weight at least")
     if (model is None) != (batch is None):
         raise ValueError("model and batch belong together: give both or neither")
     costs: Mapping[str, tuple[int, int]] = {}
@@ -274,7 +274,7 @@ def _first_scores(
             ref.parameter.data.copy_(values)
         batch = next(iter(loader), None)
         if batch is None:
-            raise ValueError("loader is empty")
+            raise ValueError("loader is empty: allocation='snip' needs a batch")
         _check_labels(batch[1], _num_classes(drawn, batch[0]))
         return compute_scores(
             own, "snip", ScoreContext(gradients=loss_gradients(drawn, own, [batch], loss_fn))
@@ -297,7 +297,7 @@ def _grasp_batch(model: nn.Module, loader: Batches) -> list[tuple[Tensor, Tensor
         if int(counts.min()) >= GRASP_PER_CLASS:
             break
     if counts is None:
-        raise ValueError("loader is empty")
+        raise ValueError("loader is empty: allocation='grasp' needs samples of every class")
     per_class = min(GRASP_PER_CLASS, int(counts.min()))
     if per_class < _LEAST_PER_CLASS:
         short = (counts < _LEAST_PER_CLASS).nonzero().flatten().tolist()

@@ -27,6 +27,7 @@ from aerogel.pruning.method import (
 )
 from aerogel.pruning.selection import parameters_for
 from aerogel.sparsity import parse_pattern
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import run_batch, to_device
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.rewind import reinitialize
@@ -291,8 +292,7 @@ def _sparsity(pattern: str, sparsity: float | None) -> float:
         if fixed is None:
             raise ValueError(f"sparsity is missing: pattern = {pattern!r} takes any in [0, 1)")
         return 1.0 - fixed
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    check_number("sparsity", sparsity, "[0, 1)")
     if fixed is not None and abs(sparsity - (1.0 - fixed)) > 1e-9:
         raise ValueError(
             f"sparsity = {sparsity} contradicts pattern = {pattern!r}, which means {1 - fixed:g}"
@@ -302,6 +302,8 @@ def _sparsity(pattern: str, sparsity: float | None) -> float:
 
 def _counted(data: Iterable[Any]) -> _Batches:
     """`data` itself if its length is known, else its batches in a list."""
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {data!r}")
     if isinstance(data, Sized):
         try:
             len(data)
@@ -316,8 +318,8 @@ def _steps(method: Method, batches: _Batches, steps: int | None) -> int:
     if needs and len(batches) == 0:
         what = "batches of inputs" if method.one_shot else "(input, target) batches to train on"
         raise ValueError(f"method = {method.slug!r} needs data: {what}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps is not None:
+        check_count("steps", steps)
     return steps or max(1, len(batches))
 
 

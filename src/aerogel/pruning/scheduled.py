@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
+from aerogel.sparsity.arguments import check_count
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet
@@ -28,8 +29,7 @@ def fine_tuning_schedule(schedule: FineTuning, sparsity: float, steps: int) -> C
     Raises:
         ValueError: an unknown name, another sparsity at the end, or too few steps.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_count("steps", steps)
     if isinstance(schedule, (Cubic, OneShot)):
         end = schedule.s_f if isinstance(schedule, Cubic) else schedule.s
         if abs(end - sparsity) > 1e-9:

@@ -53,6 +53,7 @@ from aerogel.pruning.sparse_ift_layers import (
     skipped_layers,
 )
 from aerogel.sparsity.allocation import allocate
+from aerogel.sparsity.arguments import check_choice, check_number
 from aerogel.sparsity.cost import inference_flops
 from aerogel.sparsity.dynamic import RigL
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
@@ -394,8 +395,7 @@ def _check(kind: str, sparsity: float, allocation: str, init: str) -> None:
         ("allocation", allocation, get_args(Spread)),
         ("init", init, get_args(Init)),
     ):
-        if value not in known:
-            raise ValueError(f"{argument} must be one of {known}, got {value!r}")
+        check_choice(argument, value, known)
     check_sparsity(sparsity)
     if kind == "parallel":
         parallel_branches(sparsity)  # before anything is copied
@@ -415,8 +415,7 @@ def _check_factory(factory: Factory) -> None:
 
 
 def _check_decay(weight_decay: float) -> None:
-    if not weight_decay >= 0.0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    check_number("weight_decay", weight_decay, "[0, inf)")
 
 
 def _unskipped(model: nn.Module) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from aerogel.nested import load_state, save_state
 from aerogel.pruning.method import Goal, SearchMethod, Trainings, call_with_inputs
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.average import (
     average_models,
     greedy_soup,
@@ -45,9 +46,10 @@ from aerogel.sparsity.average import (
 )
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.masks import MaskSet, build_masks
+from aerogel.sparsity.retraining import RETRAINING_CURVES
 from aerogel.sparsity.schedules import Geometric
 from aerogel.sparsity.scores import compute_scores
-from aerogel.sparsity.select import ParamSelection, select_parameters, unknown_name
+from aerogel.sparsity.select import ParamSelection, select_parameters
 
 Vary = Literal["seed", "weight_decay", "lr", "length"]
 State = dict[str, Tensor]
@@ -124,13 +126,13 @@ class SparseModelSoups:
         cycles: prunings, each of the same share of the weights that are left.
         copies: retrained in every cycle, at least 2.
         vary: what differs between them: ``"seed"``, ``"weight_decay"``, ``"lr"`` or ``"length"``.
-        values: one for each copy, where it is not the seed.
+        values: one for each copy, >= 0; None where the seed differs.
         soup: ``"uniform"`` mean of all copies, or ``"greedy"``: the best, joined by others as long
             as the validation score does not fall.
         scope: who competes when pruning: ``"global"``, or each ``"layer"``.
         schedule: name of the retraining learning rate, handed to ``retrain_fn``.
         batches: of training inputs, to re-estimate batch norm; may be None without batch norm.
-        bn_fraction: share of ``batches`` to use.
+        bn_fraction: share of ``batches`` to use, in (0, 1]; 0.2 of the training data in the paper.
         score_fn: validation score of a model, higher is better; "greedy" needs it.
         include: globs of the weights; all linear and convolution weights by default, the first and
             last layers among them.
@@ -142,8 +144,10 @@ class SparseModelSoups:
         forward: how to run one of ``batches``.
 
     Raises:
-        ValueError: an argument out of range, too few ``values``, "greedy" without ``score_fn``,
-            batch norm without ``batches``, or a ``run_dir`` of another run.
+        TypeError: an argument that is no number, or ``values`` that are no sequence.
+        ValueError: an argument out of range, too few ``values`` or some for ``vary="seed"``,
+            "greedy" without ``score_fn``, batch norm without ``batches``, or a ``run_dir`` of
+            another run.
 
     Reference:
         arXiv 2306.16788, section 3.
@@ -173,8 +177,9 @@ class SparseModelSoups:
         forward: ForwardFn = run_batch,
     ) -> None:
         _check(sparsity, cycles, copies, vary, values, soup, scope, score_fn, workers)
-        if not 0.0 < bn_fraction <= 1.0:
-            raise ValueError(f"bn_fraction must be in (0, 1], got {bn_fraction}")
+        check_number("bn_fraction", bn_fraction, "(0, 1]")
+        check_choice("schedule", schedule, RETRAINING_CURVES)
+        check_count("seed", seed, 0)
         self._model = model if isinstance(model, nn.Module) else model()
         self._retrain_fn = retrain_fn
         self._ramp = Geometric(sparsity, cycles)
@@ -358,25 +363,34 @@ def _check(
     score_fn: object,
     workers: int,
 ) -> None:
-    if not 0.0 < sparsity < 1.0:
-        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
-    for argument, value, least in (("cycles", cycles, 1), ("copies", copies, 2),
-                                   ("workers", workers, 1)):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}, got {value}")
-    if vary not in _VARY:
-        raise ValueError(unknown_name("vary", vary, _VARY))
-    if vary != "seed" and (values is None or len(values) < copies):
-        given = 0 if values is None else len(values)
+    check_number("sparsity", sparsity, "(0, 1)")
+    check_count("cycles", cycles)
+    check_count("copies", copies, 2)
+    check_count("workers", workers)
+    check_choice("vary", vary, _VARY)
+    _check_values(values, vary, copies)
+    check_choice("soup", soup, ("uniform", "greedy"))
+    if soup == "greedy" and score_fn is None:
+        raise ValueError("soup='greedy' needs a validation score: give score_fn")
+    check_choice("scope", scope, ("global", "layer"))
+
+
+def _check_values(values: Sequence[float] | None, vary: str, copies: int) -> None:
+    if vary == "seed":
+        if values is not None:
+            raise ValueError(
+                f"values: vary='seed' takes none, its seeds count up from seed; got {values!r}"
+            )
+        return
+    if values is not None and not isinstance(values, Sequence):
+        raise TypeError(f"values must be a sequence of numbers, got {values!r}")
+    given = 0 if values is None else len(values)
+    if values is None or given < copies:
         raise ValueError(
             f"values: vary={vary!r} needs one for each of {copies} copies, got {given}"
         )
-    if soup not in ("uniform", "greedy"):
-        raise ValueError(f"soup must be 'uniform' or 'greedy', got {soup!r}")
-    if soup == "greedy" and score_fn is None:
-        raise ValueError("soup='greedy' needs a validation score: give score_fn")
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+    for each in values:
+        check_number("each of values", each, "[0, inf)")
 
 
 def _search(trainings: Trainings, goal: Goal) -> nn.Module:
@@ -390,7 +404,7 @@ def _search(trainings: Trainings, goal: Goal) -> nn.Module:
         retrain,
         sparsity=goal.sparsity,
         batches=trainings.inputs(),
-        bn_fraction=1.0,
+        bn_fraction=1.0,  # these batches are a share of the training data already
         include=goal.parameters,
         run_dir=trainings.folder / "soups",
         seed=goal.seed,

@@ -33,7 +33,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerogel.pruning.method import Goal, TrainingMethod
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import find_blocks
 from aerogel.sparsity.masks import MaskSet, build_masks
 from aerogel.sparsity.penalties import AttentionLogPenalty, WeightL1, WeightLogPenalty
@@ -141,23 +142,27 @@ def sparse_then_prune(
 
     Raises:
         ValueError: lam < 0, a ratio outside [0, 1), a block that does not exist, an unknown
-            penalty, no weight to prune, an empty loader, a loss that is not finite, attention that
-            holds NaN or is never shown (names the module).
+            penalty, no weight to prune, an empty loader; in training, when the model gets back its
+            weights, a loss that is not finite, attention that holds NaN or is never shown (names
+            the module).
 
     Reference:
         Prasetyo, Yudistira, Widodo, arXiv 2307.11988.
     """
-    wanted = [*dict.fromkeys([*ratios, ratio])]
-    for each in wanted:
+    for each in (ratio, *ratios):
         _check_ratio(each)
-    if epochs < 0:
-        raise ValueError(f"epochs must not be negative, got {epochs}")
+    wanted = [*dict.fromkeys([*ratios, ratio])]
+    check_number("lam", lam, "[0, inf)")
+    check_count("epochs", epochs, 0)
+    check_number("max_lr", max_lr, "(0, inf)")
+    check_count("warmup_steps", warmup_steps, 0)
+    _check_loaders(loaders, epochs)
     selection = prunable_weights(model, include_norm=include_norm)
     losses: tuple[float, ...] = ()
     best = 0
     if epochs:
         make = optimizer or _published_optimizer
-        with _penalised(model, penalty, lam, blocks, selection) as term:
+        with _kept_on_error(model), _penalised(model, penalty, lam, blocks, selection) as term:
             losses, best = _fine_tune(
                 model, loaders, term, make(model), epochs, max_lr, warmup_steps
             )
@@ -221,7 +226,7 @@ def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         count += len(labels)
     if count == 0:
-        raise ValueError("the loader to evaluate on is empty: it gave no batch")
+        raise ValueError("batches is empty: expected at least one batch to evaluate on")
     return {"accuracy": 100.0 * right / count, "loss": loss / count}
 
 
@@ -255,7 +260,8 @@ class PenalisedPruner:
         blocks: Blocks = "last",
         include: Sequence[str] = (),
     ) -> None:
-        _check_ratio(sparsity)
+        check_number("sparsity", sparsity, "[0, 1)")
+        check_number("lam", lam, "[0, inf)")
         self.optimizer, self.sparsity = optimizer, sparsity
         self._model = model
         self._selection = (
@@ -290,8 +296,28 @@ class PenalisedPruner:
 
 
 def _check_ratio(ratio: float) -> None:
-    if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    check_number("ratio", ratio, "[0, 1)")
+
+
+def _check_loaders(loaders: Loaders, epochs: int) -> None:
+    used = {"train": loaders.train if epochs else None, "test": loaders.test}
+    for name, batches in (used | {"validation": loaders.validation}).items():
+        if isinstance(batches, Sized) and len(batches) == 0:
+            raise ValueError(f"loaders.{name} is empty: expected at least one batch")
+
+
+@contextlib.contextmanager
+def _kept_on_error(model: nn.Module) -> Iterator[None]:
+    """The weights and modes from before, should training fail half way."""
+    modes = [(module, module.training) for module in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(before)
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
 def _block_norms(model: nn.Module) -> list[ParamRef]:
@@ -337,10 +363,9 @@ def _fine_tune(
     warmup_steps: int,
 ) -> tuple[tuple[float, ...], int]:
     """Train; the model ends with the weights of its best epoch. Returns losses and that epoch."""
-    steps = sum(1 for _ in loaders.train)
-    if steps == 0:
-        raise ValueError("loaders.train is empty: it gave no batch")
-    total = steps * epochs
+    total = sum(1 for _ in loaders.train) * epochs
+    if total == 0:
+        raise ValueError("loaders.train is empty: expected at least one batch")
     rise = min(warmup_steps / total, 0.5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=total, pct_start=rise

@@ -40,6 +40,7 @@ from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import FineTuning, ScheduledPruner, fine_tuning_schedule
 from aerogel.runtime import CompiledModule
 from aerogel.sparsity.allocation import densities_by_cost
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling
 from aerogel.sparsity.masks import MaskSet, build_masks, find_parameter
@@ -122,11 +123,13 @@ class GroupKernelConfig:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise ValueError(f"group must be at least 1, got {self.group}")
-        for name, sparsity in (("sparsity", self.sparsity), *self.rates.items()):
-            if not 0.0 <= sparsity < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {sparsity}")
+        check_count("group", self.group)
+        for argument, value in (("rates", self.rates), ("patterns", self.patterns)):
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{argument} must be a mapping, got {value!r}")
+        check_number("sparsity", self.sparsity, "[0, 1)")
+        for name, sparsity in self.rates.items():
+            check_number(f"rates[{name!r}]", sparsity, "[0, 1)")
         if self.rates and not self.sparsity:
             raise ValueError("rates need a sparsity above 0: the ramp is in proportion to it")
         for kind, choice in self.patterns.items():

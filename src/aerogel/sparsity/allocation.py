@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.masks import build_masks
 from aerogel.sparsity.patterns import Pattern
 from aerogel.sparsity.select import ParamSelection, unknown_name
@@ -66,8 +67,9 @@ def allocate(
     Reference:
         Mocanu et al. 2018 (ER); Evci et al., RigL, arXiv 1911.11134 (ERK).
     """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must be in (0, 1], got {density}")
+    check_number("density", density, "(0, 1]")
+    check_number("power", power)
+    check_number("last_density", last_density, "(0, 1]")
     if kind not in get_args(AllocationKind):
         raise ValueError(unknown_name("allocation", kind, get_args(AllocationKind)))
     if kind == "uniform":
@@ -163,8 +165,6 @@ def _erdos_renyi(
 def _with_fixed_last(
     selection: ParamSelection, density: float, raw: dict[str, float], last_density: float
 ) -> dict[str, float]:
-    if not 0.0 < last_density <= 1.0:
-        raise ValueError(f"last_density must be in (0, 1], got {last_density}")
     *others, last = selection
     rest = _remaining(selection, density, {last: last_density}, "the last layer")
     shared = _erdos_renyi(selection, rest, {name: raw[name] for name in others})
@@ -204,8 +204,7 @@ def _fixed(selection: ParamSelection, densities: Mapping[str, float] | None) -> 
     for name, value in densities.items():
         if name not in selection:
             raise ValueError(f"densities: {unknown_name('parameter', name, selection)}")
-        if not 0.0 < value <= 1.0:
-            raise ValueError(f"density of {name!r} must be in (0, 1], got {value}")
+        check_number(f"density of {name!r}", value, "(0, 1]")
     missing = [name for name in selection if name not in densities]
     if missing:
         raise ValueError(f"densities has nothing for {missing}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 
 StateDict = Mapping[str, Tensor]
@@ -209,8 +210,7 @@ def recalibrate_batchnorm(
 
     Reference: arXiv 2306.16788, section 2 (fraction 0.2).
     """
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction={fraction!r} must lie in (0, 1]")
+    check_number("fraction", fraction, "(0, 1]")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
@@ -223,7 +223,7 @@ def recalibrate_batchnorm(
             forward(model, batch)
             used += 1
     if used == 0:
-        raise ValueError("batches is empty; batch-norm statistics cannot be re-estimated")
+        raise ValueError("batches is empty: batch norm is re-estimated from at least one batch")
     return used
 
 

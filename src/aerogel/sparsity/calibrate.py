@@ -333,6 +333,8 @@ def _listening(
 def _mask_of(batch: Any, token_mask: TokenMask) -> Tensor | None:
     if token_mask is None:
         return None
+    if not isinstance(token_mask, str) and not callable(token_mask):
+        raise TypeError(f"token_mask must be a key, a function or None, got {token_mask!r}")
     if callable(token_mask):
         mask = token_mask(batch)
     else:

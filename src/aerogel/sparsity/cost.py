@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.mask_set import find_parameter
 from aerogel.sparsity.patterns import NM
@@ -202,8 +203,9 @@ def training_flops(
         return 3.0 * sparse
     if method not in TRAINING_METHODS:
         raise ValueError(unknown_name("method", method, TRAINING_METHODS))
-    if update_every is None or update_every < 1:
-        raise ValueError(f"update_every={update_every!r} must be >= 1 for method {method!r}")
+    if update_every is None:
+        raise ValueError(f"update_every=None: method {method!r} needs a number of steps")
+    check_count("update_every", update_every)
     return (3.0 * sparse * update_every + 2.0 * sparse + dense) / (update_every + 1)
 
 
@@ -226,8 +228,7 @@ def gradual_training_flops(
     """
     total, steps = 0.0, 0
     for s in sparsities:
-        if not 0.0 <= s <= 1.0:
-            raise ValueError(f"sparsities holds {s!r}, which is outside [0, 1]")
+        check_number("each of sparsities", s, "[0, 1]")
         total += 2.0 * flops_at(s) + flops_at(0.0 if dense_gradients else s)
         steps += 1
     if steps == 0:
@@ -265,8 +266,11 @@ def nm_training_flops(
     """
     if mode not in NM_TRAINING_MODES:
         raise ValueError(unknown_name("mode", mode, NM_TRAINING_MODES))
-    if not 1 <= n <= m:
-        raise ValueError(f"n={n}, m={m}: expected 1 <= n <= m")
+    check_count("m", m)
+    check_count("n", n, 1, m)
+    for name, flops in (("forward", forward), ("backward", backward), ("update", update)):
+        if flops is not None:
+            check_number(name, flops, "[0, inf)")
     f_b = forward if backward is None else backward
     f_w = forward if update is None else update
     share = n / m
@@ -276,10 +280,10 @@ def nm_training_flops(
 
 
 def _check_flops(dense: float, sparse: float) -> None:
-    if not (math.isfinite(dense) and dense > 0):
-        raise ValueError(f"dense={dense!r} must be a positive number of FLOPs")
-    if not 0 <= sparse <= dense:
-        raise ValueError(f"sparse={sparse!r} must lie in [0, dense={dense!r}]")
+    check_number("dense", dense, "(0, inf)")
+    check_number("sparse", sparse, "[0, inf)")
+    if sparse > dense:
+        raise ValueError(f"sparse must be at most dense={dense}, got {sparse}")
 
 
 # --- storage -----------------------------------------------------------------------------------
@@ -309,8 +313,7 @@ def storage_bytes(
             follow the N:M pattern along its inputs (names the tensor).
     """
     named = {"mask": masks} if isinstance(masks, Tensor) else masks
-    if value_bytes <= 0:
-        raise ValueError(f"value_bytes={value_bytes!r} must be > 0")
+    check_number("value_bytes", value_bytes, "(0, inf)")
     return sum(_stored_bytes(name, mask, format, value_bytes) for name, mask in named.items())
 
 

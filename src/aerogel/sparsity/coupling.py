@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.bidirectional import attach_bidirectional, detach_bidirectional
 from aerogel.sparsity.keep import Keep, StateMask
 from aerogel.sparsity.parametrizations import (
@@ -205,6 +206,9 @@ class SRSTE(Coupling):
     decoupled: bool = False
     name: ClassVar[str] = "sr_ste"
 
+    def __post_init__(self) -> None:
+        check_number("lam", self.lam, "[0, inf)")
+
     def parametrization(self, mask: Tensor) -> nn.Module:
         return MaskedWeight(mask, straight=True)
 
@@ -237,6 +241,8 @@ class Soft(Coupling):
     def __post_init__(self) -> None:
         if self.grad not in ("ste", "chain"):
             raise ValueError(f"grad must be 'ste' or 'chain', got {self.grad!r}")
+        if not isinstance(self.beta, Schedule):
+            check_number("beta", self.beta, "[0, 1]")
 
     def parametrization(self, mask: Tensor) -> nn.Module:
         return SoftMaskedWeight(mask, self._value(0), self.grad)
@@ -263,8 +269,7 @@ class Shrink(Coupling):
     reads_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        check_number("alpha", self.alpha, "[0, 1]")
 
     def after_step(self, leaf: nn.Parameter, keep: Keep, lr: float) -> None:
         shrunk = keep.pruned_part(leaf).mul_(self.alpha)

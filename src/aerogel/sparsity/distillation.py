@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aerogel.sparsity.arguments import check_names, check_number
 from aerogel.sparsity.blocks import first_tensor
 from aerogel.sparsity.penalties import add_gradient
 
@@ -160,6 +161,7 @@ def matching_modules(model: nn.Module, globs: Sequence[str], argument: str) -> l
     Raises:
         ValueError: a glob that matches none; the nearest names are listed.
     """
+    check_names(argument, globs)
     names = [name for name, _ in model.named_modules() if name]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
@@ -214,10 +216,8 @@ class DistillationObjective:
         attach: bool = False,
     ) -> None:
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+            check_number(name, value, "[0, inf)")
+        check_number("temperature", temperature, "(0, inf)")
         check_teacher(teacher, student)
         self.student, self.teacher = student, teacher
         self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
@@ -347,8 +347,7 @@ def layer_factors(errors: Mapping[str, float]) -> dict[str, float] | None:
     if not errors:
         raise ValueError("layer_errors is empty: there is nothing to weigh layers by")
     for name, error in errors.items():
-        if not (math.isfinite(error) and error >= 0):
-            raise ValueError(f"layer_errors[{name!r}] must be finite and >= 0, got {error}")
+        check_number(f"layer_errors[{name!r}]", error, "[0, inf)")
     total = math.fsum(errors.values())
     if total == 0:
         return None

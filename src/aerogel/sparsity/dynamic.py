@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from aerogel.sparsity.allocation import allocate
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks
@@ -117,8 +118,7 @@ class DynamicSparseTrainer(ControlledTrainer):
         update_replaces_step: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not 0.0 < sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity!r} must lie in (0, 1)")
+        check_number("sparsity", sparsity, "(0, 1)")
         if selection is not None and (include or exclude):
             raise ValueError("give selection or include/exclude, not both")
         chosen = selection or select_parameters(model, include=include, exclude=exclude)
@@ -190,8 +190,8 @@ class RigL(DynamicSparseTrainer):
         drop_noise: float = 0.0,
         **options: Any,
     ) -> None:
-        if not 0.0 < end <= 1.0:
-            raise ValueError(f"end={end!r} must lie in (0, 1]")
+        check_number("end", end, "(0, 1]")
+        check_count("total_steps", total_steps)
         last = round(end * total_steps)
         _check_updates(update_every, last, drop_fraction, grad_accum)
         rule = TrackedDropGrow(
@@ -258,6 +258,7 @@ class ITOP(DynamicSparseTrainer):
         drop_fraction: float = ITOP_DROP_FRACTION,
         **options: Any,
     ) -> None:
+        check_count("total_steps", total_steps)
         _check_updates(update_every, total_steps, drop_fraction, 1)
         rule = TrackedDropGrow(growth=growth, death=death)
         schedule = CosineFloor(
@@ -276,17 +277,16 @@ class ITOP(DynamicSparseTrainer):
 
 
 def _check_updates(update_every: int, last: int, drop_fraction: float, grad_accum: int) -> None:
-    if update_every < 1:
-        raise ValueError(f"update_every={update_every!r} must be >= 1")
-    if not 0.0 < drop_fraction < 1.0:
-        raise ValueError(f"drop_fraction={drop_fraction!r} must lie in (0, 1)")
+    check_count("update_every", update_every)
+    check_count("grad_accum", grad_accum)
+    check_number("drop_fraction", drop_fraction, "(0, 1)")
     if update_every >= last:
         raise ValueError(
             f"update_every={update_every} leaves no mask update before step {last}; "
             "make it smaller, or train with a fixed mask"
         )
-    if grad_accum < 1 or (grad_accum > 1 and grad_accum >= update_every):
-        raise ValueError(f"grad_accum={grad_accum!r} must be >= 1 and below {update_every=}")
+    if grad_accum > 1 and grad_accum >= update_every:
+        raise ValueError(f"grad_accum must be below {update_every=}, got {grad_accum}")
 
 
 def _densities(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from aerogel.kernels import largest_level, quantize_rows
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.select import ParamRef
 
@@ -109,10 +110,9 @@ class ActivationQuantiser(nn.Module):
         self, bits: int, percentile: float | None = None, momentum: float = RANGE_MOMENTUM
     ) -> None:
         super().__init__()
-        if percentile is not None and not 0.0 < percentile <= 100.0:
-            raise ValueError(f"percentile must be in (0, 100], got {percentile}")
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if percentile is not None:
+            check_number("percentile", percentile, "(0, 100]")
+        check_number("momentum", momentum, "[0, 1)")
         self.bits, self.percentile, self.momentum = bits, percentile, momentum
         self.top = largest_level(bits)
         self.enabled, self.observes = True, False

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aerogel.kernels import nm_mask
+from aerogel.sparsity.arguments import check_count
 from aerogel.sparsity.pattern import Pattern, need_dims
 from aerogel.sparsity.topk import topk_rows
 from aerogel.sparsity.transposable import transposable_mask
@@ -245,8 +246,7 @@ class KernelPattern(GroupPattern):
                 f"patterns must be positions of a {self.kernel[0]}x{self.kernel[1]} kernel, "
                 f"all of one length, got {self.patterns}"
             )
-        if self.group < 1:
-            raise ValueError(f"group must be at least 1, got {self.group}")
+        check_count("group", self.group)
 
     @property
     def spec(self) -> str:
@@ -304,7 +304,9 @@ class KernelPattern(GroupPattern):
 
 
 def _check_nm(n: int, m: int) -> None:
-    if not 1 <= n <= m:
+    check_count("n", n)
+    check_count("m", m)
+    if n > m:
         raise ValueError(f"an N:M pattern needs 1 <= n <= m, got {n}:{m}")
 
 

@@ -70,6 +70,8 @@ class LayerWalk:
     ) -> None:
         self.model, self.blocks = model, blocks
         self.token_mask, self.forward, self.on_progress = token_mask, forward, on_progress
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of batches, got {batches!r}")
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty; calibration needs at least one batch")

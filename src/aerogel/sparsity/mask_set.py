@@ -27,6 +27,8 @@ class MaskSet(MutableMapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"masks must map names to bool tensors, got {type(masks).__name__}")
         self._masks: dict[str, Tensor] = {}
         for name, mask in (masks or {}).items():
             self[name] = mask
@@ -38,6 +40,8 @@ class MaskSet(MutableMapping[str, Tensor]):
             raise KeyError(unknown_name("mask", name, self._masks)) from None
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"masks: {name!r} must be a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise ValueError(f"mask of {name!r} must be bool, got {mask.dtype}")
         old = self._masks.get(name)
@@ -157,9 +161,15 @@ class MaskSet(MutableMapping[str, Tensor]):
         Raises:
             ValueError: a name the model does not have, or a mask of another shape.
         """
-        targets = {name: self._target(model, name) for name in self._masks}
-        for name, weight in targets.items():
+        for name, weight in self._targets(model).items():
             weight.masked_fill_(~self._masks[name].to(weight.device), 0.0)
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise what `apply_` would, and change nothing."""
+        self._targets(model)
+
+    def _targets(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: self._target(model, name) for name in self._masks}
 
     def hamming(self, other: MaskSet) -> int:
         """Number of weights on which two mask sets differ."""

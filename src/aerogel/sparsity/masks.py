@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.mask_set import MaskSet, find_parameter
 from aerogel.sparsity.patterns import GroupPattern, Pattern, Pool, UnitPattern, Unstructured
 from aerogel.sparsity.select import ParamSelection, unknown_name
@@ -58,8 +59,8 @@ def build_masks(
         ValueError: nan or inf in a score, density outside (0, 1], a pattern that does not fit,
             names or shapes that do not match.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope must be one of {get_args(Scope)}, got {scope!r}")
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("pool", pool, get_args(Pool))
     patterns = _per_name("pattern", pattern, scores)
     for name, score in scores.items():
         require_finite(score, name)
@@ -150,8 +151,7 @@ class _Counts:
     def of(self, name: str, units: int) -> int:
         """Units of ``name`` to keep out of ``units``."""
         if self.keep is not None:
-            if not 0 <= self.keep[name] <= units:
-                raise ValueError(f"keep of {name!r} must be in [0, {units}], got {self.keep[name]}")
+            check_count(f"keep of {name!r}", self.keep[name], 0, units)
             return self.keep[name]
         if self.densities is None:
             raise ValueError(f"densities is needed: the pattern of {name!r} does not fix one")
@@ -287,5 +287,4 @@ def _per_name(argument: str, value: T | Mapping[str, T], names: Collection[str])
 
 
 def _check_density(name: str, density: float) -> None:
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density of {name!r} must be in (0, 1], got {density}")
+    check_number(f"density of {name!r}", density, "(0, 1]")

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.calibrate import TokenMask
 from aerogel.sparsity.input_stats import InputStats
@@ -232,6 +233,7 @@ def wanda_mask(
 
     Reference: arXiv 2306.11695, equation 2.
     """
+    check_number("sparsity", sparsity, "[0, 1)")
     score = weight.abs().float() * stats.per_weight(stats.norm, weight.shape).to(weight.device)
     return row_mask(score, sparsity, pattern, name=name)
 
@@ -265,8 +267,7 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     fixed = pattern.fixed_density
     if sparsity is None:
         return DEFAULT_SPARSITY if fixed is None else 1.0 - fixed
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1)")
+    check_number("sparsity", sparsity, "[0, 1)")
     if fixed is not None and abs(sparsity - (1.0 - fixed)) > 1e-6:
         raise ValueError(
             f"sparsity={sparsity} contradicts pattern {pattern}: it has {1.0 - fixed:g}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from aerogel.sparsity.arguments import check_count
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.patterns import GroupPattern
 from aerogel.sparsity.select import ParamRef
@@ -129,6 +130,7 @@ class LearnedMask(nn.Module):
 
     def __init__(self, scores: Tensor, keep: int, pattern: GroupPattern | None = None) -> None:
         super().__init__()
+        check_count("keep", keep, 0, scores.numel())
         self.scores = nn.Parameter(scores.detach().clone())
         self.keep = keep
         self.pattern = pattern

@@ -50,10 +50,13 @@ def parse_pattern(spec: str | Pattern) -> Pattern:
             ``"kernel-group:4"``, ``"kernel-pattern"``; a `Pattern` is returned as it is.
 
     Raises:
+        TypeError: neither a string nor a `Pattern`.
         ValueError: not a pattern; the message lists the nearest ones.
     """
     if isinstance(spec, Pattern):
         return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"pattern must be a string or a Pattern, got {spec!r}")
     text = spec.strip().lower()
     if text in _NAMED:
         return _NAMED[text]

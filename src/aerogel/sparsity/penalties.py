@@ -11,7 +11,6 @@ Wen et al., "Learning Structured Sparsity", arXiv 1608.03665 (group lasso).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.sparsity.arguments import check_names, check_number
 from aerogel.sparsity.attention_implementation import switch_attention
 from aerogel.sparsity.fused_penalty import attention_log_penalty
 from aerogel.sparsity.patterns import Filter, Pattern
@@ -270,8 +270,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _checked_weight(weight: float) -> float:
-    if not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"weight={weight!r} must be finite and >= 0")
+    check_number("weight", weight, "[0, inf)")
     return float(weight)
 
 
@@ -292,8 +291,9 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     every = dict(model.named_modules())
+    check_names("modules", names)
     if not names:
-        raise ValueError("modules is empty")
+        raise ValueError("modules is empty: expected the name of an attention module, or None")
     for name in names:
         if name not in every:
             raise ValueError(unknown_name("module", name, every))
@@ -305,11 +305,11 @@ def _chosen(blocks: Literal["last", "all"] | Sequence[int], count: int) -> list[
         return [count - 1]
     if blocks == "all":
         return list(range(count))
-    if isinstance(blocks, str) or not blocks:
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not blocks:
         raise ValueError(f"blocks={blocks!r}: expected 'last', 'all' or indices")
     for index in blocks:
-        if not -count <= index < count:
-            raise ValueError(f"blocks holds {index}, but there are {count} attention modules")
+        if not isinstance(index, int) or not -count <= index < count:
+            raise ValueError(f"blocks holds {index!r}, but there are {count} attention modules")
     return [index % count for index in blocks]
 
 

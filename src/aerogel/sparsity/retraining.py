@@ -22,7 +22,7 @@ Le & Hua, arXiv 2105.03193 (SLR, CLR).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from aerogel.sparsity.arguments import check_count, check_number
 
 WARMUP_SHARE = 0.1  # arXiv 2111.00843: "10% of the retraining budget"
 
@@ -49,13 +51,14 @@ class RetrainingCurve:
     name = ""
 
     def __init__(self, original: Sequence[float], steps: int) -> None:
+        if isinstance(original, (str, Mapping)) or not isinstance(original, Iterable):
+            raise TypeError(f"original must be a sequence of learning rates, got {original!r}")
         values = tuple(float(v) for v in original)
         if not values:
             raise ValueError("original is empty; it must hold one learning rate per training step")
         if any(not math.isfinite(v) or v < 0 for v in values) or max(values) == 0:
             raise ValueError("original must hold finite learning rates >= 0, not all zero")
-        if int(steps) != steps or steps < 1:
-            raise ValueError(f"steps={steps!r} must be an integer >= 1")
+        check_count("steps", steps)
         self.original = values
         self.steps = int(steps)
 
@@ -66,8 +69,7 @@ class RetrainingCurve:
 
     def value(self, t: float) -> float:
         """Learning rate of retraining step t; steps past the end keep the last value."""
-        if t < 0:
-            raise ValueError(f"t={t!r} must be >= 0")
+        check_number("t", t, "[0, inf)")
         return self._value(min(t, self.steps))
 
     def _value(self, t: float) -> float:
@@ -160,10 +162,8 @@ class ALLR(LLR):
         self, original: Sequence[float], steps: int, *, norm_drop: float, pruned_fraction: float
     ) -> None:
         super().__init__(original, steps)
-        if not math.isfinite(norm_drop) or norm_drop < 0:
-            raise ValueError(f"norm_drop={norm_drop!r} must be finite and >= 0")
-        if not 0 < pruned_fraction <= 1:
-            raise ValueError(f"pruned_fraction={pruned_fraction!r} must lie in (0, 1]")
+        check_number("norm_drop", norm_drop, "[0, inf)")
+        check_number("pruned_fraction", pruned_fraction, "(0, 1]")
         self.norm_drop = float(norm_drop)
         self.pruned_fraction = float(pruned_fraction)
 
@@ -189,9 +189,9 @@ def retraining_curve(
     Raises:
         ValueError: unknown name (lists the nearest).
     """
-    kind = RETRAINING_CURVES.get(name.upper())
+    kind = RETRAINING_CURVES.get(str(name).upper())
     if kind is None:
-        near = get_close_matches(name.upper(), RETRAINING_CURVES, n=3, cutoff=0.1)
+        near = get_close_matches(str(name).upper(), RETRAINING_CURVES, n=3, cutoff=0.1)
         raise ValueError(
             f"unknown retraining schedule {name!r}; expected one of {', '.join(RETRAINING_CURVES)}"
             + (f" (nearest: {', '.join(near)})" if near else "")
@@ -242,6 +242,8 @@ def learning_rate_curve(
         lr: initial learning rate.
         steps: number of steps T of the original training.
     """
+    check_number("lr", lr, "[0, inf)")
+    check_count("steps", steps)
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=lr)
     scheduler = make_scheduler(optimizer)
     values = []

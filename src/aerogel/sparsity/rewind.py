@@ -67,13 +67,14 @@ def rewind(
     if "optimizer" in what and (optimizer is None or snapshot.optimizer is None):
         lacking = "the optimizer argument" if optimizer is None else "optimizer state captured"
         raise ValueError(f"what includes 'optimizer', but there is no {lacking}")
+    zeros = MaskSet(masks)
+    zeros.check_fits(model)
     for current, saved, _ in wanted:
         for name, tensor in current.items():
             tensor.copy_(saved[name])
     if "optimizer" in what and optimizer is not None and snapshot.optimizer is not None:
         optimizer.load_state_dict(copied(snapshot.optimizer))
-    if masks is not None:
-        MaskSet(masks).apply_(model)
+    zeros.apply_(model)
 
 
 @torch.no_grad()
@@ -118,19 +119,20 @@ def reinitialize(
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise ValueError(f"{name or 'model'} is parametrized; finalize it before")
+    zeros = MaskSet(masks)
+    zeros.check_fits(model)
     if mode == "fresh":
         if snapshot is not None:
             raise ValueError("snapshot only applies to 'shuffle' and 'constant_sign'")
         _draw_anew(model, initializer, generator)
     else:
+        kept = _kept(model, masks)
         if snapshot is not None:
             rewind(model, snapshot)
-        kept = _kept(model, masks)
         weights = dict(model.named_parameters())
         for name, mask in kept.items():
             _resample_(weights[name], mask, mode, replace, generator)
-    if masks is not None:
-        MaskSet(masks).apply_(model)
+    zeros.apply_(model)
 
 
 def shuffle_masks(

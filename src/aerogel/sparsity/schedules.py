@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.group_patterns import NM
 
 
@@ -39,8 +40,8 @@ class OneShot:
     s: float
 
     def __post_init__(self) -> None:
-        _check_sparsity("s", self.s)
-        _check_at_least("at", self.at, 0)
+        check_number("s", self.s, "[0, 1]")
+        check_count("at", self.at, 0)
 
     def value(self, t: int) -> float:
         return self.s if t >= self.at else 0.0
@@ -59,7 +60,7 @@ class Constant:
     end: float = math.inf
 
     def __post_init__(self) -> None:
-        _check_sparsity("s", self.s)
+        check_number("s", self.s, "[0, 1]")
         _check_window(self.begin, self.end, self.every)
 
     def value(self, t: int) -> float:
@@ -87,13 +88,12 @@ class Cubic:
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_sparsity("s_i", self.s_i)
-        _check_sparsity("s_f", self.s_f)
-        _check_at_least("begin", self.begin, 0)
-        _check_at_least("n", self.n, 1)
-        _check_at_least("every", self.every, 1)
-        if not self.power > 0:
-            raise ValueError(f"power must be positive, got {self.power}")
+        check_number("s_i", self.s_i, "[0, 1]")
+        check_number("s_f", self.s_f, "[0, 1]")
+        check_count("begin", self.begin, 0)
+        check_count("n", self.n, 1)
+        check_count("every", self.every, 1)
+        check_number("power", self.power, "(0, inf)")
 
     @property
     def end(self) -> int:
@@ -120,8 +120,8 @@ class Geometric:
     rounds: int
 
     def __post_init__(self) -> None:
-        _check_sparsity("s_f", self.s_f, below_one=True)
-        _check_at_least("rounds", self.rounds, 1)
+        check_number("s_f", self.s_f, "[0, 1)")
+        check_count("rounds", self.rounds, 1)
 
     @property
     def fraction(self) -> float:
@@ -143,8 +143,7 @@ class FixedFraction:
     p: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.p < 1.0:
-            raise ValueError(f"p must be in (0, 1), got {self.p}")
+        check_number("p", self.p, "(0, 1)")
 
     @property
     def fraction(self) -> float:
@@ -191,8 +190,12 @@ class NMLadder:
     axis_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.begin > self.end:
-            raise ValueError(f"begin must not be after end, got {self.begin} > {self.end}")
+        check_count("m", self.m)
+        check_count("n", self.n, 1, self.m)
+        check_count("end", self.end, 0)
+        if self.axis_length is not None:
+            check_count("axis_length", self.axis_length)
+        _check_window(self.begin, self.end, 1)
         if not self.rungs:
             raise ValueError("an N:M ladder needs at least one rung")
 
@@ -267,6 +270,7 @@ class Cosine:
     every: int = 1
 
     def __post_init__(self) -> None:
+        check_number("z0", self.z0, "[0, inf)")
         _check_window(self.begin, self.end, self.every)
 
     def value(self, t: int) -> float:
@@ -289,8 +293,10 @@ class CosineFloor:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_at_least("T", self.T, 1)
-        _check_at_least("every", self.every, 1)
+        check_number("z0", self.z0, "[0, inf)")
+        check_number("z_min", self.z_min, "[0, inf)")
+        check_count("T", self.T, 1)
+        check_count("every", self.every, 1)
 
     def value(self, t: int) -> float:
         done = min(max(t / self.T, 0.0), 1.0)
@@ -308,7 +314,8 @@ class Linear:
     begin: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive("k", self.k)
+        check_count("begin", self.begin, 0)
+        check_number("k", self.k, "(0, inf)")
 
     def value(self, t: int) -> float:
         return max(0.0, 1.0 - self.k * max(0, t - self.begin))
@@ -325,7 +332,8 @@ class Exponential:
     begin: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive("k", self.k)
+        check_count("begin", self.begin, 0)
+        check_number("k", self.k, "(0, inf)")
 
     def value(self, t: int) -> float:
         elapsed = max(0, t - self.begin)
@@ -345,9 +353,10 @@ class InversePower:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive("k", self.k)
-        _check_at_least("T", self.T, 1)
-        _check_at_least("every", self.every, 1)
+        check_number("z0", self.z0, "[0, inf)")
+        check_number("k", self.k, "(0, inf)")
+        check_count("T", self.T, 1)
+        check_count("every", self.every, 1)
 
     def value(self, t: int) -> float:
         return self.z0 * (1.0 - min(max(t / self.T, 0.0), 1.0)) ** self.k
@@ -356,23 +365,9 @@ class InversePower:
         return 0 < t < self.T and t % self.every == 0
 
 
-def _check_sparsity(argument: str, value: float, below_one: bool = False) -> None:
-    if not (0.0 <= value < 1.0 if below_one else 0.0 <= value <= 1.0):
-        raise ValueError(f"{argument} must be a sparsity in [0, 1], got {value}")
-
-
-def _check_at_least(argument: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{argument} must be at least {least}, got {value}")
-
-
-def _check_positive(argument: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{argument} must be positive, got {value}")
-
-
 def _check_window(begin: int, end: float, every: int) -> None:
-    _check_at_least("begin", begin, 0)
-    _check_at_least("every", every, 1)
+    check_count("begin", begin, 0)
+    check_count("every", every, 1)
+    check_number("end", end, "[0, inf]")
     if begin > end:
         raise ValueError(f"begin must not be after end, got {begin} > {end}")

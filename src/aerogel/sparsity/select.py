@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from aerogel.sparsity.arguments import check_names
+
 WEIGHT_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _NORMALISATION: tuple[type[nn.Module], ...] = (
@@ -192,7 +194,7 @@ def end_weights(model: nn.Module) -> set[str]:
 
 def unknown_name(kind: str, name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     """Message for a name that is not known, with the nearest names that are."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.4)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     return f"unknown {kind} {name!r}{hint}"
 
@@ -234,8 +236,7 @@ def matches_glob(name: str, globs: Sequence[str]) -> bool:
 
 
 def _check_globs(argument: str, globs: Sequence[str], known: Mapping[str, ParamRef]) -> None:
-    if isinstance(globs, str):
-        raise TypeError(f"{argument} must be a sequence of globs, got the string {globs!r}")
+    check_names(argument, globs)
     for glob in globs:
         if not any(matches_glob(name, (glob,)) for name in known):
             raise ValueError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.select import ParamSelection
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +53,7 @@ def loss_gradients(
                 totals[name] += gradient.detach()
             count += 1
     if count == 0:
-        raise ValueError("batches is empty")
+        raise ValueError("batches is empty: gradients need at least one batch")
     return {name: total / count for name, total in totals.items()}
 
 
@@ -76,7 +77,8 @@ def hessian_gradients(
         Wang et al., GraSP, arXiv 2002.07376.
     """
     if not batches:
-        raise ValueError("batches is empty")
+        raise ValueError("batches is empty: gradients need at least one batch")
+    check_number("temperature", temperature, "(0, inf)")
     leaves = _leaves(selection)
     first = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     product = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -104,6 +106,8 @@ def balanced_halves(
     Raises:
         ValueError: the batches hold too few samples of some class.
     """
+    check_count("num_classes", num_classes)
+    check_count("per_class", per_class)
     seen: list[list[Tensor]] = [[] for _ in range(num_classes)]
     for x, y in batches:
         for sample, label in zip(x, y.tolist(), strict=True):

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from aerogel.sparsity.arguments import check_count
+
 _FORMAT = "aerogel.snapshot.1"
 _TENSOR = "$tensor"  # JSON stands in for a tensor of the optimizer state by {_TENSOR: key}
 
@@ -54,8 +56,7 @@ class Snapshot:
         Raises:
             ValueError: step < 0, or a parameter on the meta device.
         """
-        if step < 0:
-            raise ValueError(f"step={step!r} must be >= 0")
+        check_count("step", step, 0)
         params, buffers = plain_params(model), plain_buffers(model)
         for name, tensor in (params | buffers).items():
             if tensor.is_meta:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aerogel.kernels.largest import comparable, largest_mask
 from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 Rounding = Literal["round", "floor", "ceil", "round_kept"]
 
@@ -45,15 +46,16 @@ def pruned_count(
     Raises:
         ValueError: sparsity outside [0, 1], or an unknown rounding.
     """
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
-    if rounding not in get_args(Rounding):
-        raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
+    check_count("numel", numel, 0)
+    check_count("min_keep", min_keep, 0)
+    check_number("sparsity", sparsity, "[0, 1]")
+    check_choice("rounding", rounding, get_args(Rounding))
     if rounding == "round_kept":
         count = numel - round(_snap(numel * (1.0 - sparsity)))
     else:
         count = _round_as(_snap(numel * sparsity), rounding)
     if max_pruned_fraction is not None:
+        check_number("max_pruned_fraction", max_pruned_fraction, "[0, 1]")
         count = min(count, math.floor(_snap(max_pruned_fraction * numel)))
     return max(0, min(count, numel - min(min_keep, numel)))
 
@@ -67,8 +69,7 @@ def kept_count(
     max_pruned_fraction: float | None = None,
 ) -> int:
     """Number of entries to keep out of ``numel`` at ``density``; see `pruned_count`."""
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"density must be in [0, 1], got {density}")
+    check_number("density", density, "[0, 1]")
     return numel - pruned_count(
         numel,
         1.0 - density,
@@ -110,8 +111,7 @@ def topk_mask(score: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         Bool tensor of the score's shape, ``True`` = kept.
     """
     competing = score.numel() if among is None else int(torch.count_nonzero(among))
-    if not 0 <= k <= competing:
-        raise ValueError(f"k must be in [0, {competing}], got {k}")
+    check_count("k", k, 0, competing)
     if k == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     if k == competing:
@@ -131,8 +131,7 @@ def topk_rows(score: Tensor, k: int) -> Tensor:
         Bool tensor (rows, columns).
     """
     columns = score.shape[1]
-    if not 0 <= k <= columns:
-        raise ValueError(f"k must be in [0, {columns}], got {k}")
+    check_count("k", k, 0, columns)
     if k == 0 or k == columns or score.numel() == 0:
         return torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device)
     if columns <= LONGEST_GROUP:

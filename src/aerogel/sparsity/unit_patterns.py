@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.sparsity.arguments import check_count
 from aerogel.sparsity.pattern import Pattern, Pool, need_dims
 
 
@@ -131,8 +132,8 @@ class Block(UnitPattern):
     flatten: bool = False
 
     def __post_init__(self) -> None:
-        if self.bh < 1 or self.bw < 1:
-            raise ValueError(f"block sides must be at least 1, got {self.bh}x{self.bw}")
+        check_count("bh", self.bh)
+        check_count("bw", self.bw)
 
     @property
     def spec(self) -> str:
@@ -163,8 +164,7 @@ class KernelGroup(UnitPattern):
     g: int = 1
 
     def __post_init__(self) -> None:
-        if self.g < 1:
-            raise ValueError(f"kernel group must be at least 1, got {self.g}")
+        check_count("g", self.g)
 
     @property
     def spec(self) -> str:

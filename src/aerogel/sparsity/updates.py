@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aerogel.kernels import kth_largest
 from aerogel.sparsity.allocation import AllocationKind, allocate
+from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.masks import MaskSet, Scope, build_masks
 from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, Unstructured
 from aerogel.sparsity.scores import ScoreContext, ScoreFunction, compute_scores
@@ -34,8 +35,7 @@ def drop(mask: Tensor, score: Tensor, count: int) -> Tensor:
         ValueError: fewer than ``count`` entries are kept.
     """
     kept = _count(mask)
-    if not 0 <= count <= kept:
-        raise ValueError(f"count must be in [0, {kept}] (the kept entries), got {count}")
+    check_count("count", count, 0, kept)
     return topk_mask(score, kept - count, among=mask)
 
 
@@ -53,6 +53,7 @@ def grow(
     Returns:
         The new mask, and how many were added: fewer than ``count`` if no more are free.
     """
+    check_count("count", count, 0)
     free = ~mask if forbid is None else ~mask & ~forbid
     added = min(count, _count(free))
     return mask | topk_mask(score, added, among=free), added
@@ -151,8 +152,10 @@ class Rebuild(UpdateRule):
     needs_gradient: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold_ema < 1.0:
-            raise ValueError(f"threshold_ema must be in [0, 1), got {self.threshold_ema}")
+        check_choice("scope", self.scope, get_args(Scope))
+        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("pool", self.pool, get_args(Pool))
+        check_number("threshold_ema", self.threshold_ema, "[0, 1)")
         if self.threshold_ema and self.scope != "layer":
             raise ValueError(f"threshold_ema needs scope='layer', got {self.scope!r}")
         self._thresholds: dict[str, float] = {}
@@ -267,8 +270,10 @@ class DropGrow(UpdateRule):
             raise ValueError(unknown_name("growth", self.growth, get_args(Growth)))
         if self.death not in get_args(Death):
             raise ValueError(unknown_name("death", self.death, get_args(Death)))
-        if self.gradient_window < 1:
-            raise ValueError(f"gradient_window must be at least 1, got {self.gradient_window}")
+        check_choice("rounding", self.rounding, ("floor", "ceil", "round"))
+        check_choice("init_value", self.init_value, ("zero", "reuse"))
+        check_count("gradient_window", self.gradient_window)
+        check_number("drop_noise", self.drop_noise, "[0, inf)")
         self.needs_gradient = self.growth == "gradient" or self.death == "taylor"
 
     def update(self, ctx: UpdateContext) -> MaskSet:
