@@ -3,13 +3,16 @@
 #include <new>
 #include <stdexcept>
 
+#include "huge_pages.h"
 #include "layers_weights.h"
 
 namespace aerogel {
 
 namespace {
 
-constexpr std::align_val_t kLine{64};
+constexpr std::align_val_t alignment_of(bool huge) {
+  return std::align_val_t{huge ? kHugePage : size_t{64}};
+}
 
 // Outputs o in [0, out) with 0 <= o * stride - pad + offset < in.
 TapRange inside(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t offset) {
@@ -43,11 +46,13 @@ Window make_window(int64_t in_h, int64_t in_w, const std::vector<int64_t>& g, bo
 
 FloatBuffer::FloatBuffer(int64_t size) : size_(size) {
   const size_t bytes = static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(float);
-  data_.reset(static_cast<float*>(::operator new(bytes, kLine)));
+  const bool huge = bytes >= kHugePage;
+  data_ = {static_cast<float*>(::operator new(bytes, alignment_of(huge))), Free{huge}};
+  if (huge) advise_huge_pages(data_.get(), bytes);
   std::memset(data_.get(), 0, bytes);
 }
 
-void FloatBuffer::Free::operator()(float* pointer) const { ::operator delete(pointer, kLine); }
+void FloatBuffer::Free::operator()(float* pointer) const { ::operator delete(pointer, alignment_of(huge)); }
 
 Taps::Taps(const Window& w) {
   for (int64_t kx = 0; kx < w.kernel_w; ++kx) {

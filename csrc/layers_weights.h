@@ -8,7 +8,7 @@
 
 namespace aerogel {
 
-// A zeroed, cache-line-aligned block of floats.
+// A zeroed, cache-line-aligned block of floats; a large one lies in huge pages.
 class FloatBuffer {
  public:
   FloatBuffer() = default;
@@ -19,6 +19,7 @@ class FloatBuffer {
 
  private:
   struct Free {
+    bool huge;
     void operator()(float* pointer) const;
   };
   std::unique_ptr<float, Free> data_;

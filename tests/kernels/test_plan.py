@@ -380,3 +380,15 @@ def test_a_plan_needs_an_output_and_sensible_numbers() -> None:
         PlanBuilder().input((3, 5, 5), layout="nhwc")
     with pytest.raises(ValueError, match=r"\(T, F\)"):
         PlanBuilder().input((3, 5, 5), layout="tokens")
+
+
+def test_an_arena_of_several_huge_pages_is_like_any_other() -> None:
+    weight, x = torch.randn(48, 32, 1, 1), torch.randn(2, 32, 160, 150)
+    b = PlanBuilder(2)
+    b.output(b.max_pool2d(b.conv2d(b.input((32, 160, 150)), weight, activation="relu"), 2, 2))
+    plan = b.build()
+    assert plan.arena_bytes > 4 << 20
+    expected = F.max_pool2d(F.conv2d(x, weight).relu(), 2, 2)
+    for _ in range(2):
+        torch.testing.assert_close(plan.run([x])[0], expected, rtol=1e-4, atol=1e-4)
+        plan._native_plan().fill_idle_arenas(float("nan"))
