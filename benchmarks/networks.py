@@ -5,7 +5,9 @@
 Of the weights, the smallest in each pruned layer are zero. MobileNetV2's are real (torchvision's,
 trained on ImageNet, see aerogel.data); all others, and MobileNetV2's where they cannot be had, are
 random, and batch norms have statistics of their own. All engines run the same network in turn (see
-harness.py), each sample one call after an untimed one. One thread is timed by the process's CPU
+harness.py), each sample one call after untimed ones that took 30 ms together: what an engine finds
+in caches that others used before settles within a few calls, by up to a third of its time (networks
+that run now and then are in fast_sparse_convnets.py). One thread is timed by the process's CPU
 time. With several threads the network compiled for one runs too, and everybody pauses first, until
 the threads of the one before have gone to sleep.
 
@@ -36,6 +38,7 @@ OURS, ALONE, PEER = "aerogel", "aerogel, 1 thread", "onnxruntime"
 PEERS = (bench.TorchEager(), bench.TorchChannelsLast(), bench.OnnxRuntime(), bench.OpenVino())
 TWO_THREADS = 1.7  # times one thread, at least
 PAUSE_SECONDS = 0.05  # idle threads of a pool spin for some milliseconds before they sleep
+WARM_SECONDS = 0.03  # of calls before the one that is timed; at least one
 PRETRAINED = ("mobilenet_v2",)
 
 COLUMNS = (
@@ -178,7 +181,10 @@ def take_turns(
         for name, call in calls.items():
             if threads > 1:
                 time.sleep(PAUSE_SECONDS)
+            warm_until = time.perf_counter() + WARM_SECONDS
             call()
+            while time.perf_counter() < warm_until:
+                call()
             begin = clock()
             call()
             samples[name].append(clock() - begin)

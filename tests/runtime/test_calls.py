@@ -12,6 +12,7 @@ from fakes import build_with
 from torch import Tensor, nn
 
 import aerogel
+from aerogel import kernels
 from aerogel.runtime import compiled as compiled_module
 from aerogel.runtime.strategies import CALLS, PLANS
 from networks import mobile_network, perceptron
@@ -243,6 +244,34 @@ def test_torchs_default_dtype_and_device_do_not_matter(model: nn.Module, strateg
         results += [compiled(inputs[0])]
     for result, expected in zip(results, [*wanted, wanted[0]], strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+def test_only_a_plain_tensor_is_run_in_few_steps(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[torch.Size, bool]] = []
+    run_plain = kernels.Plan.run_plain
+
+    def recorded(plan: kernels.Plan, x: Tensor) -> Tensor | None:
+        y = run_plain(plan, x)
+        taken.append((x.shape, y is not None))
+        return y
+
+    monkeypatch.setattr(kernels.Plan, "run_plain", recorded)
+    example = torch.randn(4, 24)
+    compiled = build_with(model, example, strategy=PLANS)
+    others = [torch.randn(5, 24), torch.randn(24, 4).t(), nn.Parameter(example, False)]
+    for x in (example, *others, example):
+        y = compiled(x)
+        torch.testing.assert_close(y, expect(model, x), rtol=1e-4, atol=1e-5)
+        assert not y.requires_grad
+    assert [done for _, done in taken] == [True, False, False, False, True]
+    with pytest.raises(RuntimeError, match="requires a gradient"):
+        compiled(example.clone().requires_grad_())
+    monkeypatch.setenv("AEROGEL_KERNELS", "reference")
+    torch.testing.assert_close(compiled(example), expect(model, example), rtol=1e-4, atol=1e-5)
+    assert taken[-1] == (example.shape, False)
 
 
 class Tokens(nn.Module):

@@ -129,6 +129,8 @@ class Plan:
         self._shapes = network.shapes
         self._input_shapes = tuple(self._outer_shape(port) for port in self._inputs)
         self._output_shapes = tuple(self._outer_shape(port) for port in self._outputs)
+        single = len(self._inputs) == len(self._outputs) == 1
+        self._only_input = self._input_shapes[0] if single else None
         self._native: Any = None
         self._build_lock = threading.Lock()
         if native_in_use() is not None:
@@ -153,6 +155,22 @@ class Plan:
         outputs = self._empty_outputs()
         self._run_native([x.data_ptr() for x in tensors], [y.data_ptr() for y in outputs])
         return outputs
+
+    def run_plain(self, x: Tensor) -> Tensor | None:
+        """`run` of one tensor for one, in few steps: after other work each finds its caches cold.
+
+        Args:
+            x: a float32 CPU tensor without gradient, contiguous, (batch, *shape).
+
+        Returns:
+            The output, or None if `run` has to look: the tensor is another, or the plan has more
+            inputs or outputs, or the references run.
+        """
+        if type(x) is not Tensor or not _is_plain(x, self._only_input) or native_in_use() is None:
+            return None
+        y = torch.empty(self._output_shapes[0], dtype=torch.float32, device="cpu")
+        self._run_native([x.data_ptr()], [y.data_ptr()])
+        return y
 
     def _run_native(self, inputs: list[int], outputs: list[int]) -> None:
         """Run on addresses, the way that is set or the one that has become faster."""
@@ -244,6 +262,11 @@ class Plan:
         # Whatever torch's default dtype and device are: addresses of float32 memory are wanted.
         return [torch.empty(s, dtype=torch.float32, device="cpu") for s in self._output_shapes]
 
+    @property
+    def only_shapes(self) -> tuple[Shape, Shape] | None:
+        """(input, output) of a plan that has one of each, batch included."""
+        return None if self._only_input is None else (self._only_input, self._output_shapes[0])
+
     def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         if isinstance(inputs, Tensor) or len(inputs) != len(self._input_shapes):
             count = "one tensor" if isinstance(inputs, Tensor) else f"{len(inputs)}"
@@ -292,7 +315,7 @@ class Plan:
         return builder.build(*bands, parts=threads)
 
 
-def _is_plain(x: object, shape: Shape) -> bool:
+def _is_plain(x: object, shape: Shape | None) -> bool:
     """Whether a tensor can be handed over as it is; the quick way past `float_tensor`."""
     return (
         isinstance(x, Tensor)

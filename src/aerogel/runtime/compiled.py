@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.runtime.calls import CallPattern, leaf_key
 from aerogel.runtime.explain import Explanation
+from aerogel.runtime.native import PlanModule
 
 # Input shapes whose programs are kept; each holds its own packed weights.
 MAX_PROGRAMS = 8
@@ -39,6 +40,12 @@ class Program:
     def only_output(self) -> bool:
         """Whether there is a single output, not in a tuple or dict."""
         return self.out_spec is not None and self.out_spec.is_leaf()
+
+    @cached_property
+    def run_plain(self) -> Callable[[Any], Tensor | None] | None:
+        """One plain tensor -> the output, or None where `run` has to look; None: always."""
+        plan = getattr(self.run, "__self__", None)
+        return plan.run_plain if isinstance(plan, PlanModule) and self.only_output else None
 
 
 class CompiledModule(nn.Module):
@@ -81,6 +88,13 @@ class CompiledModule(nn.Module):
                 refuses.
             TypeError: An input has another dtype or layout.
         """
+        # After other work a call finds the caches cold: the usual one takes few steps.
+        latest = self._latest
+        if latest is not None and len(args) == self._pattern.positional_tensors == 1 and not kwargs:
+            run = latest[1].run_plain
+            y = None if run is None else run(args[0])
+            if y is not None:
+                return y
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(*args, **kwargs)
@@ -137,7 +151,6 @@ class CompiledModule(nn.Module):
         return (spec, *(leaf_key(each) for each in leaves)), args, kwargs, leaves
 
     def _lookup(self, key: Any) -> Program | None:
-        # After other work a call finds the caches cold: the usual one touches little.
         latest = self._latest
         if latest is not None and latest[0] == key:
             return latest[1]

@@ -36,6 +36,11 @@ class PlanModule(nn.Module):
     def __init__(self, plan: kernels.Plan, inputs: list[Shape], outputs: list[Shape]) -> None:
         super().__init__()
         self.plan, self._inputs, self._outputs = plan, inputs, outputs
+        as_is = plan.only_shapes is not None and (inputs, outputs) == tuple(
+            [shape] for shape in plan.only_shapes
+        )
+        # `run` of one plain tensor for one (see there), where no shape is changed on the way.
+        self.run_plain = plan.run_plain if as_is else None
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the plan."""
