@@ -101,7 +101,11 @@ struct RowPlaces {
   Span rows;
   bool spare = false;  // what follows the new rows of y in its channels may be overwritten
   int64_t part = 0, parts = 1;  // threads that make rows of y begin with different channels
+  std::vector<double>* seconds = nullptr;  // of each of several stages, if they are to be timed
 };
+
+class Op;
+using Ops = std::vector<std::unique_ptr<Op>>;
 
 // A task is a share of one operation; tasks of one operation are independent of each other.
 class Op {
@@ -124,6 +128,13 @@ class Op {
   virtual void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const = 0;
   // Of operations on planes: which rows of the first input. A residual's are those of the output.
   virtual RowReach row_reach() const { return {}; }
+  // Those that it runs one after the other, if there are several.
+  virtual const Ops* stages() const { return nullptr; }
+  // The same, with the seconds that each stage took added to seconds[stage].
+  virtual void run_timed(const Frame& frame, int64_t task, int64_t tasks, float* scratch,
+                         std::vector<double>* /*seconds*/) const {
+    run(frame, task, tasks, scratch);
+  }
   // Makes some output rows.
   virtual void run_rows(const Frame&, const RowPlaces&, float* /*scratch*/) const {}
   // From now on only rows are made, all outputs of them by one thread. Called before `prepare`.
@@ -137,8 +148,6 @@ class Op {
   // Writes its output once, not sum upon sum.
   virtual bool writes_once() const { return true; }
 };
-
-using Ops = std::vector<std::unique_ptr<Op>>;
 
 // Which chains of operations run on bands of rows (plan_bands.h).
 struct Bands {

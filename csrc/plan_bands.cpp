@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
 
 namespace aerogel {
 
@@ -76,29 +77,40 @@ void BandOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch
 void BandOp::run_timed(const Frame& frame, int64_t task, int64_t tasks, float* scratch,
                        std::vector<double>* seconds) const {
   const int64_t tile = buffers_.back().reach.tile, tiles = (height_ + tile - 1) / tile;
-  const Span rows = {tiles * task / tasks * tile, tiles * (task + 1) / tasks * tile};
-  run_range(frame, {rows.first, std::min(rows.last, height_)}, scratch, seconds);
+  RowPlaces places;
+  places.x = frame.operand(inputs[0]);
+  places.y = frame.operand(output);
+  places.rows = {tiles * task / tasks * tile,
+                 std::min(tiles * (task + 1) / tasks * tile, height_)};
+  places.seconds = seconds;
+  run_rows(frame, places, scratch);
 }
 
-// Rows of the last output, by themselves: what the rows before them shared is made again.
-void BandOp::run_range(const Frame& frame, Span rows, float* scratch,
-                       std::vector<double>* seconds) const {
+RowReach BandOp::row_reach() const {
+  if (buffers_.back().reach.tile > 1) return {};
+  return {1, 1, 0, std::numeric_limits<int64_t>::max(), 1};
+}
+
+// By themselves: what the rows before them shared is made again.
+void BandOp::run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const {
+  const Span rows = places.rows;
   std::vector<Rows> made(stages_.size());
   int64_t first = rows.first;
   for (size_t i = stages_.size(); i-- > 0;) {
     made[i].first = made[i].end = first;
     first = first_needed(buffers_[i].reach, first);
   }
-  made.back().data = frame.operand(output).data;
+  made.back().data = places.y.data;
   for (int64_t end = rows.first; end < rows.last;) {
     end = std::min(end + band_rows_, rows.last);
-    run_band(frame, end, &made, scratch, seconds);
+    run_band(frame, places, end, &made, scratch);
   }
 }
 
 // All stages up to row `end` of the last one.
-void BandOp::run_band(const Frame& frame, int64_t end, std::vector<Rows>* made, float* scratch,
-                      std::vector<double>* seconds) const {
+void BandOp::run_band(const Frame& frame, const RowPlaces& places, int64_t end,
+                      std::vector<Rows>* made, float* scratch) const {
+  std::vector<double>* const seconds = places.seconds;
   std::vector<int64_t> ends(stages_.size());
   for (size_t i = stages_.size(); i-- > 0;) {
     end = std::min(round_up(end, buffers_[i].reach.tile), buffers_[i].height);
@@ -112,7 +124,7 @@ void BandOp::run_band(const Frame& frame, int64_t end, std::vector<Rows>* made, 
     if (ends[i] > rows.end) {
       const bool last = i + 1 == stages_.size();
       if (!last) make_room(i, scratch, made);
-      Operand x = frame.operand(op.inputs[0]), y = frame.operand(op.output);
+      Operand x = i > 0 ? frame.operand(op.inputs[0]) : places.x, y = frame.operand(op.output);
       if (i > 0) x.data = (*made)[i - 1].data;
       y.data = rows.data;
       op.run_rows(frame, {x, y, {}, {rows.end, ends[i]}}, scratch + buffer_floats_);

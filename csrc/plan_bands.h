@@ -18,11 +18,14 @@ class BandOp : public Op {
   int64_t scratch_floats() const override;
   int64_t tasks(const Frame& frame) const override;
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
-
-  const Ops& stages() const { return stages_; }
-  // The same, with the seconds that each stage took added to seconds[stage].
+  const Ops* stages() const override { return &stages_; }
   void run_timed(const Frame& frame, int64_t task, int64_t tasks, float* scratch,
-                 std::vector<double>* seconds) const;
+                 std::vector<double>* seconds) const override;
+
+  // Rows of the last output from the whole input, unless the last stage makes several together.
+  RowReach row_reach() const override;
+  void run_rows(const Frame& frame, const RowPlaces& places, float* scratch) const override;
+  bool writes_once() const override { return stages_.back()->writes_once(); }
 
  private:
   // Rows of a stage's output: which are in its buffer, and where.
@@ -36,10 +39,9 @@ class BandOp : public Op {
     int64_t channels, height, width, rows, ld, offset;
   };
 
-  void run_band(const Frame& frame, int64_t end, std::vector<Rows>* made, float* scratch,
-                std::vector<double>* seconds) const;
+  void run_band(const Frame& frame, const RowPlaces& places, int64_t end, std::vector<Rows>* made,
+                float* scratch) const;
   void make_room(size_t stage, float* scratch, std::vector<Rows>* made) const;
-  void run_range(const Frame& frame, Span rows, float* scratch, std::vector<double>* seconds) const;
 
   Ops stages_;
   std::vector<Buffer> buffers_;

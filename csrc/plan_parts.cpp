@@ -107,7 +107,12 @@ PartOp::PartOp(std::unique_ptr<Op> made, int64_t parts) : op_(std::move(made)), 
   op_->keep_outputs_together();
 }
 
-void PartOp::run(const Frame& frame, int64_t task, int64_t, float* scratch) const {
+void PartOp::run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const {
+  run_timed(frame, task, tasks, scratch, nullptr);
+}
+
+void PartOp::run_timed(const Frame& frame, int64_t task, int64_t, float* scratch,
+                       std::vector<double>* seconds) const {
   const Value &from = frame.values[inputs[0]], &to = frame.values[output];
   RowPlaces places;
   places.rows = part_rows(to.height, task, parts_);
@@ -118,6 +123,7 @@ void PartOp::run(const Frame& frame, int64_t task, int64_t, float* scratch) cons
   places.spare = to.parts > 1;
   places.part = task;
   places.parts = parts_;
+  places.seconds = seconds;
   op_->run_rows(frame, places, scratch);
   if (to.parts > 1) give_edges(frame, output, task);
 }

@@ -21,6 +21,9 @@ class PartOp : public Op {
   int64_t scratch_floats() const override { return op_->scratch_floats(); }
   int64_t tasks(const Frame&) const override { return parts_; }
   void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+  const Ops* stages() const override { return op_->stages(); }
+  void run_timed(const Frame& frame, int64_t task, int64_t tasks, float* scratch,
+                 std::vector<double>* seconds) const override;
 
  private:
   std::unique_ptr<Op> op_;

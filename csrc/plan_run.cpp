@@ -12,7 +12,6 @@
 
 #include "parallel.h"
 #include "plan.h"
-#include "plan_bands.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -239,11 +238,11 @@ void Plan::worker(Call& call, int thread) const {
   double begin = call.begin;
   const auto share_op = [&](const Op& op, const Frame& frame) {
     const int64_t tasks = op.tasks(frame);
-    const BandOp* bands = call.times ? dynamic_cast<const BandOp*>(&op) : nullptr;
-    std::vector<double> stage_seconds(bands ? bands->stages().size() : 0);
-    if (bands) {
+    const Ops* timed_stages = call.times ? op.stages() : nullptr;
+    std::vector<double> stage_seconds(timed_stages ? timed_stages->size() : 0);
+    if (timed_stages) {
       call.team.share(&progress, tasks, thread, [&](int64_t i) {
-        bands->run_timed(frame, i, tasks, scratch, &stage_seconds);
+        op.run_timed(frame, i, tasks, scratch, &stage_seconds);
       });
     } else if (call.threads == 1) {
       for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
@@ -257,13 +256,13 @@ void Plan::worker(Call& call, int thread) const {
         if (timed == call.times->size()) call.times->push_back({name, 0.0});
         (*call.times)[timed++].seconds += seconds;
       };
-      if (bands) {  // in proportion to what this thread saw of each
+      if (timed_stages) {  // in proportion to what this thread saw of each
         const size_t stages = stage_seconds.size();
         double all = 0.0;
         for (double seconds : stage_seconds) all += seconds;
         for (size_t i = 0; i < stages; ++i) {
           const double part = all > 0.0 ? stage_seconds[i] / all : 1.0 / stages;
-          book(bands->stages()[i]->name, part * (end - begin));
+          book((*timed_stages)[i]->name, part * (end - begin));
         }
       } else {
         book(op.name, end - begin);

@@ -12,6 +12,7 @@ from instruction_sets import needs_native
 from torch import Tensor
 
 from aerogel.kernels import BlockRowWeight, Plan, PlanBuilder, SpmmVariant, Value
+from aerogel.kernels import plan as plans
 
 pytestmark = needs_native
 THREADS = (2, 3, 4)
@@ -71,6 +72,15 @@ def built(build: Callable[[PlanBuilder], None], threads: int, batch: int = 1) ->
     return b.build()
 
 
+def banded(build: Callable[[PlanBuilder], None], threads: int, budget: int) -> Plan:
+    """The same with chains of operations on bands of rows, however small their planes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plans, "BANDS", (1, budget))
+        plan = built(build, threads)
+        plan._native_plan()
+        return plan
+
+
 def assert_same(plan: Plan, alone: Plan, x: Tensor) -> None:
     torch.set_num_threads(1)
     expected = alone.run([x])
@@ -121,7 +131,9 @@ def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObje
         b.output(b.global_avg_pool(x) if pooled else x)
 
     threads = data.draw(st.sampled_from(THREADS))
-    assert_same(built(build, threads), built(build, 1), torch.randn(1, channels, height, width))
+    alone, x = built(build, 1), torch.randn(1, channels, height, width)
+    assert_same(built(build, threads), alone, x)
+    assert_same(banded(build, threads, data.draw(st.sampled_from((2_000, 1 << 30)))), alone, x)
 
 
 def inverted_residuals(b: PlanBuilder) -> None:
@@ -140,6 +152,15 @@ def test_parts_of_a_mobile_network(threads: int) -> None:
     if threads == 2:  # planes of 16 rows are in parts, which lie apart
         assert plan.arena_bytes > alone.arena_bytes
     assert_same(plan, alone, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
+def test_what_a_chain_on_bands_makes_is_in_parts(threads: int, budget: int) -> None:
+    plan, alone = banded(inverted_residuals, threads, budget), built(inverted_residuals, 1)
+    assert_same(plan, alone, torch.randn(1, 3, 64, 64))
+    names = [name for name, _ in plan.profile([torch.randn(1, 3, 64, 64)])]
+    assert names[: len(plan.describe())] == [row.name for row in plan.describe()]
 
 
 # (kernel, padding, stride, dilation, groups): rows of a part begin within the padding, on the first

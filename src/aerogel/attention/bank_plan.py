@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.attention.key_list_plan import KeyListPlan
 from aerogel.attention.plan import Plan, head_pointers
 from aerogel.attention.ragged import within
 from aerogel.attention.ranges import Pass
 from aerogel.attention.shape import AttentionShape
-from aerogel.sparsity.arguments import check_count
 
 
 @dataclass(frozen=True, eq=False)

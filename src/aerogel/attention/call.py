@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.plan import Plan
 from aerogel.attention.shape import AttentionShape
-from aerogel.sparsity.arguments import check_count, check_number
 
 LARGEST_HEAD = 256
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

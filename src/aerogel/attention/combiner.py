@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count
 from aerogel.attention.bank_plan import Bank, BankPlan
 from aerogel.attention.combiner_base import SummarisingSelector, Variant
 from aerogel.attention.combiner_grid import axial_banks, mixture_banks
@@ -30,7 +31,6 @@ from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, add_selector, configured
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.summaries import Pooling, Summaries, others_plan, run_plan
-from aerogel.sparsity.arguments import check_choice, check_count
 
 RowSummary = Literal["proj", "wsum", "none"]
 ROW_SUMMARIES = ("proj", "wsum", "none")

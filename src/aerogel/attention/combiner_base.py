@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.attention.selector import Selector
 from aerogel.attention.summaries import POOLINGS, Pooling, Summaries, combiner_summary
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 Variant = Literal["fixed", "logsparse", "axial", "mixture"]
 VARIANTS = ("fixed", "logsparse", "axial", "mixture")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.combiner import CombinerSelector, RowSummary
 from aerogel.attention.combiner_base import Variant
 from aerogel.attention.combiner_cache import CombinerCache, attend_by_blocks, attend_by_spans
@@ -16,7 +17,6 @@ from aerogel.attention.engine import attend
 from aerogel.attention.selector import AttentionContext, select
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.summaries import Pooling
-from aerogel.sparsity.arguments import check_count, check_number
 
 
 class CombinerAttention(nn.Module):

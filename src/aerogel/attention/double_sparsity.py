@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aerogel import kernels
+from aerogel.arguments import check_count
 from aerogel.attention.channel_order import ChannelOrder
 from aerogel.attention.engine import attend
 from aerogel.attention.key_list_plan import KeyListPlan
@@ -32,7 +33,6 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.shape import AttentionShape
 from aerogel.kernels import KeyRule
-from aerogel.sparsity.arguments import check_count
 
 _SCORED = 1 << 24  # approximate scores of a prompt at a time: 64 MB
 # What a step by labels costs besides memory, in bytes that dense attention reads meanwhile, and how

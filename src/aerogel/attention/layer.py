@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count
 from aerogel.attention.engine import attend
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector, select
 from aerogel.attention.shape import AttentionShape
-from aerogel.sparsity.arguments import check_count
 
 PlanFunction = Callable[..., Plan]
 

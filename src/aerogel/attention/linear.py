@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.attention.softmax import accumulator
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 _CHUNK = 128  # rows between two kept prefix sums
 _SCANNED = 64  # the same where one sum is carried along: its tensors then stay in the second cache

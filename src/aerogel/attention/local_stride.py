@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
-from aerogel.sparsity.arguments import check_count
 
 
 class Coverage(NamedTuple):

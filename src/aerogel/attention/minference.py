@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.mix_plan import HeadMixPlan
 from aerogel.attention.pattern_file import HeadPattern, PatternConfig, load_patterns
 from aerogel.attention.plan import DensePlan, Plan
@@ -38,7 +39,6 @@ from aerogel.attention.selector import AttentionContext, add_selector
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
-from aerogel.sparsity.arguments import check_count, check_number
 
 _NEARLY_ALL = 0.85  # of the causal pairs: dense attention is faster from here on
 

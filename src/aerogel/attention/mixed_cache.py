@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_choice, check_count
 from aerogel.attention.attending_cache import AttendingCache, CacheCall
 from aerogel.attention.counted_cache import CountedCacheLayer
 from aerogel.attention.engine import attend_lse
@@ -30,7 +31,6 @@ from aerogel.attention.token_plan import (
     heads_as_batch,
 )
 from aerogel.kernels.attention_codes import CodedTokens, TokenCodes
-from aerogel.sparsity.arguments import check_choice, check_count
 
 Mode = Literal["quant", "evict"]
 

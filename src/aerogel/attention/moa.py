@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.atomic import write_atomic
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.selector_file import model_fingerprint
 from aerogel.attention.span_plan import SpanPlan
-from aerogel.sparsity.arguments import check_count, check_number
 
 
 @dataclass(frozen=True, order=True)

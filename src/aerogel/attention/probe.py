@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.softmax import masked_attention
 from aerogel.attention.topk import topk_mass
-from aerogel.sparsity.arguments import check_count, check_number
 
 
 def probe_rows(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.ragged import sorted_by
@@ -20,7 +21,6 @@ from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
 from aerogel.attention.topk import stable_topk
 from aerogel.attention.vertical_slash import diagonal_sums, vertical_slash_plan
-from aerogel.sparsity.arguments import check_count
 
 _FEWEST_DIAGONALS = 50
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.engine import attend
 from aerogel.attention.group_plan import GroupPlan
@@ -19,7 +20,6 @@ from aerogel.attention.routing_transformer import RoutingSelector
 from aerogel.attention.selector import AttentionContext
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.span_plan import SpanPlan
-from aerogel.sparsity.arguments import check_count, check_number
 
 if TYPE_CHECKING:
     from aerogel.attention.cache import SelectorCacheLayer

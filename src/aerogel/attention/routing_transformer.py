@@ -24,12 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.plan import Plan
 from aerogel.attention.selector import AttentionContext, Selector
 from aerogel.attention.spherical_kmeans import SphericalKMeans, hash_centroids
 from aerogel.attention.topk import stable_topk
-from aerogel.sparsity.arguments import check_count
 
 
 class RoutingSelector(Selector):

@@ -23,11 +23,11 @@ from typing import Any
 
 from torch import nn
 
+from aerogel.arguments import check_count
 from aerogel.attention.local_stride import LocalStridePattern, block_mask_plan
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.selector_file import model_fingerprint
-from aerogel.sparsity.arguments import check_count
 
 
 @add_selector

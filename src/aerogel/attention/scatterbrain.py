@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.attention.call import check_tensors
 from aerogel.attention.linear import PositiveRandomFeatures, linear_attention
 from aerogel.attention.lowering import TileStream
@@ -39,7 +40,6 @@ from aerogel.attention.supports import (
 from aerogel.attention.tiled_pairs import Pairs
 from aerogel.kernels import native_in_use
 from aerogel.kernels.attention_call import MAX_DIM
-from aerogel.sparsity.arguments import check_count, check_number
 
 SupportName = Literal["lsh", "local", "block", "topk"]
 _SMALLEST = 1e-24  # of a low-rank sum without its support, in units of its scale

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.kernels import pool_rows
-from aerogel.sparsity.arguments import check_count, check_number
 
 POOLINGS = ("max", "min", "avg")
 BLOCKS = (16, 32, 64, 128)

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.block_target import (
     BlockRule,
@@ -35,7 +36,6 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.seer_gate import SeerDecodeGate, SeerGate, pool_blocks, real_blocks
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.topk import stable_topk
-from aerogel.sparsity.arguments import check_choice, check_count
 
 
 class Lesson(NamedTuple):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
+from aerogel.arguments import check_choice, check_count, check_number
 
 _LLOYD_STEPS = 10
 _SMOOTHING = 1e-5  # added to every count, so that an empty cluster divides by no zero

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from aerogel.arguments import check_choice, check_count
 from aerogel.attention.bank_plan import Bank
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.call import check_tensors
 from aerogel.attention.engine import attend
 from aerogel.attention.plan import Plan
 from aerogel.kernels.attention_call import MAX_BLOCK_Q
-from aerogel.sparsity.arguments import check_choice, check_count
 
 Pooling = Literal["max", "mean", "sum"]
 POOLINGS = ("max", "mean", "sum")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.attention.block_plan import BlockPlan
 from aerogel.attention.group_plan import GroupPlan
 from aerogel.attention.key_list_plan import KeyListPlan
@@ -17,7 +18,6 @@ from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.primitives import plan_pairs
 from aerogel.attention.shape import AttentionShape
 from aerogel.attention.tiled_pairs import ListedPairs, Pairs, TiledPairs
-from aerogel.sparsity.arguments import check_count
 
 _TILE = 64  # query rows of a tile of a window
 _SCORED = 1 << 22  # scores held at a time by an exact top-k

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_count, check_number
 from aerogel.kernels import largest_keys, selects_natively
-from aerogel.sparsity.arguments import check_count, check_number
 
 _SORTED_BELOW = 256  # entries: sorting all of them is as fast as finding the largest
 

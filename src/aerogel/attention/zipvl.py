@@ -22,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.attention.hf import attach, detach
 from aerogel.attention.plan import DensePlan, Plan
 from aerogel.attention.probe import mass_budget, probe_rows, probe_scores
 from aerogel.attention.selector import AttentionContext, Selector, add_selector
 from aerogel.attention.token_plan import TokenPlan, heads_as_batch
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 
 @add_selector

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 
 UV = Literal["nonlinear_relu", "batchnorm", "linear"]
 Norm = Callable[[int], nn.Module]

@@ -32,9 +32,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from aerogel.arguments import check_number
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.nm_training import NMTrainer
-from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.cost import inference_flops, nm_training_flops
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, SRSTE, Bidirectional, Coupling

@@ -41,8 +41,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.method import Goal, OneShotMethod, call_with_inputs
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import ForwardFn, find_blocks, run_batch
 from aerogel.sparsity.calibrate import TokenMask
 from aerogel.sparsity.input_stats import InputStats

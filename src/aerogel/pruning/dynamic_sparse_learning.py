@@ -35,8 +35,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.method import Goal, TrainingMethod
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import GradScaler, MaskController
 from aerogel.sparsity.coupling import HardDenseGrad

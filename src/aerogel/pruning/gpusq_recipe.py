@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from aerogel.arguments import check_count, check_names, check_number
 from aerogel.pruning.gpusq_student import block_stages, parse_nm
-from aerogel.sparsity.arguments import check_count, check_names, check_number
 from aerogel.sparsity.distillation import (
     DistillationObjective,
     Scores,

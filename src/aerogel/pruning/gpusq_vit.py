@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.gpusq_recipe import GPUSQConfig, Stage
 from aerogel.pruning.gpusq_student import (
     GPUSQCost,
@@ -62,7 +63,6 @@ from aerogel.pruning.gpusq_student import (
     student_masks,
 )
 from aerogel.pruning.method import Goal, TrainingMethod
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import find_blocks
 from aerogel.sparsity.distillation import (
     DistillationObjective,

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.callbacks import PrunerCallback, PrunerFactory, make_trainer_callback
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import ScheduledPruner
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Frozen, make_coupling
 from aerogel.sparsity.masks import Scope

@@ -41,9 +41,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.kernels import kth_largest
 from aerogel.pruning.method import Goal, TrainingMethod
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling, Hard, Shrink

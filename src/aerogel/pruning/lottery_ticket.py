@@ -34,9 +34,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.pruning.method import Goal, SearchMethod, Trainings
 from aerogel.pruning.rounds import RoundFiles, RoundResult, SavedRound, State, same_state
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.masks import MaskSet, build_masks
 from aerogel.sparsity.rewind import Snapshot, reinitialize, rewind, shuffle_masks
 from aerogel.sparsity.schedules import Geometric

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.blocks import to_device
 from aerogel.sparsity.masks import MaskSet
 

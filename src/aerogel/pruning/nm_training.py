@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import SR_STE_LAMBDA, Coupling

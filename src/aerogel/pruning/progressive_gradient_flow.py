@@ -39,9 +39,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aerogel.arguments import check_count, check_names, check_number
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.nm_training import NMTrainer
-from aerogel.sparsity.arguments import check_count, check_names, check_number
 from aerogel.sparsity.controller import GradScaler
 from aerogel.sparsity.cost import FlopReport
 from aerogel.sparsity.coupling import STE, Coupling, Soft

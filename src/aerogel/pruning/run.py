@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.method import (
     METHODS,
     Goal,
@@ -27,7 +28,6 @@ from aerogel.pruning.method import (
 )
 from aerogel.pruning.selection import parameters_for
 from aerogel.sparsity import parse_pattern
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import run_batch, to_device
 from aerogel.sparsity.masks import MaskSet
 from aerogel.sparsity.rewind import reinitialize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from aerogel.sparsity.arguments import check_count
+from aerogel.arguments import check_count
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet

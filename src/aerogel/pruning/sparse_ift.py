@@ -41,6 +41,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_number
 from aerogel.nn.sparse_ift import UV, IsoFlopLayer, check_sparsity, folded, parallel_branches
 from aerogel.pruning.method import Goal, RewritingMethod
 from aerogel.pruning.shared_methods import dynamic
@@ -53,7 +54,6 @@ from aerogel.pruning.sparse_ift_layers import (
     skipped_layers,
 )
 from aerogel.sparsity.allocation import allocate
-from aerogel.sparsity.arguments import check_choice, check_number
 from aerogel.sparsity.cost import inference_flops
 from aerogel.sparsity.dynamic import RigL
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks

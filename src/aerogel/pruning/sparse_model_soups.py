@@ -36,9 +36,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.nested import load_state, save_state
 from aerogel.pruning.method import Goal, SearchMethod, Trainings, call_with_inputs
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.average import (
     average_models,
     greedy_soup,

@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.method import Goal, TrainingMethod
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.blocks import find_blocks
 from aerogel.sparsity.masks import MaskSet, build_masks
 from aerogel.sparsity.penalties import AttentionLogPenalty, WeightL1, WeightLogPenalty

@@ -36,11 +36,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from aerogel.arguments import check_count, check_number
 from aerogel.pruning.method import Goal, TrainingMethod
 from aerogel.pruning.scheduled import FineTuning, ScheduledPruner, fine_tuning_schedule
 from aerogel.runtime import CompiledModule
 from aerogel.sparsity.allocation import densities_by_cost
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.coupling import Coupling
 from aerogel.sparsity.masks import MaskSet, build_masks, find_parameter

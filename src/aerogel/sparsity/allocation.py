@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 from aerogel.sparsity.masks import build_masks
 from aerogel.sparsity.patterns import Pattern
 from aerogel.sparsity.select import ParamSelection, unknown_name

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 
 StateDict = Mapping[str, Tensor]

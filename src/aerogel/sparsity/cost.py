@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.mask_set import find_parameter
 from aerogel.sparsity.patterns import NM

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 from aerogel.sparsity.bidirectional import attach_bidirectional, detach_bidirectional
 from aerogel.sparsity.keep import Keep, StateMask
 from aerogel.sparsity.parametrizations import (

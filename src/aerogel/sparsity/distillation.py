@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aerogel.sparsity.arguments import check_names, check_number
+from aerogel.arguments import check_names, check_number
 from aerogel.sparsity.blocks import first_tensor
 from aerogel.sparsity.penalties import add_gradient
 

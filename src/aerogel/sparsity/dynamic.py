@@ -34,8 +34,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.allocation import allocate
-from aerogel.sparsity.arguments import check_count, check_number
 from aerogel.sparsity.controlled import ControlledTrainer
 from aerogel.sparsity.controller import MaskController
 from aerogel.sparsity.masks import MaskSet, build_masks, random_masks

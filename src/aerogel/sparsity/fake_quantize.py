@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from aerogel.arguments import check_number
 from aerogel.kernels import largest_level, quantize_rows
-from aerogel.sparsity.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.select import ParamRef
 

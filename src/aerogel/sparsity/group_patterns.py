@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aerogel.arguments import check_count
 from aerogel.kernels import nm_mask
-from aerogel.sparsity.arguments import check_count
 from aerogel.sparsity.pattern import Pattern, need_dims
 from aerogel.sparsity.topk import topk_rows
 from aerogel.sparsity.transposable import transposable_mask

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.mask_set import MaskSet, find_parameter
 from aerogel.sparsity.patterns import GroupPattern, Pattern, Pool, UnitPattern, Unstructured
 from aerogel.sparsity.select import ParamSelection, unknown_name

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.patterns import NM, Pattern, Unstructured
 from aerogel.sparsity.scores import OBS_DAMPING, inverse_cholesky
 from aerogel.sparsity.topk import pruned_count, require_finite, topk_mask, topk_rows

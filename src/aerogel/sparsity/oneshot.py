@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerogel.sparsity.arguments import check_number
+from aerogel.arguments import check_number
 from aerogel.sparsity.blocks import ForwardFn, run_batch
 from aerogel.sparsity.calibrate import TokenMask
 from aerogel.sparsity.input_stats import InputStats

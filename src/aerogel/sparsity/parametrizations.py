@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from aerogel.sparsity.arguments import check_count
+from aerogel.arguments import check_count
 from aerogel.sparsity.keep import keep_factor
 from aerogel.sparsity.patterns import GroupPattern
 from aerogel.sparsity.select import ParamRef

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerogel.sparsity.arguments import check_names, check_number
+from aerogel.arguments import check_names, check_number
 from aerogel.sparsity.attention_implementation import switch_attention
 from aerogel.sparsity.fused_penalty import attention_log_penalty
 from aerogel.sparsity.patterns import Filter, Pattern

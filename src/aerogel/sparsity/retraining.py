@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 
 WARMUP_SHARE = 0.1  # arXiv 2111.00843: "10% of the retraining budget"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.group_patterns import NM
 
 

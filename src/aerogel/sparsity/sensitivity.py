@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aerogel.sparsity.arguments import check_count, check_number
+from aerogel.arguments import check_count, check_number
 from aerogel.sparsity.select import ParamSelection
 
 LossFn = Callable[[Tensor, Tensor], Tensor]

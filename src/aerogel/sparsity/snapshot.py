@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aerogel.sparsity.arguments import check_count
+from aerogel.arguments import check_count
 
 _FORMAT = "aerogel.snapshot.1"
 _TENSOR = "$tensor"  # JSON stands in for a tensor of the optimizer state by {_TENSOR: key}

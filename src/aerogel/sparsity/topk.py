@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.kernels.largest import comparable, largest_mask
 from aerogel.kernels.nm_mask import LONGEST_GROUP, nm_mask
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 
 Rounding = Literal["round", "floor", "ceil", "round_kept"]
 

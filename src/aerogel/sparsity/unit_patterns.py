@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerogel.sparsity.arguments import check_count
+from aerogel.arguments import check_count
 from aerogel.sparsity.pattern import Pattern, Pool, need_dims
 
 

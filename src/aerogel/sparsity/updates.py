@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from aerogel.arguments import check_choice, check_count, check_number
 from aerogel.kernels import kth_largest
 from aerogel.sparsity.allocation import AllocationKind, allocate
-from aerogel.sparsity.arguments import check_choice, check_count, check_number
 from aerogel.sparsity.masks import MaskSet, Scope, build_masks
 from aerogel.sparsity.patterns import Pattern, Pool, UnitPattern, Unstructured
 from aerogel.sparsity.scores import ScoreContext, ScoreFunction, compute_scores

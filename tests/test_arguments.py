@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from aerogel.sparsity.arguments import check_choice, check_count, check_names, check_number
+from aerogel.arguments import check_choice, check_count, check_names, check_number
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
