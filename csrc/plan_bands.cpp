@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kFloatBytes = sizeof(float);
+// Rows of the last output: shorter bands spend their time on the rows that windows keep.
+constexpr int64_t kLeastRows = 4;
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // An odd number of lines, so that channels do not fall into the same cache sets, and a vector more
@@ -38,7 +40,9 @@ BandOp::BandOp(Ops stages, int64_t budget, std::vector<Value>* values) : stages_
   }
   // The most rows of the last output for which all bands fit.
   const int64_t tile = buffers_.back().reach.tile;
-  for (band_rows_ = round_up(height_, tile);; band_rows_ = round_up(band_rows_ / 2, tile)) {
+  const int64_t least = round_up(kLeastRows, tile);
+  for (band_rows_ = round_up(height_, tile);;
+       band_rows_ = std::max(least, round_up(band_rows_ / 2, tile))) {
     int64_t rows = std::min(band_rows_, height_), floats = 0;
     for (size_t i = stages_.size() - 1; i > 0; --i) {
       const RowReach& reach = buffers_[i].reach;
@@ -51,7 +55,7 @@ BandOp::BandOp(Ops stages, int64_t budget, std::vector<Value>* values) : stages_
       floats += round_up(buffer.channels * buffer.ld, kLineFloats) + 2 * kReadSlack;
     }
     buffer_floats_ = round_up(floats, kLineFloats);
-    if (band_rows_ <= tile || floats * kFloatBytes <= budget) break;
+    if (band_rows_ <= least || floats * kFloatBytes <= budget) break;
   }
   for (size_t i = 0; i + 1 < stages_.size(); ++i) (*values)[stages_[i]->output].ld = buffers_[i].ld;
 }
@@ -161,7 +165,7 @@ int64_t bytes_of(const Value& v) { return v.floats() * kFloatBytes; }
 
 // Floats of all bands of a chain of operations [first, end) that makes the fewest rows at a time.
 int64_t least_floats(const Ops& ops, size_t first, size_t end, const std::vector<Value>& values) {
-  int64_t rows = ops[end - 1]->row_reach().tile, floats = 0;
+  int64_t rows = round_up(kLeastRows, ops[end - 1]->row_reach().tile), floats = 0;
   for (size_t i = end - 1; i > first; --i) {
     const RowReach reach = ops[i]->row_reach();
     const Value& v = values[ops[i]->inputs[0]];
