@@ -127,7 +127,7 @@ def test_a_layer_is_timed_by_itself(
         if candidate.emit is None:
             continue
         probe = LayerProbe(layer, candidate, threads)
-        others = 3 if threads > 1 and images == 1 and kernels.native_in_use() is not None else 0
+        others = 4 if threads > 1 and images == 1 and kernels.native_in_use() is not None else 0
         assert len(probe._plan.describe()) == 1 + others
         seconds = probe.kernel_seconds(x, residual)
         assert seconds() > 0

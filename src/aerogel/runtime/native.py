@@ -166,11 +166,13 @@ class LayerProbe:
             residual, shape = _input(builder, family, layer.output_shape)
             self._shapes.append(shape)
         # Where several threads work on one image, each makes rows by itself if those of the layers
-        # around are its own, too.
+        # around are its own, too. Nothing but such rows is in memory: where one thread writes what
+        # another has read, as in the place of a whole input, every row comes from the other's cache
+        # first, which favours variants that write a row but once.
         around = family == SPATIAL and images == 1 and (threads or torch.get_num_threads()) > 1
         if around and kernels.native_in_use() is not None:
-            value, residual = _pass_on(builder, value), residual and _pass_on(builder, residual)
-            _output(builder, _pass_on(builder, candidate.emit(builder, value, residual)))
+            value, residual = _by_rows(builder, value), residual and _by_rows(builder, residual)
+            _output(builder, _read_rows(builder, candidate.emit(builder, value, residual)))
         else:
             _output(builder, candidate.emit(builder, value, residual))
         self._plan = builder.build()
@@ -192,8 +194,15 @@ class LayerProbe:
         return run
 
 
-def _pass_on(builder: kernels.PlanBuilder, x: kernels.Value) -> kernels.Value:
-    """The same planes, made row by row; vectors as they are."""
+def _by_rows(builder: kernels.PlanBuilder, x: kernels.Value) -> kernels.Value:
+    """The caller's planes, each row copied by the thread that uses it; vectors as they are."""
+    return x if len(x.shape) != 3 else builder.max_pool2d(x, 1, name=_AROUND)
+
+
+def _read_rows(builder: kernels.PlanBuilder, x: kernels.Value) -> kernels.Value:
+    """A vector made of planes whose rows their own threads have read; vectors as they are."""
     if len(x.shape) != 3:
         return x
-    return builder.conv2d(x, torch.ones(x.shape[0], 1, 1, 1), groups=x.shape[0], name=_AROUND)
+    scale = torch.ones(x.shape[0], 1, 1, 1)
+    read = builder.conv2d(x, scale, groups=x.shape[0], name=_AROUND)
+    return builder.global_avg_pool(read, name=_AROUND)
