@@ -179,6 +179,8 @@ class Plan:
             return self._run_one_way(self.way, threads, inputs, outputs)
         second, pace = self._others
         other = pace.other
+        if pace.resting():
+            return self._run_one_way(second if other else self.way, threads, inputs, outputs)
         begin = perf_counter()
         self._run_one_way(second if other else self.way, threads, inputs, outputs)
         pace.took(other, perf_counter() - begin)
