@@ -131,6 +131,8 @@ class Plan:
         self._output_shapes = tuple(self._outer_shape(port) for port in self._outputs)
         single = len(self._inputs) == len(self._outputs) == 1
         self._only_input = self._input_shapes[0] if single else None
+        # Another one like this takes 5 us less than one from shape, dtype and device.
+        self._like_output = self._empty_outputs()[0] if single else torch.empty(0)
         self._native: Any = None
         self._build_lock = threading.Lock()
         if native_in_use() is not None:
@@ -168,7 +170,7 @@ class Plan:
         """
         if type(x) is not Tensor or not _is_plain(x, self._only_input) or native_in_use() is None:
             return None
-        y = torch.empty(self._output_shapes[0], dtype=torch.float32, device="cpu")
+        y = torch.empty_like(self._like_output)
         self._run_native([x.data_ptr()], [y.data_ptr()])
         return y
 
