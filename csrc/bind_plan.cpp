@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "plan_gemv.h"
+#include "plan_group.h"
 #include "plan_ops.h"
 #include "plan_tokens.h"
 
@@ -352,6 +353,8 @@ void bind_plan(nb::module_& m) {
       .def("profile", &profile_plan, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
       .def("fill_idle_arenas", &Plan::fill_idle_arenas, nb::arg("value"))
       .def_prop_ro("arena_bytes", &Plan::arena_bytes);
+  m.def("plan_group_images", &group_images, nb::arg("columns"), nb::arg("batch"),
+        nb::arg("threads"));
   nb::class_<AttentionShape>(m, "AttentionShape")
       .def(nb::init<>())
       .def_rw("heads", &AttentionShape::heads)

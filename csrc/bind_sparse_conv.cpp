@@ -21,12 +21,22 @@ SparseConvWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, i
   return new SparseConvWeight(source, groups, window, variant);
 }
 
-// Panels of an image, and floats that a panel needs of each input channel.
+// Panels of an image, or of several side by side if these may, and floats that a panel needs of each
+// input channel.
 std::vector<int64_t> panels(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
-                            const SpmmVariant& variant) {
-  const Window window = make_window(in_h, in_w, geometry);
-  const StripLayout layout(window, variant, active_table().lanes);
-  return {layout.strips().panels(window), layout.strips().channel};
+                            const SpmmVariant& variant, int64_t images) {
+  Window window = make_window(in_h, in_w, geometry);
+  if (images > 1 && window.kernel_h * window.kernel_w == 1 && !window.pad_h && !window.pad_w) {
+    window.in_h = window.out_h;  // whose columns a plan picks
+    window.in_w = window.out_w;
+    window.stride_h = window.stride_w = 1;
+  }
+  const bool group = StripLayout::takes_group(window);
+  const StripLayout layout(window, variant, active_table().lanes, group ? images : 1);
+  const Strips& strips = layout.strips();
+  const int64_t columns = images * window.out_h * window.out_w;
+  const int64_t side_by_side = (columns + strips.columns - 1) / strips.columns;
+  return {strips.masks ? side_by_side : strips.panels(window), strips.channel};
 }
 
 // Everything about a convolution but the addresses; calling it is the hot path.

@@ -8,6 +8,7 @@
 
 #include "plan_arena.h"
 #include "plan_bands.h"
+#include "plan_group.h"
 #include "plan_ops.h"
 #include "plan_parts.h"
 
@@ -79,24 +80,41 @@ std::vector<bool> find_joint(const Graph& graph) {
   return joint;
 }
 
-// Rewrites a graph into image operations and joint operations with copies at every border.
+// Rewrites a graph into operations on images, on groups of images and jointly on all of them, with
+// copies at every border.
 class Lowering {
  public:
-  explicit Lowering(Graph& graph) : graph_(graph), joint_(find_joint(graph)) {}
+  explicit Lowering(Graph& graph)
+      : graph_(graph), joint_(find_joint(graph)), groups_(find_groups(graph, joint_)) {}
 
-  void lower(int64_t chunk, Ops* image_ops, Ops* joint_ops) {
+  int64_t group_images() const { return groups_.images; }
+
+  void lower(int64_t chunk, Ops* image_ops, Ops* group_ops, Ops* joint_ops) {
     values_ = &graph_.values;
     chunk_ = chunk;
     const size_t count = graph_.values.size();
     joint_form_.assign(count, -1);
     image_form_.assign(count, -1);
+    group_form_.assign(count, -1);
+    made_on_group_.assign(count, false);
     for (size_t i = 0; i < graph_.inputs.size(); ++i) place_input(i);
     for (size_t i = 0; i < graph_.ops.size(); ++i) {
       std::unique_ptr<Op>& op = graph_.ops[i];
-      (joint_[i] ? make_joint(*op, joint_ops) : make_image(*op, image_ops));
-      (joint_[i] ? joint_ops : image_ops)->push_back(std::move(op));
+      if (joint_[i]) {
+        make_joint(*op, joint_ops);
+        joint_ops->push_back(std::move(op));
+      } else if (groups_.ops[i]) {
+        make_group(*op, image_ops);
+        group_ops->push_back(std::move(op));
+      } else {
+        make_image(*op, image_ops);
+        image_ops->push_back(std::move(op));
+      }
     }
-    for (size_t i = 0; i < graph_.outputs.size(); ++i) place_output(i, image_ops, joint_ops);
+    for (size_t i = 0; i < graph_.outputs.size(); ++i) {
+      const bool on_group = made_on_group_[static_cast<size_t>(graph_.outputs[i].value)];
+      place_output(i, on_group ? group_ops : image_ops, joint_ops);
+    }
   }
 
  private:
@@ -108,6 +126,7 @@ class Lowering {
     values_->push_back(copy);
     joint_form_.push_back(-1);
     image_form_.push_back(-1);
+    group_form_.push_back(-1);
     return static_cast<int>(values_->size()) - 1;
   }
 
@@ -159,8 +178,10 @@ class Lowering {
   int joint_form(int v, Ops* ops) {
     if (value(v).place == Place::kJoint) return v;
     if (joint_form_[v] < 0) {
-      if (value(v).place == Place::kImage) {
+      const bool made_before = value(v).place == Place::kImage || value(v).place == Place::kGroup;
+      if (made_before) {
         value(v).place = Place::kStaged;
+        value(v).images = 1;
         value(v).stride = round_up(value(v).channels, kLineFloats);
       }
       const int to = add(value(v), Place::kJoint);
@@ -177,30 +198,71 @@ class Lowering {
     }
   }
 
+  // A plane or vector of a group; the caller's tensors are copied to it image by image.
+  int group_form(int v, bool bare_is_fine, Ops* image_ops) {
+    if (value(v).place == Place::kImage) place_in_group(groups_.images, &value(v));
+    if (value(v).place != Place::kInput || bare_is_fine) return v;
+    if (group_form_[v] < 0) {
+      const int to = add(value(v), Place::kGroup);
+      place_in_group(groups_.images, &value(to));
+      copy(v, to, token_major(v) && value(v).ld != 1, true, "input", image_ops);
+      group_form_[v] = to;
+    }
+    return group_form_[v];
+  }
+
+  // Its large input's columns, picked image by image.
+  void pick_columns(Op& op, Ops* image_ops) {
+    const int from = image_form(op.inputs[0], false, image_ops);
+    Value picked = value(op.output);
+    picked.channels = value(from).channels;
+    std::unique_ptr<Op> pick = op.pick_columns();
+    pick->name = "pick";
+    pick->inputs = {from};
+    pick->output = op.inputs[0] = add(picked, Place::kGroup);
+    place_in_group(groups_.images, &value(pick->output));
+    image_ops->push_back(std::move(pick));
+  }
+
+  void make_group(Op& op, Ops* image_ops) {
+    if (op.on_group && picks(op, graph_.values)) pick_columns(op, image_ops);
+    for (size_t i = 0; i < op.inputs.size(); ++i) {
+      const int v = op.inputs[i];
+      const bool bare_is_fine = !op.on_group && op.reads_bare(i) &&
+                                (!token_major(v) || value(v).ld == 1);
+      op.inputs[i] = group_form(v, bare_is_fine, image_ops);
+    }
+    place_in_group(groups_.images, &value(op.output));
+    made_on_group_[static_cast<size_t>(op.output)] = true;
+  }
+
   void make_joint(Op& op, Ops* ops) {
     for (int& v : op.inputs) v = joint_form(v, ops);
     value(op.output).place = Place::kJoint;
     value(op.output).ld = joint_row(value(op.output));
   }
 
-  void place_output(size_t slot, Ops* image_ops, Ops* joint_ops) {
+  // ops: those that the value's own images are copied out with, unless it is a joint one.
+  void place_output(size_t slot, Ops* ops, Ops* joint_ops) {
     const Graph::Port port = graph_.outputs[slot];
     const bool joint = value(port.value).place == Place::kJoint;
-    const int from = joint ? port.value : image_form(port.value, true, image_ops);
+    const int from = joint ? port.value : image_form(port.value, true, ops);
     const bool transpose = joint || (port.layout == Layout::kTokens && value(from).ld != 1);
     const int to = add(value(from), Place::kOutput);
     Value& out = value(to);
     out.ld = out.columns();
     out.offset = static_cast<int64_t>(slot);
     out.stride = out.channels * out.columns();
-    copy(from, to, transpose, false, "output", joint ? joint_ops : image_ops);
+    copy(from, to, transpose, false, "output", joint ? joint_ops : ops);
   }
 
   Graph& graph_;
   std::vector<bool> joint_;
+  Grouping groups_;
   std::vector<Value>* values_ = nullptr;
   int64_t chunk_ = 1;
-  std::vector<int> joint_form_, image_form_;
+  std::vector<int> joint_form_, image_form_, group_form_;
+  std::vector<bool> made_on_group_;
   std::vector<Layout> layout_;
 };
 
@@ -240,6 +302,8 @@ Operand Frame::operand(int id) const {
   const Value& v = values[id];
   switch (v.place) {
     case Place::kImage: return {image_arena + v.offset, v.ld, v.channels, v.columns()};
+    case Place::kGroup:
+      return {group_arena + v.offset + slot * v.stride, v.ld, v.channels, slots * v.columns()};
     case Place::kStaged:
       return {joint_arena + v.offset + staged * v.stride, v.ld, v.channels, v.columns()};
     case Place::kJoint: return {joint_arena + v.offset, v.ld, v.channels, joint_count * v.columns()};
@@ -264,13 +328,16 @@ Plan::Plan(Graph graph)
   }
   const int64_t most = std::max<int64_t>(1, kJointColumns / widest);
   chunk_ = (batch_ + (batch_ + most - 1) / most - 1) / ((batch_ + most - 1) / most);
-  Lowering(graph).lower(chunk_, &image_ops_, &joint_ops_);
+  Lowering lowering(graph);
+  lowering.lower(chunk_, &image_ops_, &group_ops_, &joint_ops_);
+  group_ = lowering.group_images();
   values_ = std::move(graph.values);
   constants_ = std::move(graph.constants);
 
   if (graph.bands.from > 0) band_operations(&image_ops_, &values_, graph.bands);
   if (graph.parts > 1 && batch_ == 1) part_planes(&image_ops_, &values_, graph.parts);
   image_floats_ = lay_out_arena(image_ops_, Place::kImage, &values_);
+  group_floats_ = lay_out_arena(group_ops_, Place::kGroup, &values_);
   joint_floats_ = lay_out_arena(joint_ops_, Place::kJoint, &values_);
   for (Value& v : values_) {
     if (v.place != Place::kStaged) continue;
@@ -278,7 +345,7 @@ Plan::Plan(Graph graph)
     joint_floats_ += chunk_ * v.stride;
   }
   const KernelTable& table = active_table();
-  for (const Ops* ops : {&image_ops_, &joint_ops_}) {
+  for (const Ops* ops : {&image_ops_, &group_ops_, &joint_ops_}) {
     for (const std::unique_ptr<Op>& op : *ops) {
       op->prepare(values_, table);
       scratch_floats_ = std::max(scratch_floats_, op->scratch_floats());

@@ -7,8 +7,10 @@
 //
 // A batch is run image by image, which keeps an image's planes in cache: first as many whole images
 // as the threads can take one each, then the remaining ones together, operation by operation with a
-// barrier in between. Operations at the end (or start) of a network that treat every column alike,
-// such as the linear layers of a classifier, see the whole batch as columns of one value ("joint").
+// barrier in between. The last operations on planes, where these have become so small that they do
+// not fill vectors, follow for a few images at a time (plan_group.h). Operations at the end (or
+// start) of a network that treat every column alike, such as the linear layers of a classifier, see
+// the whole batch as columns of one value ("joint").
 #pragma once
 
 #include <algorithm>
@@ -27,6 +29,7 @@ enum class Layout : int32_t { kChannels = 0, kTokens = 1 };  // (C, ...) or (T, 
 
 enum class Place : int32_t {
   kImage,   // arena of one image
+  kGroup,   // arena of a group of images: planes side by side in every channel's row
   kStaged,  // joint arena, one vector per image: made per image, read jointly
   kJoint,   // joint arena, all images of a chunk as columns
   kInput,   // the caller's tensors
@@ -40,7 +43,8 @@ struct Value {
   bool tokens = false;  // columns are tokens: no operation looks at their neighbourhood
   Place place = Place::kImage;
   int64_t offset = 0;  // floats from the start of its arena, or the number of the caller's tensor
-  int64_t stride = 0;  // floats from image to image (kStaged, kInput, kOutput)
+  int64_t stride = 0;  // floats from image to image (kGroup, kStaged, kInput, kOutput)
+  int64_t images = 1;  // of a group
   float* constant = nullptr;
   // Rows that are apart, a part for each thread, with room for rows of its neighbours (plan_parts.h).
   int64_t parts = 1, part_floats = 0;
@@ -49,7 +53,8 @@ struct Value {
   int64_t above = 0, below = 0;  // rows of the neighbours
 
   int64_t columns() const { return height * width; }
-  int64_t floats() const { return channels * ld; }  // of one piece
+  // Of one piece; vectors of a group lie one after the other.
+  int64_t floats() const { return ld == 1 && images > 1 ? images * stride : channels * ld; }
   int64_t part_offset(int64_t part) const { return part * part_stride + part % 2 * odd_shift; }
 };
 
@@ -60,10 +65,11 @@ struct Operand {
   int64_t channels, columns;
 };
 
-// One execution of an operation: of one image, or jointly of several.
+// One execution of an operation: of one image, of a group, or jointly of all images of a chunk.
 struct Frame {
   const Value* values;
   float* image_arena;
+  float* group_arena;
   float* joint_arena;
   const float* const* inputs;
   float* const* outputs;
@@ -71,6 +77,8 @@ struct Frame {
   int64_t staged;       // number of the image in its chunk
   int64_t joint_count;  // images of the chunk
   int threads;          // that share this execution
+  int64_t slot = 0;     // number of the (first) image in its group
+  int64_t slots = 1;    // images of a group that are seen as one
 
   Operand operand(int value) const;
 };
@@ -113,14 +121,21 @@ class Op {
   std::string name;
   std::vector<int> inputs;
   int output = -1;
+  bool on_group = false;  // all images of a group are seen as one, set before `prepare`
 
   virtual ~Op() = default;
   // Every column is treated alike, so that the images of a batch may stand side by side.
   virtual bool columnwise() const { return false; }
+  // The images of a group may stand side by side, with so many columns each: the same bits as alone.
+  virtual bool takes_group(int64_t /*columns*/) const { return columnwise(); }
   // The input whose place the output may take if nobody needs it afterwards, or -1.
   virtual int replaced_input() const { return -1; }
   // Reads exactly its i-th input's elements, so that this may be the caller's unpadded tensor.
   virtual bool reads_bare(size_t) const { return true; }
+  // Reads only some columns of its first input, one for each of its own: whether it does, and an
+  // operation that picks them, from whose output it then reads them.
+  virtual bool reads_picked() const { return false; }
+  virtual std::unique_ptr<Op> pick_columns() { return nullptr; }
   // Called once the places of all values are known; afterwards borrowed weights are not needed.
   virtual void prepare(const std::vector<Value>&, const KernelTable&) {}
   virtual int64_t scratch_floats() const { return 0; }
@@ -163,7 +178,7 @@ struct Graph {
   };
   int64_t batch = 1;
   Bands bands;
-  int64_t parts = 1;  // of planes that several threads share
+  int64_t parts = 1;  // threads: planes that several of them share are in as many parts
   std::vector<Value> values;
   Ops ops;
   std::vector<Port> inputs, outputs;
@@ -193,7 +208,7 @@ class Plan {
   void run(const float* const* inputs, float* const* outputs, int threads,
            Sharing sharing = Sharing::kImages, std::vector<StepTime>* times = nullptr);
 
-  int64_t arena_bytes() const { return 4 * (image_floats_ + joint_floats_); }
+  int64_t arena_bytes() const { return 4 * (image_floats_ + group_floats_ + joint_floats_); }
   size_t input_count() const { return graph_inputs_; }
   size_t output_count() const { return graph_outputs_; }
   // Overwrites memory between runs: results may not depend on what the arena holds.
@@ -202,23 +217,25 @@ class Plan {
  private:
   // The memory of one run. Kept for the next one.
   struct Workspace {
-    std::vector<FloatBuffer> images;  // one arena per thread, made when first needed
+    std::vector<FloatBuffer> images, groups;  // one arena per thread, made when first needed
     std::vector<FloatBuffer> scratch;
     FloatBuffer joint;
 
     float* image(size_t i) { return images[i].data() + kReadSlack; }
+    float* group(size_t i) { return groups[i].data() + kReadSlack; }
   };
   struct Call;
+  class Worker;
 
   std::unique_ptr<Workspace> take_workspace(int threads, Sharing sharing);
   void worker(Call& call, int thread) const;
 
-  int64_t batch_, chunk_;
+  int64_t batch_, chunk_, group_ = 1;
   size_t graph_inputs_, graph_outputs_;
   std::vector<Value> values_;
   std::vector<FloatBuffer> constants_;
-  Ops image_ops_, joint_ops_;
-  int64_t image_floats_ = 0, joint_floats_ = 0, scratch_floats_ = 0;
+  Ops image_ops_, group_ops_, joint_ops_;
+  int64_t image_floats_ = 0, group_floats_ = 0, joint_floats_ = 0, scratch_floats_ = 0;
   std::mutex pool_mutex_;
   std::vector<std::unique_ptr<Workspace>> pool_;
 };

@@ -53,6 +53,8 @@ int replaced_value(const Op& op, const std::vector<Value>& values) {
   if (i < 0) return -1;
   const int in = op.inputs[static_cast<size_t>(i)];
   const Value& from = values[static_cast<size_t>(in)];
+  // Whole vectors of an image's result run over into the next image, whose input is still needed.
+  if (from.place == Place::kGroup && !op.on_group) return -1;
   const Value& out = values[static_cast<size_t>(op.output)];
   if (from.ld != out.ld || from.channels != out.channels) return -1;
   if (from.parts != out.parts || from.lead != out.lead) return -1;
@@ -70,6 +72,7 @@ class Arena {
     for (size_t i = 0; i < ops.size(); ++i) {
       for (int v : ops[i]->inputs) last_use_[v] = static_cast<int64_t>(i);
     }
+    if (place == Place::kGroup) add_made_before(ops);
     for (size_t i = 0; i < ops.size(); ++i) add(*ops[i], static_cast<int64_t>(i));
   }
 
@@ -98,6 +101,17 @@ class Arena {
   }
 
  private:
+  // What the operations before these leave for a group, image by image: all of it at the same time.
+  void add_made_before(const Ops& ops) {
+    std::vector<bool> made(values_.size(), false);
+    for (const std::unique_ptr<Op>& op : ops) made[op->output] = true;
+    for (size_t v = 0; v < values_.size(); ++v) {
+      if (made[v] || values_[v].place != place_) continue;
+      block_of_[v] = static_cast<int>(blocks_.size());
+      blocks_.push_back({round_up(values_[v].floats(), kLineFloats), -1, last_use_[v], 0});
+    }
+  }
+
   void add(const Op& op, int64_t step) {
     const Value& out = values_[op.output];
     if (out.place != place_) return;

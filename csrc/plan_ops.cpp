@@ -28,8 +28,10 @@ const LayerKernels& layer_kernels(const KernelTable& table) { return *table.laye
 // Where a bare tensor ends, or how far a padded one may be read.
 const float* end_of(const Frame& frame, int value) {
   const Operand x = frame.operand(value);
-  const bool bare = frame.values[value].place == Place::kInput;
-  return x.data + x.ld * x.channels + (bare ? 0 : kReadSlack / 2);
+  const Value& v = frame.values[value];
+  const float* const end = x.data + x.ld * x.channels;
+  if (v.place == Place::kInput) return end;
+  return end + kReadSlack / 2 - (v.place == Place::kGroup ? frame.slot * v.stride : 0);
 }
 
 int64_t elementwise_tasks(const Operand& z, int threads) {
@@ -45,6 +47,11 @@ int64_t worthwhile_tasks(int64_t units, int64_t work, int threads) {
 }
 
 // dense convolution
+
+// Sums of a panel that is a single vector have another order.
+bool ConvOp::takes_group(int64_t columns) const {
+  return columnwise() && columns > active_table().lanes;
+}
 
 bool ConvOp::pointwise() const {
   const Window& w = source.window;
@@ -402,6 +409,28 @@ void ActivationOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) 
 }
 
 // copies
+
+int64_t PickOp::tasks(const Frame& frame) const {
+  const Operand y = frame.operand(output);
+  return worthwhile_tasks(y.channels, y.channels * y.columns, frame.threads);
+}
+
+void PickOp::run(const Frame& frame, int64_t task, int64_t tasks, float*) const {
+  const Operand x = frame.operand(inputs[0]), y = frame.operand(output);
+  const Window& w = window;
+  const Range c = share(y.channels, task, tasks);
+  for (int64_t i = c.first; i < c.last; ++i) {
+    const float* from = x.data + i * x.ld;
+    float* to = y.data + i * y.ld;
+    for (int64_t oy = 0; oy < w.out_h; ++oy, to += w.out_w, from += w.stride_h * w.in_w) {
+      if (w.stride_w == 2) {
+        for (int64_t ox = 0; ox < w.out_w; ++ox) to[ox] = from[2 * ox];
+      } else {
+        for (int64_t ox = 0; ox < w.out_w; ++ox) to[ox] = from[ox * w.stride_w];
+      }
+    }
+  }
+}
 
 int64_t CopyOp::tasks(const Frame& frame) const {
   const Operand x = frame.operand(inputs[0]);

@@ -26,6 +26,7 @@ struct Epilogue {
 struct ConvOp : Op {
   ConvOp(const ConvSource& source, Epilogue epilogue) : source(source), epilogue(epilogue) {}
   bool columnwise() const override { return source.groups == 1 && pointwise(); }
+  bool takes_group(int64_t columns) const override;
   bool reads_bare(size_t i) const override { return i == 0; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
   int64_t scratch_floats() const override;
@@ -110,6 +111,9 @@ struct SpmmOp : Op {
 struct SparseConvOp : Op {
   SparseConvOp(const BlockRows& source, const float* bias_data, int64_t groups,
                const Window& window, const SpmmVariant& variant, Epilogue epilogue);
+  bool takes_group(int64_t columns) const override;
+  bool reads_picked() const override;
+  std::unique_ptr<Op> pick_columns() override;
   int replaced_input() const override { return replaced_residual(epilogue, variant); }
   bool reads_bare(size_t i) const override { return i == 0; }
   void prepare(const std::vector<Value>& values, const KernelTable& table) override;
@@ -182,6 +186,15 @@ struct ActivationOp : Op {
 
   Activation activation;
   const LayerKernels* kernels = nullptr;
+};
+
+// Every stride-th column of every stride-th row.
+struct PickOp : Op {
+  explicit PickOp(const Window& window) : window(window) {}
+  int64_t tasks(const Frame& frame) const override;
+  void run(const Frame& frame, int64_t task, int64_t tasks, float* scratch) const override;
+
+  Window window;
 };
 
 // Rows copied between two planar forms of the same elements: padded or not, planes or flat.

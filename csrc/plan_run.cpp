@@ -186,6 +186,7 @@ std::unique_ptr<Plan::Workspace> Plan::take_workspace(int threads, Sharing shari
   const size_t images = own ? static_cast<size_t>(threads) : 1;
   while (workspace->images.size() < images) {
     workspace->images.emplace_back(image_floats_ + 2 * kReadSlack);
+    workspace->groups.emplace_back(group_floats_ + 2 * kReadSlack);
   }
   while (workspace->scratch.size() < static_cast<size_t>(threads)) {
     workspace->scratch.emplace_back(scratch_floats_);
@@ -197,6 +198,7 @@ void Plan::fill_idle_arenas(float value) {
   const std::lock_guard<std::mutex> lock(pool_mutex_);
   for (const std::unique_ptr<Workspace>& workspace : pool_) {
     for (FloatBuffer& b : workspace->images) std::fill_n(b.data(), b.size(), value);
+    for (FloatBuffer& b : workspace->groups) std::fill_n(b.data(), b.size(), value);
     for (FloatBuffer& b : workspace->scratch) std::fill_n(b.data(), b.size(), value);
     if (workspace->joint.size()) {
       std::fill_n(workspace->joint.data(), workspace->joint.size(), value);
@@ -217,7 +219,8 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
     team.rethrow();
   } else {
     // The runtime may grant fewer threads than asked for: the others then do their shares.
-    const size_t steps = times ? batch_ * (image_ops_.size() + joint_ops_.size()) : 0;
+    const size_t ops = image_ops_.size() + group_ops_.size() + joint_ops_.size();
+    const size_t steps = times ? batch_ * ops : 0;
     Team team(threads, static_cast<int64_t>(steps));
     Call call{inputs, outputs, threads, sharing, *workspace, team, times, started};
     run_team(threads, [&](int thread, int) { worker(call, thread); });
@@ -227,81 +230,140 @@ void Plan::run(const float* const* inputs, float* const* outputs, int threads, S
   pool_.push_back(std::move(workspace));
 }
 
-// What every thread does: whole images while there is one for each thread, unless operations are to be
-// shared; then a share of every operation of the remaining images, and of every joint operation.
-void Plan::worker(Call& call, int thread) const {
-  Workspace& space = call.workspace;
-  float* scratch = space.scratch[static_cast<size_t>(thread)].data();
-  float* joint = joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
-  Progress progress;
-  size_t timed = 0, image_times = 0;  // of every image
-  double begin = call.begin;
-  const auto share_op = [&](const Op& op, const Frame& frame) {
-    const int64_t tasks = op.tasks(frame);
-    const Ops* timed_stages = call.times ? op.stages() : nullptr;
-    std::vector<double> stage_seconds(timed_stages ? timed_stages->size() : 0);
-    if (timed_stages) {
-      call.team.share(&progress, tasks, thread, [&](int64_t i) {
-        op.run_timed(frame, i, tasks, scratch, &stage_seconds);
-      });
-    } else if (call.threads == 1) {
-      for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch);
-    } else {
-      call.team.share(&progress, tasks, thread,
-                      [&](int64_t i) { op.run(frame, i, tasks, scratch); });
+// What every thread does: whole groups of images while there is an image for each thread, unless
+// operations are to be shared; then a share of every operation of the remaining images, and of every
+// joint operation.
+class Plan::Worker {
+ public:
+  Worker(const Plan& plan, Call& call, int thread)
+      : plan_(plan), call_(call), thread_(thread),
+        scratch_(call.workspace.scratch[static_cast<size_t>(thread)].data()), begin_(call.begin) {}
+
+  void run() {
+    for (int64_t first = 0; first < plan_.batch_; first += plan_.chunk_) {
+      run_chunk(first, std::min(plan_.chunk_, plan_.batch_ - first));
     }
-    if (call.times && thread == 0) {
-      const double end = call.threads == 1 ? seconds_now(1) : call.team.finished(progress.step - 1);
-      const auto book = [&](const std::string& name, double seconds) {
-        if (timed == call.times->size()) call.times->push_back({name, 0.0});
-        (*call.times)[timed++].seconds += seconds;
-      };
-      if (timed_stages) {  // in proportion to what this thread saw of each
-        const size_t stages = stage_seconds.size();
-        double all = 0.0;
-        for (double seconds : stage_seconds) all += seconds;
-        for (size_t i = 0; i < stages; ++i) {
-          const double part = all > 0.0 ? stage_seconds[i] / all : 1.0 / stages;
-          book((*timed_stages)[i]->name, part * (end - begin));
-        }
-      } else {
-        book(op.name, end - begin);
-      }
-      begin = end;
-    }
-  };
-  for (int64_t begin = 0; begin < batch_; begin += chunk_) {
-    const int64_t count = std::min(chunk_, batch_ - begin);
-    Frame frame{values_.data(), space.image(0), joint, call.inputs, call.outputs, begin, 0, count,
-                call.threads};
-    const int64_t alone =
-        call.threads > 1 && call.sharing == Sharing::kImages ? count / call.threads * call.threads
-                                                             : 0;
-    if (alone > 0) {
-      call.team.share(&progress, alone, thread, [&](int64_t i) {
-        Frame own = frame;
-        own.image_arena = space.image(static_cast<size_t>(thread));
-        own.image = begin + i;
-        own.staged = i;
-        own.threads = 1;
-        for (const auto& op : image_ops_) {
-          const int64_t tasks = op->tasks(own);
-          for (int64_t task = 0; task < tasks; ++task) op->run(own, task, tasks, scratch);
-        }
-      });
-    }
-    for (int64_t i = alone; i < count; ++i) {
-      frame.image = begin + i;
-      frame.staged = i;
-      timed = 0;
-      for (const auto& op : image_ops_) share_op(*op, frame);
-      image_times = timed;
-    }
-    frame.image = begin;
-    frame.staged = 0;
-    timed = image_times;
-    for (const auto& op : joint_ops_) share_op(*op, frame);
   }
-}
+
+ private:
+  // Images of one chunk, from number `first` of the batch on.
+  void run_chunk(int64_t first, int64_t count) {
+    Workspace& space = call_.workspace;
+    Frame frame{};
+    frame.values = plan_.values_.data();
+    frame.joint_arena = plan_.joint_floats_ ? space.joint.data() + kReadSlack : nullptr;
+    frame.inputs = call_.inputs;
+    frame.outputs = call_.outputs;
+    frame.image = first;
+    frame.joint_count = count;
+    frame.threads = 1;
+    frame.slots = 1;
+    const bool apart = call_.threads > 1 && call_.sharing == Sharing::kImages;
+    const int64_t alone = apart ? count / call_.threads * call_.threads : 0;
+    if (alone > 0) {
+      frame.image_arena = space.image(static_cast<size_t>(thread_));
+      frame.group_arena = space.group(static_cast<size_t>(thread_));
+      const int64_t groups = call_.threads * groups_of(alone / call_.threads);
+      call_.team.share(&progress_, groups, thread_, [&](int64_t i) {
+        run_group(frame, {alone * i / groups, alone * (i + 1) / groups},
+                  [this](const Op& op, const Frame& of) { run_alone(op, of); });
+      });
+    }
+    frame.image_arena = space.image(0);
+    frame.group_arena = space.group(0);
+    frame.threads = call_.threads;
+    const int64_t rest = count - alone, groups = groups_of(rest);
+    const auto share = [this](const Op& op, const Frame& of) { share_op(op, of); };
+    for (int64_t i = 0; i < groups; ++i) {
+      run_group(frame, {alone + rest * i / groups, alone + rest * (i + 1) / groups}, share);
+    }
+    for (const auto& op : plan_.joint_ops_) share_op(*op, frame);
+  }
+
+  int64_t groups_of(int64_t images) const { return (images + plan_.group_ - 1) / plan_.group_; }
+
+  // All operations but the joint ones for some images of a chunk. `frame` is that of its first image.
+  template <class Run>
+  void run_group(const Frame& frame, Span images, const Run& run) {
+    const int64_t count = images.last - images.first;
+    const auto at = [&](int64_t slot) {
+      Frame of = frame;
+      of.image += images.first + slot;
+      of.staged = images.first + slot;
+      of.slot = slot;
+      return of;
+    };
+    for (int64_t slot = 0; slot < count; ++slot) {
+      const Frame of = at(slot);
+      timed_ = 0;
+      for (const auto& op : plan_.image_ops_) run(*op, of);
+    }
+    for (const auto& op : plan_.group_ops_) {
+      Frame all = at(0);
+      all.slots = count;
+      if (op->on_group) {
+        run(*op, all);
+        continue;
+      }
+      const size_t timed = timed_;
+      for (int64_t slot = 0; slot < count; ++slot) {
+        timed_ = timed;
+        run(*op, at(slot));
+      }
+    }
+  }
+
+  void run_alone(const Op& op, const Frame& frame) const {
+    const int64_t tasks = op.tasks(frame);
+    for (int64_t i = 0; i < tasks; ++i) op.run(frame, i, tasks, scratch_);
+  }
+
+  void share_op(const Op& op, const Frame& frame) {
+    if (call_.times) return time_op(op, frame);
+    if (call_.threads == 1) return run_alone(op, frame);
+    const int64_t tasks = op.tasks(frame);
+    call_.team.share(&progress_, tasks, thread_,
+                     [&](int64_t i) { op.run(frame, i, tasks, scratch_); });
+  }
+
+  void time_op(const Op& op, const Frame& frame) {
+    const int64_t tasks = op.tasks(frame);
+    const Ops* stages = op.stages();
+    std::vector<double> seconds(stages ? stages->size() : 0);
+    call_.team.share(&progress_, tasks, thread_, [&](int64_t i) {
+      stages ? op.run_timed(frame, i, tasks, scratch_, &seconds)
+             : op.run(frame, i, tasks, scratch_);
+    });
+    if (thread_ != 0) return;
+    const double end =
+        call_.threads == 1 ? seconds_now(1) : call_.team.finished(progress_.step - 1);
+    if (stages) {  // in proportion to what this thread saw of each
+      double all = 0.0;
+      for (double each : seconds) all += each;
+      for (size_t i = 0; i < seconds.size(); ++i) {
+        const double part = all > 0.0 ? seconds[i] / all : 1.0 / seconds.size();
+        book((*stages)[i]->name, part * (end - begin_));
+      }
+    } else {
+      book(op.name, end - begin_);
+    }
+    begin_ = end;
+  }
+
+  void book(const std::string& name, double seconds) {
+    if (timed_ == call_.times->size()) call_.times->push_back({name, 0.0});
+    (*call_.times)[timed_++].seconds += seconds;
+  }
+
+  const Plan& plan_;
+  Call& call_;
+  const int thread_;
+  float* const scratch_;
+  Progress progress_;
+  size_t timed_ = 0;  // steps of this image or group that are booked
+  double begin_;      // of the step to be timed
+};
+
+void Plan::worker(Call& call, int thread) const { Worker(*this, call, thread).run(); }
 
 }  // namespace aerogel

@@ -96,12 +96,30 @@ SparseConvOp::SparseConvOp(const BlockRows& source, const float* bias_data, int6
   if (bias_data) bias.assign(bias_data, bias_data + source.rows);
 }
 
-void SparseConvOp::prepare(const std::vector<Value>&, const KernelTable&) {
-  weight = std::make_unique<SparseConvWeight>(source, groups, window, variant);
+void SparseConvOp::prepare(const std::vector<Value>& values, const KernelTable&) {
+  const int64_t images = on_group ? values[output].images : 1;
+  weight = std::make_unique<SparseConvWeight>(source, groups, window, variant, images);
+}
+
+bool SparseConvOp::takes_group(int64_t) const { return StripLayout::takes_group(window); }
+
+bool SparseConvOp::reads_picked() const {
+  const Window& w = window;
+  return w.kernel_h == 1 && w.kernel_w == 1 && w.pad_h == 0 && w.pad_w == 0;
+}
+
+std::unique_ptr<Op> SparseConvOp::pick_columns() {
+  auto pick = std::make_unique<PickOp>(window);
+  window.in_h = window.out_h;
+  window.in_w = window.out_w;
+  window.stride_h = window.stride_w = 1;
+  return pick;
 }
 
 SparseConvArgs SparseConvOp::args(const Frame& frame) const {
-  return {weight.get(), product_args(*this, frame, bias, epilogue)};
+  SparseConvArgs args{weight.get(), product_args(*this, frame, bias, epilogue)};
+  args.product.padded = on_group;
+  return args;
 }
 
 int64_t SparseConvOp::tasks(const Frame& frame) const {

@@ -1,6 +1,8 @@
 #include "sparse_conv.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -13,6 +15,7 @@ namespace aerogel {
 namespace {
 
 constexpr int64_t kShortRow = 2;  // vectors
+constexpr int64_t kLineFloats = 16;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -30,8 +33,13 @@ int64_t align_pitch(int64_t pitch, int64_t columns, int64_t lanes) {
 
 }  // namespace
 
-StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t lanes) {
+StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t lanes,
+                         int64_t images) {
   Strips& s = strips_;
+  if (images > 1) {
+    lay_side_by_side(w, spmm_panel_vectors(variant) * lanes, images);
+    return;
+  }
   // Short rows have a copy for each column of taps: a misaligned vector takes two loads.
   const bool apart = w.kernel_w > 1 && w.out_w <= kShortRow * lanes;
   const int64_t period = apart ? w.kernel_w * w.dilation_w : w.stride_w;
@@ -59,6 +67,42 @@ StripLayout::StripLayout(const Window& w, const SpmmVariant& variant, int64_t la
     column_offsets_.push_back(index_of(column_phases_, column % period) * s.plane +
                               (apart ? 0 : column / w.stride_w));
   }
+}
+
+bool StripLayout::takes_group(const Window& w) {
+  return w.stride_h == 1 && w.stride_w == 1 && w.out_h == w.in_h && w.out_w == w.in_w;
+}
+
+void StripLayout::lay_side_by_side(const Window& w, int64_t most, int64_t images) {
+  Strips& s = strips_;
+  const int64_t plane = w.in_h * w.in_w, columns = images * plane;
+  s.rows = 1;
+  s.columns = s.pitch = std::min(most, round_up(columns, kLineFloats));
+  s.plane = (round_up(s.columns, kLineFloats) / kLineFloats | 1) * kLineFloats;
+  s.taps = w.kernel_h * w.kernel_w;
+  s.channel = s.taps * s.plane;
+  s.linear = s.bare = true;
+  s.mask_row = round_up(columns, kLineFloats);
+  const uint32_t bits = ~uint32_t{0};
+  float all;
+  std::memcpy(&all, &bits, sizeof(all));
+  masks_.assign(static_cast<size_t>(s.taps * s.mask_row), 0.0f);
+  for (int64_t tap = 0; tap < s.taps; ++tap) {
+    const int64_t down = tap / w.kernel_w * w.dilation_h - w.pad_h;
+    const int64_t across = tap % w.kernel_w * w.dilation_w - w.pad_w;
+    // A tap that meets nothing but padding has no shift: its mask is empty, whatever is read.
+    const bool reads = std::abs(down) < w.in_h && std::abs(across) < w.in_w;
+    shifts_.push_back(reads ? down * w.in_w + across : 0);
+    for (int64_t i = 0; reads && i < columns; ++i) {
+      const int64_t y = i % plane / w.in_w + down, x = i % w.in_w + across;
+      const bool inside = y >= 0 && y < w.in_h && x >= 0 && x < w.in_w;
+      if (inside) masks_[static_cast<size_t>(tap * s.mask_row + i)] = all;
+    }
+  }
+  s.shifts = shifts_.data();
+  s.masks = masks_.data();
+  for (int64_t ky = 0; ky < w.kernel_h; ++ky) row_offsets_.push_back(ky * w.kernel_w * s.plane);
+  for (int64_t kx = 0; kx < w.kernel_w; ++kx) column_offsets_.push_back(kx * s.plane);
 }
 
 // As many outputs as fit into `most` places of the grid: whole rows, or a part of one.
@@ -160,8 +204,8 @@ class GroupRows {
 }  // namespace
 
 SparseConvWeight::SparseConvWeight(const BlockRows& source, int64_t groups, const Window& window,
-                                   const SpmmVariant& variant)
-    : window_(window), layout_(window, variant, active_table().lanes) {
+                                   const SpmmVariant& variant, int64_t images)
+    : window_(window), layout_(window, variant, active_table().lanes, images) {
   const int64_t taps = window.kernel_h * window.kernel_w;
   if (groups < 1 || source.rows % groups || (groups > 1 && source.rows / groups % source.block)) {
     throw std::invalid_argument("groups=" + std::to_string(groups) + ": expected a divisor of " +

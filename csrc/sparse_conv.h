@@ -14,7 +14,8 @@ namespace aerogel {
 // How strips lie in scratch for one window, and where each tap reads them.
 class StripLayout {
  public:
-  StripLayout(const Window& window, const SpmmVariant& variant, int64_t lanes);
+  // images: that may stand side by side, if the window keeps a plane's size; then they always do.
+  StripLayout(const Window& window, const SpmmVariant& variant, int64_t lanes, int64_t images = 1);
   StripLayout(const StripLayout&) = delete;
   StripLayout& operator=(const StripLayout&) = delete;
 
@@ -24,7 +25,11 @@ class StripLayout {
     return row_offsets_[static_cast<size_t>(ky)] + column_offsets_[static_cast<size_t>(kx)];
   }
 
+  // Whether images may stand side by side.
+  static bool takes_group(const Window& window);
+
  private:
+  void lay_side_by_side(const Window& window, int64_t most, int64_t images);
   void choose_panel(const Window& window, int64_t most, int64_t lanes, bool apart);
   void choose_phases(const Window& window);
   int64_t least_pitch(const Window& window) const;
@@ -32,15 +37,17 @@ class StripLayout {
   Strips strips_{};
   std::vector<int32_t> row_phases_, column_phases_;
   std::vector<int64_t> row_offsets_, column_offsets_;
+  std::vector<int64_t> shifts_;
+  std::vector<float> masks_;
 };
 
 // The packed weight of one convolution: [out][in / groups * kernel_h * kernel_w] rows in torch's
-// order, for one size of image. Immutable: threads share it.
+// order, for one size of image, and for so many images side by side. Immutable: threads share it.
 class SparseConvWeight {
  public:
   // Throws std::invalid_argument for malformed input, or if blocks of rows cross groups.
   SparseConvWeight(const BlockRows& source, int64_t groups, const Window& window,
-                   const SpmmVariant& variant);
+                   const SpmmVariant& variant, int64_t images = 1);
   SparseConvWeight(const SparseConvWeight&) = delete;
   SparseConvWeight& operator=(const SparseConvWeight&) = delete;
 

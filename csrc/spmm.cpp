@@ -332,9 +332,12 @@ int64_t SpmmWeight::nbytes() const {
 
 namespace {
 
+// Whether panels are rows of a convolution's outputs; else they are columns, whatever these are.
+bool on_grid(const SpmmArgs& a) { return a.window && !a.window->strips->masks; }
+
 // Panels of a whole number of vectors and nearly equal widths, at most the variant's.
 int64_t panel_count(const SpmmArgs& a) {
-  if (a.window) return a.window->strips->panels(*a.window->window);
+  if (on_grid(a)) return a.window->strips->panels(*a.window->window);
   const int64_t lanes = a.weight->kernels().lanes;
   const int64_t vectors = (a.columns + lanes - 1) / lanes;
   const int64_t widest = spmm_panel_vectors(a.weight->variant());
@@ -423,7 +426,7 @@ void spmm_run_task(const SpmmArgs& a, int64_t task, int64_t tasks) {
   const int64_t panel = by_columns ? task / ranges % panels : task % panels;
   const int64_t image = by_columns ? task / ranges / panels : task / panels % a.batch;
   const int64_t range = by_columns ? task % ranges : task / panels / a.batch;
-  const Range columns = a.window ? Range{0, 0} : panel_columns(a, panel, panels);
+  const Range columns = on_grid(a) ? Range{0, 0} : panel_columns(a, panel, panels);
   SpmmPanel p;
   p.stream = &weight.stream();
   p.variant = &weight.variant();

@@ -461,7 +461,9 @@ namespace aerogel::AEROGEL_ISA {
 namespace {
 
 void run_panel(const SpmmPanel& p) {
-  if (p.args->window) return run_window_panel(p);
+  if (const SpmmWindow* window = p.args->window) {
+    return window->strips->masks ? run_shifted_panel(p) : run_window_panel(p);
+  }
   const SpmmStream& s = *p.stream;
   const SpmmArgs& a = *p.args;
   const bool pack = p.variant->pack != 0;

@@ -310,5 +310,56 @@ AEROGEL_NOINLINE void run_window_panel(const SpmmPanel& p) {
   }
 }
 
+// Channels [first, last) of a slab, for images side by side.
+AEROGEL_NOINLINE void copy_shifted(const SpmmPanel& p, int64_t first, int64_t last) {
+  const SpmmWindow& window = *p.args->window;
+  const Strips s = *window.strips;  // a copy that stores to the strips cannot alias
+  const int64_t ldx = p.args->ldx, width = p.width;
+  float* to = p.scratch;
+  for (int64_t i = first; i < last; ++i) {
+    const float* x = p.x + window.channels[i] * ldx + p.column;
+    const float* mask = s.masks + p.column;
+    for (int64_t tap = 0; tap < s.taps; ++tap, to += s.plane, mask += s.mask_row) {
+      const float* from = x + s.shifts[tap];
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store(to + j, keep(load(from + j), load(mask + j)));
+      }
+    }
+  }
+}
+
+// A panel of columns of images side by side.
+AEROGEL_NOINLINE void run_shifted_panel(const SpmmPanel& p) {
+  const SpmmStream& s = *p.stream;
+  const SpmmArgs& a = *p.args;
+  const SpmmWindow& window = *a.window;
+  const Strips& strips = *window.strips;
+  const ColumnTiles tiles(p);
+  clear(p.scratch + window.slab_floats, strips.grid());  // what padded steps read
+
+  RunContext c{};
+  c.bias = a.bias;
+  c.activation = is_inline_activation(a.activation) ? a.activation : Activation::kNone;
+  c.tail = a.padded ? kLanes : (p.width - 1) % kLanes + 1;
+  c.y = p.y + p.column;
+  c.ldy = a.ldy;
+  c.residual = p.residual ? p.residual + p.column : nullptr;
+  c.ldr = a.ldr;
+  PanelPrefetch ahead;
+  for (int64_t slab = 0; slab < s.slabs; ++slab) {
+    const int64_t first = window.slab_channels[slab];
+    copy_shifted(p, first, window.slab_channels[slab + 1]);
+    c.x = reinterpret_cast<const char*>(p.scratch - first * strips.channel);
+    c.first = slab == 0;
+    c.last = slab == s.slabs - 1;
+    for (int64_t range = p.tile_begin; range < p.tile_end; ++range) {
+      run_tiles(c, s, range * s.slabs + slab, tiles, {0, 0}, false, ahead);
+    }
+  }
+  if (!is_inline_activation(a.activation)) {
+    finish_rows(p, s.tile_rows[p.tile_begin], s.tile_rows[p.tile_end]);
+  }
+}
+
 }  // namespace
 }  // namespace aerogel::AEROGEL_ISA

@@ -9,6 +9,11 @@
 // Where taps are so far apart that their rows hardly overlap (dilation), each row of taps has rows of
 // its own instead of a phase.
 //
+// Small planes of several images that stand side by side, and that a convolution leaves as large as
+// they are, need no rows: under one tap, all columns of all images come from as many columns away.
+// Each tap has a row of its own, the channel's moved by so much, in which a mask leaves out what is
+// not the column's own image: such columns are padding.
+//
 // Plain data: the files compiled once per instruction set include this one.
 #pragma once
 
@@ -30,6 +35,11 @@ struct Strips {
   int64_t row_phase_count, column_phase_count;
   bool linear;  // register tiles may run over the ends of rows; else each lies in one row
   bool bare;    // the grid's rows are the output's: outputs go to their places
+  // Of images side by side, else 0 and null.
+  int64_t taps;
+  const int64_t* shifts;   // [taps] from an output's column to the input's
+  const float* masks;      // [taps][mask_row]: all bits of a column set where its image has an input
+  int64_t mask_row;
 
   __attribute__((always_inline)) constexpr int64_t across(const Window& w) const {
     return (w.out_w + columns - 1) / columns;

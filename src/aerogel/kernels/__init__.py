@@ -71,6 +71,7 @@ from aerogel.kernels.values import largest_level, quantize_rows
 from aerogel.kernels.variants import (
     SpmmVariant,
     default_variant,
+    images_together,
     sparse_conv_variants,
     spmm_variants,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "gemv",
     "gemv_op",
     "gemv_reference",
+    "images_together",
     "isa",
     "isa_in_use",
     "kth_largest",

@@ -220,6 +220,7 @@ def sparse_conv_variants(
     geometry: ConvGeometry,
     size: Sequence[int],
     threads: int | None = None,
+    images: int = 1,
 ) -> list[SpmmVariant]:
     """The variants worth timing for a packed convolution, the likeliest first.
 
@@ -228,6 +229,7 @@ def sparse_conv_variants(
         geometry: of the convolution.
         size: height and width of an input image.
         threads: that will share the work; default `torch.get_num_threads()`.
+        images: whose planes lie side by side in a plan, see `images_together`.
 
     Returns:
         1 to 18 different variants; all of them pack.
@@ -242,7 +244,7 @@ def sparse_conv_variants(
         vectors = min(wanted, module.spmm_max_vectors(tile_groups, weight.block))
         whole = SpmmVariant(vectors, tile_groups, 1, 1, True, side)
         panels, floats = module.sparse_conv_panels(
-            *size, geometry.numbers, module.SpmmVariant(*whole)
+            *size, geometry.numbers, module.SpmmVariant(*whole), images
         )
         # No more than needed: every range of rows copies its panel's input again.
         row_tiles = min(-(-threads // (panels * geometry.groups)), max(rows // _TILE_ROWS, 1))
@@ -252,3 +254,15 @@ def sparse_conv_variants(
         for k_blocks in (slabs, 2 * slabs, max(slabs // 2, 1)):
             found[whole._replace(k_blocks=k_blocks, row_tiles=row_tiles)] = None
     return list(found)
+
+
+def images_together(columns: int, batch: int, threads: int | None = None) -> int:
+    """Images whose planes lie side by side in a plan, at most: several, if planes are small.
+
+    Args:
+        columns: of one image's plane.
+        batch: images of a run.
+        threads: of a run; default `torch.get_num_threads()`.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    return int(native().plan_group_images(columns, batch, threads))

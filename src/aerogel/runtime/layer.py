@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aerogel import kernels
 from aerogel.runtime import graph, ops
 from aerogel.runtime.detect import Zeros, detect_zeros
 
@@ -134,6 +135,16 @@ class Layer:
             return tokens * sequence_tile(batch, tokens)
         return token_tile(self.columns) if self.has_tokens else self.columns
 
+    def images_together(self, threads: int | None) -> int:
+        """Images that a plan may see as one, side by side."""
+        if self.op != "conv2d" or kernels.native_in_use() is None:
+            return 1
+        keeps_size = self.input_shape[2:] == self.output_shape[2:] and self.stride == (1, 1)
+        picked = tuple(self.weight.shape[2:]) == (1, 1) and self.padding == (0, 0)
+        if not keeps_size and not picked:
+            return 1
+        return kernels.images_together(self.columns, self.images, threads)
+
     @property
     def macs(self) -> int:
         """Multiply-adds of the dense layer on the example."""
@@ -149,7 +160,7 @@ class Layer:
             self.bias is not None,
             self.activation,
             self.has_residual,
-            self.planned_columns,
+            self.planned_columns * self.images_together(1),
             round(self.zeros.sparsity, 2),
             self.zeros.pattern,
             self.zeros.block,

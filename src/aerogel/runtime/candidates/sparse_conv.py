@@ -50,11 +50,13 @@ def sparse_convolution(layer: Layer, threads: int | None) -> Iterator[Candidate]
     if layer.zeros.sparsity < max(BREAK_EVEN[block] - _FAR_BELOW, _LEAST):
         return
     packed = kernels.BlockRowWeight.pack(layer.matrix, block=block)
-    for variant in _variants(packed, layer, threads):
+    for variant in _variants(packed, layer, threads, 1):
         # Each keeps its own native streams, whatever else is being compared.
         yield _called(layer, packed.without_cache(), variant, threads)
-        if layer.input_shape[2:] != (1, 1):  # pooled planes are a vector in a plan
-            yield _planned(layer, packed, variant)
+    if layer.input_shape[2:] == (1, 1):  # pooled planes are a vector in a plan
+        return
+    for variant in _variants(packed, layer, threads, layer.images_together(threads)):
+        yield _planned(layer, packed, variant)
 
 
 def _block(layer: Layer) -> int:
@@ -76,11 +78,14 @@ def _geometry(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _variants(packed: kernels.BlockRowWeight, layer: Layer, threads: int | None) -> list[Any]:
+def _variants(
+    packed: kernels.BlockRowWeight, layer: Layer, threads: int | None, images: int
+) -> list[Any]:
     if kernels.native_in_use() is None:
         return [None]
     geometry = kernels.ConvGeometry.of(**_geometry(layer))
-    return list(kernels.sparse_conv_variants(packed, geometry, layer.input_shape[2:], threads))
+    size = layer.input_shape[2:]
+    return list(kernels.sparse_conv_variants(packed, geometry, size, threads, images))
 
 
 def _name(packed: kernels.BlockRowWeight, variant: Any) -> str:

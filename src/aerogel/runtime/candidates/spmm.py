@@ -56,7 +56,8 @@ def sparse_pointwise(layer: Layer, threads: int | None) -> Iterator[Candidate]:
         for variant in _variants(packed, layer.columns, layer.layout, threads):
             # Each keeps its own native streams, whatever else is being compared.
             yield _called(layer, packed.without_cache(), variant, threads)
-        for variant in _variants(packed, layer.planned_columns, "channels", threads):
+        columns = layer.planned_columns * layer.images_together(threads)
+        for variant in _variants(packed, columns, "channels", threads):
             if variant is None or not variant.pack or _pays_to_pack(layer, variant):
                 yield _planned(layer, packed, variant)
 
