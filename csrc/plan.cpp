@@ -85,7 +85,9 @@ std::vector<bool> find_joint(const Graph& graph) {
 class Lowering {
  public:
   explicit Lowering(Graph& graph)
-      : graph_(graph), joint_(find_joint(graph)), groups_(find_groups(graph, joint_)) {}
+      : graph_(graph), joint_(find_joint(graph)), groups_(find_groups(graph, joint_)) {
+    for (const Value& v : graph.values) planar_.push_back(v.ld != 1);
+  }
 
   int64_t group_images() const { return groups_.images; }
 
@@ -204,6 +206,8 @@ class Lowering {
     if (value(v).place != Place::kInput || bare_is_fine) return v;
     if (group_form_[v] < 0) {
       const int to = add(value(v), Place::kGroup);
+      // The caller's plane of one column looks like a vector, and would lie in a group like one.
+      if (planar_[static_cast<size_t>(v)]) value(to).ld = padded_row(value(to).columns());
       place_in_group(groups_.images, &value(to));
       copy(v, to, token_major(v) && value(v).ld != 1, true, "input", image_ops);
       group_form_[v] = to;
@@ -257,7 +261,7 @@ class Lowering {
   }
 
   Graph& graph_;
-  std::vector<bool> joint_;
+  std::vector<bool> joint_, planar_;
   Grouping groups_;
   std::vector<Value>* values_ = nullptr;
   int64_t chunk_ = 1;
