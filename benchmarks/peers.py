@@ -155,7 +155,7 @@ def row_of(network: str, row: bench.BenchRow, table: bench.BenchTable) -> dict[s
 
 def measure(setup: Setup) -> Findings:
     notes = []
-    if kernels.isa() == "avx2":
+    if harness.HELD:
         os.environ.setdefault("NM_ARCH", "avx2")
         notes.append("DeepSparse was held to AVX2 too (NM_ARCH=avx2); ONNX Runtime was not.")
     rows, figures = [], []

@@ -26,11 +26,7 @@ SparseConvWeight* pack(uintptr_t values, uintptr_t columns, uintptr_t row_ptr, i
 std::vector<int64_t> panels(int64_t in_h, int64_t in_w, const std::vector<int64_t>& geometry,
                             const SpmmVariant& variant, int64_t images) {
   Window window = make_window(in_h, in_w, geometry);
-  if (images > 1 && window.kernel_h * window.kernel_w == 1 && !window.pad_h && !window.pad_w) {
-    window.in_h = window.out_h;  // whose columns a plan picks
-    window.in_w = window.out_w;
-    window.stride_h = window.stride_w = 1;
-  }
+  if (images > 1 && is_point(window)) window = over_picked(window);
   const bool group = StripLayout::takes_group(window);
   const StripLayout layout(window, variant, active_table().lanes, group ? images : 1);
   const Strips& strips = layout.strips();

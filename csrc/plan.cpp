@@ -16,11 +16,8 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 constexpr int64_t kJointTokens = 64;    // images of fewer tokens share a panel of columns
 constexpr int64_t kJointColumns = 512;  // columns of a chunk: its planes should stay in L2
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 std::vector<std::vector<int>> consumers_of(const Graph& graph) {
   std::vector<std::vector<int>> consumers(graph.values.size());

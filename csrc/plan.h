@@ -25,6 +25,10 @@
 
 namespace aerogel {
 
+constexpr int64_t kLineFloats = 16;  // of a cache line
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 enum class Layout : int32_t { kChannels = 0, kTokens = 1 };  // (C, ...) or (T, F) in user memory
 
 enum class Place : int32_t {

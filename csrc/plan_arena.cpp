@@ -7,10 +7,7 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 constexpr int64_t kPartsApart = 1024;  // floats: prefetchers stay within a page
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A stretch of memory and the steps [first, last] during which it is in use.
 struct Block {

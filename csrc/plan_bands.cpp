@@ -9,11 +9,9 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 constexpr int64_t kFloatBytes = sizeof(float);
 // Rows of the last output: shorter bands spend their time on the rows that windows keep.
 constexpr int64_t kLeastRows = 4;
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // An odd number of lines, so that channels do not fall into the same cache sets, and a vector more
 // than the rows: kernels write whole ones.

@@ -6,12 +6,9 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 // Larger planes waste little of their last vector, and a group of them would leave the second cache.
 constexpr int64_t kMostColumns = 64;
 constexpr int64_t kGroupColumns = 208;  // of a group
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 bool is_small(const Value& v) {
   return v.ld == 1 || (!v.tokens && v.columns() <= kMostColumns);

@@ -9,7 +9,6 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 constexpr int64_t kTaskWork = 32768;   // multiply-adds or floats below which a task is not worth it
 constexpr int64_t kJoinedChannels = 16;  // whose planes are put together in the first cache
 constexpr int64_t kDirectChannels = 16;  // more repay a gathered panel

@@ -7,14 +7,11 @@ namespace aerogel {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
 // Of a part, and floats of a row. Smaller ones would be mostly borders; kernels that take small planes
 // as a whole sum up in another order, and results do not depend on the number of threads.
 constexpr int64_t kLeastRows = 3, kLeastWidth = 7;
 constexpr int64_t kQuad = 4;  // floats that are copied at a time
 static_assert(kQuad <= kLeastWidth);
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 Span part_rows(int64_t height, int64_t part, int64_t parts) {
   return {height * part / parts, height * (part + 1) / parts};

@@ -257,7 +257,6 @@ class Plan::Worker {
     frame.image = first;
     frame.joint_count = count;
     frame.threads = 1;
-    frame.slots = 1;
     const bool apart = call_.threads > 1 && call_.sharing == Sharing::kImages;
     const int64_t alone = apart ? count / call_.threads * call_.threads : 0;
     if (alone > 0) {

@@ -20,8 +20,6 @@ void SpmmOp::prepare(const std::vector<Value>& values, const KernelTable&) {
 
 namespace {
 
-constexpr int64_t kLineFloats = 16;
-
 SpmmArgs product_args(const Op& op, const Frame& frame, const std::vector<float>& bias,
                       Epilogue epilogue) {
   const Operand x = frame.operand(op.inputs[0]), y = frame.operand(op.output);
@@ -103,16 +101,11 @@ void SparseConvOp::prepare(const std::vector<Value>& values, const KernelTable&)
 
 bool SparseConvOp::takes_group(int64_t) const { return StripLayout::takes_group(window); }
 
-bool SparseConvOp::reads_picked() const {
-  const Window& w = window;
-  return w.kernel_h == 1 && w.kernel_w == 1 && w.pad_h == 0 && w.pad_w == 0;
-}
+bool SparseConvOp::reads_picked() const { return is_point(window); }
 
 std::unique_ptr<Op> SparseConvOp::pick_columns() {
   auto pick = std::make_unique<PickOp>(window);
-  window.in_h = window.out_h;
-  window.in_w = window.out_w;
-  window.stride_h = window.stride_w = 1;
+  window = over_picked(window);
   return pick;
 }
 

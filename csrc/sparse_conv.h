@@ -11,6 +11,19 @@
 
 namespace aerogel {
 
+// Under a 1x1 window without padding every output is made of one column of the input.
+inline bool is_point(const Window& w) {
+  return w.kernel_h == 1 && w.kernel_w == 1 && w.pad_h == 0 && w.pad_w == 0;
+}
+
+// The window over these columns alone, once they are picked.
+inline Window over_picked(Window w) {
+  w.in_h = w.out_h;
+  w.in_w = w.out_w;
+  w.stride_h = w.stride_w = 1;
+  return w;
+}
+
 // How strips lie in scratch for one window, and where each tap reads them.
 class StripLayout {
  public:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from instruction_sets import ISAS
 
 from aerogel import kernels
@@ -16,3 +17,11 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_isa(request.param)
     yield request.param
     kernels.set_isa(before)
+
+
+@pytest.fixture
+def threads_of_torch() -> Iterator[None]:
+    """Tests may set torch's threads: they are as before afterwards."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import needs_native
+from plan_cases import Build, built, depthwise, pointwise, sparse_conv
 from torch import Tensor
 
-from aerogel.kernels import BlockRowWeight, Plan, PlanBuilder, SpmmVariant, Value, images_together
+from aerogel.kernels import PlanBuilder, SpmmVariant, Value, images_together
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("threads_of_torch")]
 VARIANTS = (
     SpmmVariant(2, 1, 1, 1, True),
     SpmmVariant(1, 2, 2, 3, True, 2),
@@ -31,56 +30,11 @@ WINDOWS = (
     (2, 1, 1, 1, 1),
     (7, 9, 1, 3, 1),  # taps that meet nothing but padding
 )
-Build = Callable[[PlanBuilder], None]
 
 
-@pytest.fixture(autouse=True)
-def threads_of_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def packed(rows: int, columns: int, block: int = 1) -> BlockRowWeight:
-    kept = (torch.rand(-(-rows // block), columns) < 0.4).repeat_interleave(block, 0)[:rows]
-    return BlockRowWeight.pack(torch.randn(rows, columns) * kept, block=block)
-
-
-def pointwise(
-    b: PlanBuilder, x: Value, rows: int, variant: SpmmVariant, residual: Value | None = None
-) -> Value:
-    return b.sparse_conv1x1(
-        x, packed(rows, x.shape[0]), torch.randn(rows), "none", residual, variant
-    )
-
-
-def sparse(
-    b: PlanBuilder,
-    x: Value,
-    rows: int,
-    window: tuple[int, ...],
-    variant: SpmmVariant,
-    residual: Value | None = None,
-) -> Value:
-    kernel, padding, stride, dilation, groups = window
-    weight = packed(rows, x.shape[0] // groups * kernel * kernel)
-    return b.sparse_conv2d(
-        x, weight, kernel, torch.randn(rows), stride, padding, dilation, groups, "relu", residual,
-        variant,
-    )  # fmt: skip
-
-
-def dense(b: PlanBuilder, x: Value, rows: int, kernel: int, groups: int = 1) -> Value:
-    weight = torch.randn(rows, x.shape[0] // groups, kernel, kernel) / kernel
-    return b.conv2d(x, weight, torch.randn(rows), 1, kernel // 2, groups=groups, activation="relu6")
-
-
-def built(build: Build, batch: int, threads: int = 1) -> Plan:
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    b = PlanBuilder(batch)
-    build(b)
-    return b.build()
+def dense(b: PlanBuilder, x: Value, rows: int, kernel: int) -> Value:
+    weight = torch.randn(rows, x.shape[0], kernel, kernel) / kernel
+    return b.conv2d(x, weight, torch.randn(rows), 1, kernel // 2, activation="relu6")
 
 
 def assert_as_alone(build: Build, x: Tensor, threads: int, exact: bool = True) -> None:
@@ -90,7 +44,7 @@ def assert_as_alone(build: Build, x: Tensor, threads: int, exact: bool = True) -
     expected = [
         torch.cat(ys) for ys in zip(*(alone.run([image[None]]) for image in x), strict=True)
     ]
-    plan = built(build, len(x), threads)
+    plan = built(build, threads, len(x))
     spoilt, spoiler = x.clone(), len(x) // 2
     spoilt[spoiler] = float("nan")
     others = torch.arange(len(x)) != spoiler
@@ -131,18 +85,18 @@ def test_images_side_by_side_are_as_alone(data: st.DataObject) -> None:
                 kernel, padding, _, dilation, groups = window
                 fits = min(x.shape[1:]) + 2 * padding >= dilation * (kernel - 1) + 1
                 if fits and x.shape[0] % groups == 0:
-                    x = sparse(b, x, rows, window, variant)
+                    x = sparse_conv(b, x, rows, variant, None, *window)
             elif kind == "depthwise":
-                x = dense(b, x, x.shape[0], 3, x.shape[0])
+                x = depthwise(b, x, 3, 1, 1)
             elif kind == "dense":
                 x = dense(b, x, rows, 3)
             elif kind == "dense 1x1":
                 x = dense(b, x, rows, 1)
             elif kind == "residual":
-                inner = sparse(b, x, rows, WINDOWS[0], variant)
+                inner = sparse_conv(b, x, rows, variant)
                 x = pointwise(b, inner, x.shape[0], variant, residual=x)
             elif kind == "sum":
-                x = b.add(x, sparse(b, x, x.shape[0], WINDOWS[0], variant), "relu")
+                x = b.add(x, sparse_conv(b, x, x.shape[0], variant), "relu")
             elif min(x.shape[1:]) >= 3:
                 x = b.max_pool2d(x, 3, 2, 1)
         if ending == "planes":
@@ -169,19 +123,19 @@ def test_a_convolution_over_a_group_gives_the_bits_of_every_image(
 
         def build(b: PlanBuilder, variant: SpmmVariant = variant) -> None:
             x = pointwise(b, b.input((4, *size)), 6, variant)
-            b.output(sparse(b, x, 8, window, variant))
+            b.output(sparse_conv(b, x, 8, variant, None, *window))
 
         assert_as_alone(build, torch.randn(5, 4, *size), 1)
 
 
 def residual_network(b: PlanBuilder) -> None:
     """Like the end of a ResNet: large planes, a block that halves them, and one that does not."""
-    x = sparse(b, b.input((4, 18, 18)), 8, WINDOWS[0], VARIANTS[0])
+    x = sparse_conv(b, b.input((4, 18, 18)), 8, VARIANTS[0])
     for stride, rows in ((2, 12), (2, 16), (1, 16)):
         variant = VARIANTS[1]
-        short = sparse(b, x, rows, (1, 0, stride, 1, 1), variant) if stride > 1 else x
+        short = sparse_conv(b, x, rows, variant, None, 1, 0, stride) if stride > 1 else x
         y = pointwise(b, x, 6, variant)
-        y = sparse(b, y, 6, (3, 1, stride, 1, 1), variant)
+        y = sparse_conv(b, y, 6, variant, stride=stride)
         x = pointwise(b, y, rows, variant, short)
     b.output(b.linear(b.flatten(b.global_avg_pool(x)), torch.randn(3, 16), torch.randn(3)))
 
@@ -191,7 +145,7 @@ def residual_network(b: PlanBuilder) -> None:
 def test_the_end_of_a_residual_network_runs_on_groups(batch: int, threads: int) -> None:
     x = torch.randn(batch, 4, 18, 18)
     assert_as_alone(residual_network, x, threads, exact=False)
-    plan = built(residual_network, batch, threads)
+    plan = built(residual_network, threads, batch)
     torch.set_num_threads(threads)
     names = [name for name, _ in plan.profile([x])]
     described = [row.name for row in plan.describe()]
